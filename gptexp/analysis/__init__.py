@@ -1,0 +1,1 @@
+"""Pure functions of tables: statistics and figures. Nothing here imports torch."""

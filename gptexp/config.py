@@ -1,0 +1,325 @@
+"""Typed, validated configuration; the only code that knows OmegaConf's quirks.
+
+A plain tree of settings goes in; a `Config` comes out, or one `UserError` that holds every problem found.
+"""
+
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gptexp.data.settings import DataConfig
+from gptexp.data.settings import check as check_data
+from gptexp.errors import UserError
+from gptexp.models.settings import NORMS, GPTConfig, check_gpt
+from gptexp.training import settings as training
+from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run.
+
+    Attributes:
+        seed: of the initial weights, the order of batches and dropout.
+        max_steps: optimizer steps.
+        batch_size: sequences of one optimizer step, over all devices and micro-batches.
+        gradient_accumulation_steps: micro-batches into which a step's batch is cut, to save memory.
+        grad_clip: the gradient's norm is scaled down to this; 0 turns it off.
+        eval_interval: steps between evaluations of the validation split.
+        eval_windows: evaluate on this many evenly spaced windows instead of all, but for the last time.
+        eval_batch_size: sequences of an evaluation batch on each device.
+        log_interval: steps between rows of training metrics.
+        checkpoint_interval: steps between checkpoints; None is `eval_interval`.
+        early_stop_patience: stop after this many evaluations without a lower val/loss; None never stops.
+        sample_tokens: length of the text sampled at each evaluation; 0 samples none.
+        output_dir: folder of `runs/` and `sweeps/`.
+        name: the run's name; None makes one from the variant.
+        resume: a run directory to go on with, or "auto"; never stored.
+    """
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=training.AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=training.CosineConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    logger: LoggerConfig = field(default_factory=training.WandbConfig)
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
+    max_steps: Annotated[int, Ge(1)] = 2000
+    batch_size: Annotated[int, Ge(1)] = 16
+    gradient_accumulation_steps: Annotated[int, Ge(1)] = 1
+    grad_clip: Annotated[float, Ge(0)] = 1.0
+    eval_interval: Annotated[int, Ge(1)] = 250
+    eval_windows: Annotated[int, Ge(1)] | None = None
+    eval_batch_size: Annotated[int, Ge(1)] = 64
+    log_interval: Annotated[int, Ge(1)] = 10
+    checkpoint_interval: Annotated[int, Ge(1)] | None = None
+    early_stop_patience: Annotated[int, Ge(1)] | None = None
+    sample_tokens: Annotated[int, Ge(0)] = 200
+    output_dir: str = "outputs"
+    name: str | None = None
+    resume: str | None = None
+
+    @property
+    def variant(self) -> str:
+        """The readable name of this variant and seed, such as `rmsnorm-pre-h4-s1337`."""
+        m = self.model
+        return f"{m.norm}-{m.placement}-h{m.n_head}-s{self.seed}"
+
+    def tree(self) -> Tree:
+        """The configuration as plain nested dictionaries, as it is stored with a run."""
+        tree = asdict(self)
+        del tree["resume"], tree["model"]["vocab_size"]
+        return tree
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every setting that can change a result; names, paths and loggers cannot."""
+        tree = self.tree()
+        tree["model"]["norms"] = tree["model"]["norms"].get(self.model.norm, {})
+        for key in ("output_dir", "name", "logger"):
+            del tree[key]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+_SECTIONS: dict[str, tuple[type, ...]] = {
+    "model": (GPTConfig,),
+    "data": (DataConfig,),
+    "optimizer": get_args(OptimizerConfig),
+    "schedule": get_args(ScheduleConfig),
+    "hardware": (HardwareConfig,),
+    "logger": get_args(LoggerConfig),
+}
+
+
+def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
+    """Build a `Config` from a plain tree.
+
+    Args:
+        tree: nested settings; a missing key takes its default.
+        cross_check: also check settings against each other.
+
+    Raises:
+        UserError: with one line for every problem, all of them together.
+    """
+    problems: list[str] = []
+    values: Tree = {}
+    for section, classes in _SECTIONS.items():
+        values[section] = _read_section(section, classes, tree.get(section, {}), problems)
+    top = {k: v for k, v in tree.items() if k not in _SECTIONS}
+    values |= _read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
+    if cross_check:
+        problems += _cross_check(values)
+    if problems:
+        raise UserError(problems)
+    return Config(**values)
+
+
+def load_config(path: Path) -> Config:
+    """Read a stored `config.yaml`.
+
+    Raises:
+        UserError: when the file is missing or is not a valid configuration.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration ({_first_line(error)})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no configuration")
+    try:
+        return read_config(tree)
+    except UserError as error:
+        raise UserError([f"{path}: {p}" for p in error.problems]) from error
+
+
+def plain(config: DictConfig) -> Tree:
+    """A composed Hydra configuration as plain dictionaries, interpolations resolved.
+
+    Raises:
+        UserError: when an interpolation cannot be resolved or a value is missing.
+    """
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+    return typing.cast(Tree, tree)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+    """Nested settings as one dictionary with dotted keys."""
+    flat: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """"; did you mean X?" for the nearest known spelling, or nothing when none is near."""
+    known = list(known)
+    matches = difflib.get_close_matches(word, known, 1, 0.6)
+    if not matches and "." not in word:  # a key without its group: n_head for model.n_head
+        matches = [k for k in known if k.rpartition(".")[2] == word][:1]
+    if not matches:
+        tails = {k.rpartition(".")[2]: k for k in known}
+        matches = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], tails, 1, 0.75)]
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def show(value: Any) -> str:
+    """A value as the user would type it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: list[str]) -> Any:
+    if not isinstance(tree, Mapping):
+        choices = [c().name for c in classes] if len(classes) > 1 else []
+        allowed = f"a group choice: {', '.join(choices)}" if choices else "a group of settings"
+        problems.append(f"{name}={show(tree)}: must be {allowed}")
+        return None
+    cls = classes[0]
+    if len(classes) > 1:
+        by_name = {c().name: c for c in classes}
+        choice = tree.get("name", cls().name)
+        if choice not in by_name:
+            problems.append(
+                f"{name}.name={show(choice)}: unknown{nearest(str(choice), by_name)} allowed: {', '.join(by_name)}")
+            return None
+        cls = by_name[choice]
+    read = _read_fields(cls, f"{name}.", tree, problems)
+    return None if read is None else cls(**read)
+
+
+def _read_fields(
+    cls: type, prefix: str, tree: Mapping[str, Any], problems: list[str], skip: typing.Collection[str] = ()
+) -> Tree | None:
+    """Validated keyword arguments of the dataclass cls, or None when a field has a problem."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    hints = {k: h for k, h in typing.get_type_hints(cls, include_extras=True).items() if k not in skip}
+    before, read = len(problems), {}
+    for key, value in tree.items():
+        if key == "vocab_size" or key not in hints:
+            of = f" of {prefix}name={tree['name']}" if "name" in tree else ""
+            problems.append(f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}")
+        elif cls is GPTConfig and key == "norms":
+            read[key] = _read_norms(value, problems)
+        else:
+            try:
+                if isinstance(value, bool) and bool not in _flat_types(hints[key]):
+                    raise ValueError("pydantic would read true as the number 1")
+                adapter = TypeAdapter(hints[key], config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
+                read[key] = adapter.validate_python(value)
+            except ValueError:
+                hint = nearest(str(value), _choices(hints[key]))
+                problems.append(f"{prefix}{key}={show(value)}: must be {describe(hints[key])}{hint}")
+    return read if len(problems) == before else None
+
+
+def _read_norms(table: Any, problems: list[str]) -> Tree:
+    """The table model.norms: each entry checked by its norm's own settings dataclass."""
+    read: Tree = {}
+    if not isinstance(table, Mapping):
+        problems.append(f"model.norms={show(table)}: must be a table of settings by norm")
+        return read
+    for name, entry in table.items():
+        if name not in NORMS:
+            problems.append(f"model.norms.{name}: unknown norm{nearest(str(name), NORMS)} allowed: {', '.join(NORMS)}")
+            continue
+        if not isinstance(entry, Mapping):
+            problems.append(f"model.norms.{name}={show(entry)}: must be a table of settings")
+            continue
+        values = _read_fields(NORMS[name].settings, f"model.norms.{name}.", entry, problems)
+        if values is not None:
+            read[name] = asdict(NORMS[name].settings(**values))
+    return read
+
+
+def _cross_check(values: Tree) -> list[str]:
+    """Problems between settings, as far as the settings involved are themselves valid."""
+    problems: list[str] = []
+    model, data, hardware = values.get("model"), values.get("data"), values.get("hardware")
+    problems += check_gpt(model) if model else []
+    problems += check_data(data) if data else []
+    batch_size = values.get("batch_size", Config.batch_size)
+    accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
+    problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
+    if model and model.norm == "batchnorm" and sorted(model.norms["batchnorm"]["stats"]) == ["batch"]:
+        micro = batch_size // accumulation
+        if micro < 2:
+            problems.append(
+                f"batch_size={batch_size}: model.norms.batchnorm.stats=[batch] needs at least 2 sequences in a "
+                f"micro-batch (batch_size / gradient_accumulation_steps = {micro})")
+    return problems
+
+
+def describe(hint: Any) -> str:
+    """What a field allows, in words: "an integer of at least 1 or null"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if choices := _choices(hint):
+            return f"one of {', '.join(choices)}"
+        return " ".join([describe(args[0]), " and ".join(_bound(meta) for meta in args[1:])])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
+    if origin is list:
+        return f"a list with each entry {describe(args[0])}"
+    if len(args) > 1:  # a union
+        return " or ".join("null" if a is type(None) else describe(a) for a in args)
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _bound(meta: Any) -> str:
+    match meta:
+        case Ge():
+            return f"of at least {meta.ge}"
+        case Gt():
+            return f"greater than {meta.gt}"
+        case Le():
+            return f"of at most {meta.le}"
+        case Lt():
+            return f"less than {meta.lt}"
+    return ""
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a field allows, where it allows only certain ones."""
+    if get_origin(hint) is Literal:
+        return [str(a) for a in get_args(hint)]
+    words = []
+    for arg in get_args(hint):
+        if isinstance(arg, Predicate):  # Predicate(REGISTRY.__contains__)
+            words += list(arg.func.__self__)  # type: ignore[attr-defined]
+        elif not is_dataclass(arg):
+            words += _choices(arg)
+    return words
+
+
+def _flat_types(hint: Any) -> set[Any]:
+    args = get_args(hint)
+    return {hint}.union(*(_flat_types(a) for a in args)) if args else {hint}
+
+
+def known_keys() -> list[str]:
+    """Every settable key, dotted."""
+    keys = list(flatten(Config().tree())) + ["resume"]
+    for section, classes in _SECTIONS.items():
+        keys += [f"{section}.{f.name}" for cls in classes for f in fields(cls) if f.name != "vocab_size"]
+    return sorted(set(keys))

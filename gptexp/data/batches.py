@@ -1,0 +1,277 @@
+"""Batches as a pure function of (seed, step): nothing to save, nothing to restore, every variant sees the same.
+
+Ids are split into a training and a validation part, and each part is cut into rows of one width L: windows
+of running text, or one document each. A row is a pair x, y (L,) int64, where y[i] is what follows x[i].
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gptexp.data.encoded import Encoded
+from gptexp.data.settings import DataConfig
+from gptexp.data.tokenizer import ByteTokenizer
+from gptexp.errors import UserError
+
+BATCH_STREAM = 0  # rows of the training batches
+SPLIT_STREAM = 1  # the shuffle of the documents
+IGNORED = -1  # in y: no target here
+SCAN = 2**24  # ids looked at in one go where all of them have to be
+
+Indices = NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Rows for the model.
+
+    Attributes:
+        x: (rows, L) int64; 0 where padded.
+        y: (rows, L) int64; -1 where padded.
+        mask: (rows, L) bool, y >= 0; None where nothing is padded.
+        tokens: number of targets: of the whole batch of the step, whichever rows of it these are; of
+            these rows where there is no such batch, in evaluation.
+    """
+
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None
+    tokens: float
+
+
+class Split(Protocol):
+    """The training or the validation part of a corpus."""
+
+    @property
+    def width(self) -> int:
+        """L, the number of positions in a row."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows that hold each target of the split exactly once."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of targets in those rows."""
+
+    @property
+    def chars_per_token(self) -> float:
+        """Characters of text for each target; nats per target / ln 2 / this = bits per character."""
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+        """The rows `rows` of the batch of `batch_size` rows, drawn at random, that (seed, step) stand for."""
+
+    def rows(self, indices: ArrayLike) -> Rows:
+        """Rows by number, 0 .. n_rows - 1; the number -1 gives a row of nothing but padding."""
+
+
+def draw(seed: int, step: int, count: int, n: int, stream: int = BATCH_STREAM) -> Indices:
+    """`count` numbers from 0 .. n - 1, uniform and with repetition; a pure function of the arguments.
+
+    Philox (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key, here (seed, stream),
+    and a counter into random bits. The step is the counter's highest word and counting starts at the
+    lowest, so steps never share numbers. Raw 64-bit output is stable across versions of numpy, unlike
+    what `Generator` makes of it; modulo n is uniform to within n / 2**64.
+    """
+    return (_raw(seed, step, count, stream) % np.uint64(n)).astype(np.int64)
+
+
+def _raw(seed: int, step: int, count: int, stream: int) -> NDArray[np.uint64]:
+    counter = np.array([0, 0, 0, step], np.uint64)
+    bits = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
+    return np.asarray(bits.random_raw(count), np.uint64)
+
+
+class Windows:
+    """Running text: the part ids[start:stop], in windows of `width` targets.
+
+    The rows 0 .. n_rows - 1 do not overlap and have every id of the part as a target once, the last row
+    padded. The first target's context is the id before the part; where there is none it is no target.
+    """
+
+    def __init__(self, ids: NDArray[Any], start: int, stop: int, width: int, *, bytes_of_utf8: bool = False) -> None:
+        self._ids = ids.view(np.ndarray)  # a plain view of the map is quicker to index
+        self._start, self._stop = start, stop
+        self._first_target = max(start, 1)
+        self._bytes_of_utf8 = bytes_of_utf8
+        self.width = width
+        self.n_tokens = stop - self._first_target
+        self.n_rows = -(-self.n_tokens // width)
+
+    @property
+    def chars_per_token(self) -> float:
+        """1 for characters; for bytes, characters (not counting a character's later bytes) for each byte."""
+        if not self._bytes_of_utf8:
+            return 1.0
+        return _count_characters(self._ids, self._first_target, self._stop) / self.n_tokens
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+        """Windows that begin anywhere in the part and lie wholly inside it."""
+        starts = self._start + draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
+        x, y = self._pairs(starts)
+        return Rows(x, y, None, float(batch_size * self.width))
+
+    def rows(self, indices: ArrayLike) -> Rows:
+        """Windows by number; -1 is a row of nothing but padding."""
+        numbers = np.asarray(indices, np.int64)
+        starts = self._first_target - 1 + np.maximum(numbers, 0) * self.width
+        lengths = np.where(numbers < 0, 0, np.minimum(self._stop - 1 - starts, self.width))
+        x, y = self._pairs(starts)
+        mask = _masked(x, y, lengths)
+        return Rows(x, y, mask, float(lengths.sum()))
+
+    def _pairs(self, starts: Indices) -> tuple[Indices, Indices]:
+        at = starts[:, None] + np.arange(self.width + 1)  # (rows, L + 1)
+        window = np.take(self._ids, at, mode="clip").astype(np.int64)
+        return np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
+
+
+class Documents:
+    """One document a row: x = terminator, c1 .. cn and y = c1 .. cn, terminator, both padded to `width`.
+
+    Args:
+        ids: of the whole corpus.
+        starts: (documents,) where each document of the part begins in `ids`.
+        lengths: (documents,) number of ids of each, without the terminator.
+        width: L; at least the longest length + 1.
+        terminator: the id that opens and closes a document.
+        bytes_of_utf8: whether ids are bytes rather than characters.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[Any],
+        starts: Indices,
+        lengths: Indices,
+        *,
+        width: int,
+        terminator: int,
+        bytes_of_utf8: bool = False,
+    ) -> None:
+        self._ids = ids.view(np.ndarray)
+        self._starts, self._lengths = starts, lengths
+        self._terminator = terminator
+        self._bytes_of_utf8 = bytes_of_utf8
+        self.width = width
+        self.n_rows = len(starts)
+        self.n_tokens = int(lengths.sum()) + self.n_rows
+
+    @property
+    def chars_per_token(self) -> float:
+        """1 for characters; for bytes, characters for each byte. The terminator counts as a character."""
+        if not self._bytes_of_utf8:
+            return 1.0
+        n_characters = self.n_rows + sum(
+            _count_characters(self._ids, start, start + length)
+            for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
+        )
+        return n_characters / self.n_tokens
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+        """Documents drawn at random, with repetition."""
+        numbers = draw(seed, step, batch_size, self.n_rows)
+        tokens = float((self._lengths[numbers] + 1).sum())
+        return self.rows(numbers[rows])._replace(tokens=tokens)
+
+    def rows(self, indices: ArrayLike) -> Rows:
+        """Documents by number; -1 is a row of nothing but padding. The mask is always there."""
+        numbers = np.asarray(indices, np.int64)
+        starts = self._starts[numbers]
+        lengths = np.where(numbers < 0, 0, self._lengths[numbers] + 1)  # with the terminator
+        at = starts[:, None] + np.arange(self.width - 1)  # (rows, L - 1)
+        x = np.full((len(numbers), self.width), self._terminator, np.int64)
+        y = np.full((len(numbers), self.width), self._terminator, np.int64)
+        x[:, 1:] = y[:, :-1] = np.take(self._ids, at, mode="clip")
+        y[np.arange(len(numbers)), lengths - 1] = self._terminator
+        _masked(x, y, lengths)
+        return Rows(x, y, y >= 0, float(lengths.sum()))
+
+
+def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
+    """The training and the validation part: the last `val_fraction` of the text, or of the shuffled documents.
+
+    Args:
+        encoded: the corpus.
+        config: its val_fraction and, for documents, its split_seed are used.
+        block_size: most positions the model can see. Windows are that wide; documents must fit.
+
+    Raises:
+        UserError: too little text for these settings.
+    """
+    if encoded.documents:
+        return _split_documents(encoded, config, block_size)
+    n = len(encoded.ids)
+    n_train = _n_train(n, config.val_fraction)
+    if n_train < block_size + 1:
+        raise UserError(
+            f"model.block_size={block_size}: longer than the training split, {n_train} tokens; "
+            f"allowed: at most {max(n_train - 1, 0)}"
+        )
+    if n_train == n:
+        raise UserError(
+            f"data.val_fraction={config.val_fraction}: leaves none of the {n} tokens for validation; "
+            f"allowed: at least {1 / n:.2g}"
+        )
+    in_bytes = isinstance(encoded.tokenizer, ByteTokenizer)
+    return (
+        Windows(encoded.ids, 0, n_train, block_size, bytes_of_utf8=in_bytes),
+        Windows(encoded.ids, n_train, n, block_size, bytes_of_utf8=in_bytes),
+    )
+
+
+def _split_documents(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
+    terminator = int(encoded.tokenizer.encode("\n")[0])
+    starts, lengths = _find_documents(encoded.ids.view(np.ndarray), terminator)
+    n = len(starts)
+    if n < 2:
+        raise UserError(f"data.documents=true: the corpus has {n} lines that are not empty; allowed: at least 2")
+    n_train = _n_train(n, config.val_fraction)
+    if not 0 < n_train < n:
+        raise UserError(
+            f"data.val_fraction={config.val_fraction}: leaves {n_train} of the {n} documents for training and "
+            f"{n - n_train} for validation; allowed: at least 1 each"
+        )
+    width = int(lengths.max()) + 1
+    if width > block_size:
+        raise UserError(
+            f"model.block_size={block_size}: shorter than the longest document with its terminator, "
+            f"{width} tokens; allowed: at least {width}"
+        )
+    order = np.argsort(_raw(config.split_seed, 0, n, SPLIT_STREAM), kind="stable")
+    in_bytes = isinstance(encoded.tokenizer, ByteTokenizer)
+    train, val = (
+        Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator, bytes_of_utf8=in_bytes)
+        for part in (order[:n_train], order[n_train:])
+    )
+    return train, val
+
+
+def _n_train(n: int, val_fraction: float) -> int:
+    """The rest of n, rounded down; n * (1 - 0.9) is a hair below what is meant, hence the inner rounding."""
+    return int(round(n * (1 - val_fraction), 4))
+
+
+def _find_documents(ids: NDArray[Any], terminator: int) -> tuple[Indices, Indices]:
+    """Start and length of every line that is not empty, (documents,) each."""
+    ends = [np.flatnonzero(ids[at : at + SCAN] == terminator) + at for at in range(0, len(ids), SCAN)]
+    stops = np.concatenate([*ends, [len(ids)]]).astype(np.int64)
+    starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
+    keep = stops > starts
+    return starts[keep], (stops - starts)[keep]
+
+
+def _masked(x: Indices, y: Indices, lengths: Indices) -> NDArray[np.bool_] | None:
+    """Pad, in place, what lies beyond each row's length; the mask of what does not, or None if nothing does."""
+    if (lengths == x.shape[1]).all():
+        return None
+    mask: NDArray[np.bool_] = np.arange(x.shape[1]) < lengths[:, None]
+    x[~mask] = 0
+    y[~mask] = IGNORED
+    return mask
+
+
+def _count_characters(ids: NDArray[Any], start: int, stop: int) -> int:
+    """Bytes that begin a character of UTF-8, which are all but 10xxxxxx."""
+    return sum(
+        int(np.count_nonzero((ids[at : min(at + SCAN, stop)] & 0xC0) != 0x80)) for at in range(start, stop, SCAN)
+    )

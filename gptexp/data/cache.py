@@ -1,0 +1,64 @@
+"""The cache folder: where it is, and how several processes may write to it at once."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from gptexp.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The folder for everything that can be made or fetched again: GPTEXP_CACHE, or the system's place for such."""
+    given = os.environ.get("GPTEXP_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    import pooch  # here, because it is slow to import
+
+    return Path(pooch.os_cache("gptexp"))
+
+
+@contextmanager
+def writes_to_cache() -> Iterator[None]:
+    """Turn a failure to write inside the block into one line for the user.
+
+    Raises:
+        UserError: naming GPTEXP_CACHE, for a full disk, a folder without write access, a place without locks.
+    """
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # the second: filelock, on a file system without locks
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(
+            f"GPTEXP_CACHE={cache_folder()}: cannot be written ({reason}); "
+            "allowed: a folder with write access and enough free space"
+        ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make the folder of `path`, and hold the one lock for `path` while the block runs."""
+    from filelock import FileLock  # here, because it is slow to import
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the place of `path` in one step when the block ends well.
+
+    To be used under the lock of `path`: what a killed process left behind is then known to be nobody's.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        leftover.unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "xb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

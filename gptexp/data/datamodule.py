@@ -1,0 +1,155 @@
+"""The splits as Lightning takes them: tensors, each process its share of every batch."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from gptexp.data.batches import Indices, Rows, Split
+from gptexp.errors import UserError
+
+
+class Batch(NamedTuple):
+    """What the model gets.
+
+    Attributes:
+        x: (b, L) int64; 0 where padded.
+        y: (b, L) int64, what follows x; -1 where padded.
+        mask: (b, L) bool, y >= 0; None where nothing is padded.
+        tokens: in training, targets of the optimizer step / (processes * micro-batches): dividing the sum of
+            this batch's losses by it makes the mean over processes and micro-batches, which are Lightning's
+            to take, the mean over all targets of the step. In evaluation, targets in this very batch.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    mask: torch.Tensor | None
+    tokens: float
+
+
+class CharDataModule(LightningDataModule):
+    """Training batches without end, and each target of the validation split once.
+
+    Args:
+        train: the part of the corpus to learn from.
+        val: the part of the corpus to measure on.
+        seed: of the training batches.
+        batch_size: rows of one optimizer step, over all processes and micro-batches. The rows of micro-batch m
+            of process r are the (m * processes + r)-th equal share of them.
+        accumulate: micro-batches of one optimizer step, as the trainer's `accumulate_grad_batches`.
+        eval_batch_size: rows of one evaluation batch on one process.
+        eval_windows: rows of the validation split that are enough during training, evenly spaced and always
+            the same ones; None for all of them.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        val: Split,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        eval_batch_size: int,
+        eval_windows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.eval_batch_size = eval_batch_size
+        self.eval_windows = eval_windows
+
+    def train_dataloader(self) -> "TrainBatches":
+        """The micro-batches of this process from the trainer's current step on, without end.
+
+        Raises:
+            UserError: a batch_size that the processes and micro-batches cannot share equally.
+        """
+        shares = self.place[1] * self.accumulate
+        if self.batch_size % shares:
+            raise UserError(
+                f"batch_size={self.batch_size}: cannot be shared equally by {self.place[1]} processes with "
+                f"{self.accumulate} micro-batches each; allowed: a multiple of {shares}"
+            )
+        return TrainBatches(self)
+
+    def val_dataloader(self, whole: bool | None = None) -> "EvalBatches":
+        """The batches of this process, the same number on every process.
+
+        Args:
+            whole: True for the whole validation split, False for `eval_windows` rows of it. None, which is how the
+                trainer calls, is False while fitting and True otherwise.
+        """
+        if whole is None:
+            whole = self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING
+        n_rows = self.val.n_rows
+        n_wanted = n_rows if whole or self.eval_windows is None else min(self.eval_windows, n_rows)
+        return EvalBatches(self, np.arange(n_wanted) * n_rows // n_wanted)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def tensors(self, rows: Rows, tokens: float) -> Batch:
+        """`rows` as tensors, in memory from which a GPU can copy on its own if there is one."""
+        arrays = [rows.x, rows.y] + ([] if rows.mask is None else [rows.mask])
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Batch(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, tokens)
+
+
+class TrainBatches:
+    """The training batches of one process. Each iteration begins at the step the trainer is at."""
+
+    def __init__(self, data: CharDataModule) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Micro-batches, `accumulate` for each step, without end."""
+        data = self._data
+        rank, world = data.place
+        shares = world * data.accumulate
+        size = data.batch_size // shares
+        step = 0 if data.trainer is None else data.trainer.global_step
+        while True:
+            for micro in range(data.accumulate):
+                begin = (micro * world + rank) * size
+                rows = data.train.train_batch(data.seed, step, data.batch_size, slice(begin, begin + size))
+                yield data.tensors(rows, rows.tokens / shares)
+            step += 1
+
+
+class EvalBatches:
+    """Some rows of the validation split, each on exactly one process.
+
+    Processes that would otherwise have fewer rows than others get rows of nothing but padding, since they
+    wait for each other at every batch. There are fewer of those than processes.
+    """
+
+    def __init__(self, data: CharDataModule, indices: Indices) -> None:
+        self._data = data
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._indices) / (self._data.eval_batch_size * self._data.place[1]))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of `eval_batch_size` rows; the last one may have fewer."""
+        data = self._data
+        rank, world = data.place
+        together = data.eval_batch_size * world
+        for begin in range(0, len(self._indices), together):
+            indices = self._indices[begin : begin + together]
+            share = -(-len(indices) // world)
+            padded = np.full(share * world, -1)
+            padded[: len(indices)] = indices
+            rows = data.val.rows(padded[rank * share : (rank + 1) * share])
+            yield data.tensors(rows, rows.tokens)

@@ -1,0 +1,1 @@
+"""The models and their parts: pure torch, readable without knowing Lightning or Hydra."""

@@ -1,0 +1,268 @@
+"""A run directory as one object; the only code that knows its layout.
+
+config.yaml (fully resolved) · run.json (status, fingerprints, versions, device, times) · metrics.csv ·
+result.json · checkpoints/{best,last}.ckpt · samples.txt · train.log
+"""
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+from gptexp.config import Config, flatten, load_config, show
+from gptexp.errors import UserError
+
+Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+
+METRICS = (
+    "step", "tokens", "train/loss", "learning_rate", "grad_norm",
+    "val/loss", "val/loss_windows", "val/perplexity", "val/accuracy", "val/bpc",
+    "seconds", "tokens_per_second", "mfu",
+)  # fmt: skip
+"""Columns of metrics.csv. The last three are times and differ from machine to machine; nothing else does."""
+
+TIMES = METRICS[-3:]
+
+_FREE = ("output_dir", "name", "resume")  # say nothing of what a run computes
+
+
+class Run:
+    """One run directory.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def claim(cls, folder: Path, name: str, config: Config, info: Mapping[str, Any]) -> "Run":
+        """Make a new directory `folder/name` for a run of config, or `name-2` and so on if that one is taken.
+
+        Raises:
+            UserError: when the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(1, 100_000):
+                path = folder / (name if number == 1 else f"{name}-{number}")
+                try:
+                    path.mkdir()  # fails if it exists: two processes never share a directory
+                    break
+                except FileExistsError:
+                    continue
+            run = cls(path)
+            run.checkpoint("last").parent.mkdir()
+            write_atomically(path / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False).encode())
+            run.update(status="running", started=now(), **info)
+        except OSError as error:
+            raise UserError(f"output_dir={config.output_dir}: cannot write {folder} ({error.strerror})") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, key: str = "run") -> "Run":
+        """An existing run directory.
+
+        Raises:
+            UserError: when path is not a run directory.
+        """
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise UserError(f"{key}={path}: there is no such directory")
+        if not (run.path / "run.json").is_file() or not (run.path / "config.yaml").is_file():
+            raise UserError(f"{key}={path}: is not a run directory (it holds no run.json and config.yaml)")
+        try:
+            run.info  # noqa: B018  a torn or foreign file is found here, not in the middle of a run
+        except ValueError as error:
+            raise UserError(f"{key}={path}: run.json is not valid JSON") from error
+        return run
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the run was started with."""
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json: status, fingerprints, versions, device and times."""
+        info = json.loads((self.path / "run.json").read_bytes())
+        if not isinstance(info, dict):
+            raise ValueError("run.json holds no object")
+        return info
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of run.json."""
+        info = self.info if (self.path / "run.json").exists() else {}
+        write_atomically(self.path / "run.json", _json(info | changes))
+
+    def finish(self, status: Status, **changes: Any) -> None:
+        """Write the final status and the time."""
+        self.update(status=status, ended=now(), **changes)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json."""
+        write_atomically(self.path / "result.json", _json(result))
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """result.json, or None while there is none."""
+        path = self.path / "result.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def checkpoint(self, name: Literal["best", "last"]) -> Path:
+        """Path of a checkpoint, whether or not it exists."""
+        return self.path / "checkpoints" / f"{name}.ckpt"
+
+    @property
+    def log_path(self) -> Path:
+        """train.log: what was printed, and the traceback of an error."""
+        return self.path / "train.log"
+
+    @property
+    def metrics_path(self) -> Path:
+        """metrics.csv."""
+        return self.path / "metrics.csv"
+
+    @property
+    def samples_path(self) -> Path:
+        """samples.txt: the text sampled at each evaluation."""
+        return self.path / "samples.txt"
+
+    @property
+    def curves_path(self) -> Path:
+        """curves.png: the loss over the steps."""
+        return self.path / "curves.png"
+
+    def check_resumable(self, requested: Mapping[str, Any]) -> None:
+        """Refuse to go on where that would change what was begun.
+
+        Args:
+            requested: the settings that the user asks for along with `resume`, by dotted key.
+
+        Raises:
+            UserError: when the run is at its end, or its configuration differs from what is requested.
+        """
+        if self.info.get("status") == "done":
+            raise UserError(f"resume={self.path}: this run is done; there is nothing to resume")
+        own = flatten(self.config.tree())
+        different = [k for k, v in requested.items() if k.partition(".")[0] not in _FREE and own.get(k) != v]
+        if different:
+            raise UserError(
+                f"resume={self.path}: {k}={show(requested[k])} differs from the run's {k}={show(own.get(k))}; "
+                "leave it out, or start a new run" for k in different
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the system frees it if the process dies.
+
+        Raises:
+            UserError: when another process trains this run.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"resume={self.path}: another process is training this run") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over the program's own source files."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def unfinished(folder: Path, fingerprint: str) -> Run | None:
+    """The newest run under folder that is of this configuration's fingerprint and is not done or diverged."""
+    found = []
+    for path in folder.rglob("run.json") if folder.is_dir() else ():
+        try:
+            info = json.loads(path.read_bytes())
+            if info["fingerprints"]["config"] == fingerprint and info["status"] not in ("done", "diverged"):
+                found.append((info["started"], path.parent))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return Run(max(found)[1]) if found else None
+
+
+class Metrics:
+    """The writer of metrics.csv: one row a step, only ever appended.
+
+    A resumed run cuts the file back to where it stood at the checkpoint, so it ends as an unbroken run's would.
+    """
+
+    def __init__(self, path: Path, size: int | None) -> None:
+        """Open the file at `size` bytes, or anew when size is None."""
+        self._file = path.open("r+b" if size is not None else "wb")
+        if size is None:
+            self._line(METRICS)
+        else:
+            self._file.truncate(size)
+            self._file.seek(size)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Write a row; columns that it lacks stay empty."""
+        self._line([repr(row[c]) if c in row else "" for c in METRICS])
+
+    def _line(self, cells: Any) -> None:
+        self._file.write((",".join(cells) + "\n").encode())
+        self._file.flush()
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv; each holds the columns that have a value in it. A half-written row is left out."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    header = rows[0] if rows else []
+    return [
+        {k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows[1:] if len(row) == len(header)
+    ]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

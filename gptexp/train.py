@@ -1,0 +1,213 @@
+"""Train a GPT: `python -m gptexp.train [group=choice | key=value ...]`.
+
+    python -m gptexp.train norm=rmsnorm heads=h8
+    python -m gptexp.train -m norm=layernorm,rmsnorm seed=1,2,3
+    python -m gptexp.train resume=outputs/runs/NAME
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptexp.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from gptexp.config import Config
+    from gptexp.runs import Run
+
+log = logging.getLogger("gptexp")
+
+
+class RunFailed(Exception):
+    """A run ended with an error that is no mistake of the user's; its train.log holds the traceback."""
+
+
+def main() -> None:
+    """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
+    with report_errors():
+        from hydra import main as hydra_main
+        from hydra._internal.utils import get_args_parser
+
+        from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_norms
+
+        register_norms()
+        args = get_args_parser().parse_args()
+        # Shown by Hydra itself: help, a printed configuration, completion.
+        runs = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+        if runs:
+            problems = check(args.overrides, args.multirun, args.config_dir)
+            if problems:
+                raise UserError(problems)
+        if args.multirun:
+            # Only what varies belongs in a job's name.
+            fixed = [o.key_or_group for o in parse(args.overrides)[0] if not o.is_sweep_override()]
+            sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}")
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
+        hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
+
+
+def job(tree: "DictConfig") -> float:
+    """One run of a composed configuration, in a directory of its own or in the one it resumes.
+
+    Returns:
+        the lowest validation loss, in nats a token.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from gptexp.config import plain, read_config
+
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    try:
+        config = read_config(plain(tree))
+        if config.resume:
+            return resume(config, list(hydra.overrides.task))
+        if sweep is not None:
+            return train(config, sweep, job_name(config, hydra.job.override_dirname), sweep.name)
+        if hydra.run.dir != ".":  # the user named the directory
+            return train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        return train(config, Path(config.output_dir) / "runs", f"{stamp}_{config.name or config.variant}")
+    except Exception as error:
+        if sweep is not None:  # the other jobs go on; the sweep's exit status tells
+            log.error("job %s failed: %s", hydra.job.num, error)
+        raise
+
+
+def train(config: "Config", folder: Path, name: str, group: str | None = None) -> float:
+    """Train a configuration in a new run directory.
+
+    Args:
+        config: every setting.
+        folder: where the directory is made.
+        name: the directory's name; a number is added if it is taken.
+        group: the sweep that the run belongs to.
+
+    Returns:
+        the lowest validation loss, in nats a token.
+    """
+    from gptexp.data.batches import split_corpus
+    from gptexp.data.corpora import find_corpus
+    from gptexp.data.encoded import encode_corpus
+    from gptexp.runs import Run, code_fingerprint
+
+    corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
+    encoded = encode_corpus(corpus, config.data)
+    split_corpus(encoded, config.data, config.model.block_size)
+    warmup = config.schedule.warmup_steps
+    if warmup >= config.max_steps:
+        log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
+                    warmup, config.max_steps)  # fmt: skip
+    info = {
+        "name": config.name or name,
+        "variant": config.variant,
+        "fingerprints": {
+            "config": config.fingerprint(),
+            "data": encoded.fingerprint,
+            "code": code_fingerprint(),
+        },
+        "data": {"corpus": corpus.name, "requested": corpus.requested, "sha256": corpus.sha256,
+                 "tokens": len(encoded.ids), "documents": encoded.documents},
+        "tokenizer": encoded.tokenizer.to_dict(),
+        "command": sys.argv,
+    }  # fmt: skip
+    return start(Run.claim(folder, name, config, info), group)
+
+
+def resume(config: "Config", overrides: list[str]) -> float:
+    """Go on with the run that `config.resume` names; see `Run.check_resumable`."""
+    from gptexp.overrides import requested
+    from gptexp.runs import Run, unfinished
+
+    if config.resume == "auto":
+        folder = Path(config.output_dir)
+        found = unfinished(folder, config.fingerprint())
+        if found is None:
+            log.info("resume=auto: no unfinished run of this configuration in %s; starting a new one", folder)
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            return train(config, folder / "runs", f"{stamp}_{config.name or config.variant}")
+        run = found
+    else:
+        run = Run.open(str(config.resume), key="resume")
+        run.check_resumable(requested([o for o in overrides if not o.startswith("resume=")]))
+    log.info("resuming %s", run.path)
+    return start(run, run.info.get("group"))
+
+
+def start(run: "Run", group: str | None) -> float:
+    """Train a claimed run in this process, or in one process a device."""
+    run.update(group=group)
+    config = run.config
+    if config.hardware.strategy == "auto":
+        from gptexp.training.fit import fit
+
+        try:
+            return fit(run, group)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise RunFailed(f"{type(error).__name__}: {error}; traceback in {run.log_path}") from error
+    from gptexp.training.hardware import device_count
+    from gptexp.training.worker import launch
+
+    code = launch(run, device_count(config), group)
+    if run.info["status"] == "interrupted":
+        from gptexp.training.fit import Interrupted
+
+        raise Interrupted(code - 128 if code > 128 else 15)
+    result = run.result
+    if code or result is None:
+        run.finish("failed")
+        raise RunFailed(f"a process ended with status {code}; see {run.log_path}")
+    return float("nan") if result["best_val_loss"] is None else float(result["best_val_loss"])
+
+
+@contextmanager
+def report_errors(silent: bool = False) -> Iterator[None]:
+    """Turn errors into lines on standard error and an exit status: 2 for a user's mistake, 1 for a fault."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.CRITICAL if silent else logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    except UserError as error:
+        if not silent:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + getattr(stop, "signal", 2))
+    except Exception as error:
+        if os.environ.get("GPTEXP_DEBUG"):
+            raise
+        if not silent:
+            print(f"error: {str(error) or type(error).__name__}".replace("\n", " "), file=sys.stderr)
+        sys.exit(1)
+
+
+def job_name(config: "Config", swept: str) -> str:
+    """A sweep's directory for one job: the variant, and whatever else the sweep varies.
+
+    Args:
+        config: the job's configuration.
+        swept: Hydra's override_dirname, such as `model.norm=rmsnorm,optimizer.learning_rate=0.001`.
+    """
+    shown = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
+    pairs = [pair.partition("=") for pair in swept.split(",") if pair]
+    extra = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key not in shown]
+    return "-".join([config.name or config.variant, *extra]).replace("/", "_")
+
+
+if __name__ == "__main__":
+    main()

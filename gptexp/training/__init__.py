@@ -1,0 +1,1 @@
+"""Training: a LightningModule around a model, its optimizer, schedule and callbacks."""

@@ -1,0 +1,103 @@
+"""Saves checkpoints/last and checkpoints/best, and turns Ctrl-C and SIGTERM into a clean, resumable stop."""
+
+import os
+import shutil
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from gptexp.config import Config
+from gptexp.runs import Run
+from gptexp.training.module import GPTModule
+
+
+class Checkpoints(Callback):
+    """Saves after the recorder has written its row, so a checkpoint and metrics.csv always agree.
+
+    `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
+    evaluation and writes the same `best` again. A diverged step is never saved.
+    """
+
+    def __init__(self, run: Run, config: Config) -> None:
+        self.run = run
+        self.max_steps = config.max_steps
+        self.interval = config.checkpoint_interval or config.eval_interval
+        self._step = -1
+
+    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Note where the run begins."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
+        """Save what is due after an optimizer step."""
+        step, state = trainer.global_step, module.state
+        if step == self._step or state.status == "diverged":
+            return
+        self._step = step
+        best = state.best_step == step
+        last = step % self.interval == 0 or step == self.max_steps or state.status != "running"
+        if best or last:
+            self._save(trainer, [*(["best"] if best else []), *(["last"] if last else [])])
+
+    def _save(self, trainer: Trainer, names: list[Any]) -> None:
+        temporary = self.run.checkpoint("last").with_name(".saving.ckpt")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                if len(names) == 2:
+                    copy = temporary.with_name(".copy.ckpt")
+                    shutil.copyfile(temporary, copy)
+                    copy.replace(self.run.checkpoint("best"))
+                temporary.replace(self.run.checkpoint(names[-1]))
+        except BaseException:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+class Interruption(Callback):
+    """Lets Ctrl-C and SIGTERM finish the current step, and then stops the run with status "interrupted".
+
+    A second Ctrl-C stops at once, without saving.
+
+    Attributes:
+        signal: the number of the signal that stopped the run, or None.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.log_interval = config.log_interval
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Take over the signals; Lightning's own SIGTERM handler would stop without saving."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number and "GPTEXP_WORKER" not in os.environ:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
+        """Stop all ranks together, if any of them got a signal."""
+        noted = self.signal is not None
+        if trainer.world_size > 1:
+            if trainer.global_step % self.log_interval:
+                return
+            noted = trainer.strategy.reduce_boolean_decision(noted, all=False)
+        if noted and module.state.status == "running" and trainer.global_step < module.config.max_steps:
+            module.state.status = "interrupted"
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, module: GPTModule, stage: str) -> None:  # type: ignore[override]
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

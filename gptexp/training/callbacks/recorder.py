@@ -1,0 +1,173 @@
+"""Measures a run: training metrics, evaluations and samples, to metrics.csv and to the loggers."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from gptexp.config import Config
+from gptexp.data.datamodule import Batch
+from gptexp.runs import Metrics, Run
+from gptexp.training.module import GPTModule
+
+
+class Recorder(Callback):
+    """Writes a row of metrics at each `log_interval`, evaluation and at the end.
+
+    Evaluates at the start, every `eval_interval` steps and at the end, and stops the run when the loss or its
+    gradient is no longer finite, or when `early_stop_patience` evaluations brought no improvement.
+
+    Args:
+        run: where metrics.csv and samples.txt are.
+        config: the run's configuration.
+        val_batches: the validation batches, of the whole split if called with True.
+        sample: a text from the model as it is now; None samples none.
+        show_sample: takes the step and the text, on the first rank.
+        peak_flops: floating-point operations a second that the devices can reach together.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        val_batches: Callable[[bool], Iterable[Batch]],
+        sample: Callable[[GPTModule], str] | None,
+        show_sample: Callable[[int, str], None],
+        peak_flops: float,
+    ) -> None:
+        self.run, self.config, self.val_batches = run, config, val_batches
+        self.sample, self.show_sample, self.peak_flops = sample, show_sample, peak_flops
+        self.row: dict[str, float] = {}
+        self.text: str | None = None
+        self._step = -1
+        self._metrics: Metrics | None = None
+
+    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Open the files where the checkpoint left them; evaluate a new model."""
+        state, self._step = module.state, trainer.global_step
+        fresh = self._step == 0
+        if trainer.is_global_zero:
+            self._metrics = Metrics(self.run.metrics_path, None if fresh else state.metrics_size)
+            with self.run.samples_path.open("ab") as samples:
+                samples.truncate(0 if fresh else state.samples_size)
+        if fresh:
+            self._evaluate(trainer, module, step=0)
+            self._write(trainer, module, {"step": 0, "tokens": 0})
+        self._mark = time.perf_counter()
+        self._logged = state.tokens, state.seconds
+
+    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, _: Any, batch: Batch, i: int) -> None:  # type: ignore[override]
+        """After each optimizer step: record what is due."""
+        state, step, c = module.state, trainer.global_step, self.config
+        share = trainer.world_size * c.gradient_accumulation_steps
+        if step == self._step:  # between the micro-batches of a step
+            return
+        self._step, self.row, self.text = step, {}, None
+        state.tokens += round(batch.tokens * share)
+        last = step == c.max_steps
+        evaluate = last or step % c.eval_interval == 0
+        log = evaluate or step % c.log_interval == 0
+        # On a GPU every look at a number waits for the device, so there the check comes with the rows.
+        if (log or module.device.type == "cpu") and self._diverged(module):
+            state.status, log, evaluate = "diverged", True, False
+            trainer.should_stop = True
+        if not log:
+            self._tick(module)
+            return
+        row = self._train_row(trainer, module, step)
+        if evaluate:
+            self._evaluate(trainer, module, step)
+        self._write(trainer, module, row)
+        self._mark = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Close the file."""
+        if self._metrics:
+            self._metrics.close()
+
+    def _tick(self, module: GPTModule) -> None:
+        now = time.perf_counter()
+        module.state.seconds += now - self._mark
+        self._mark = now
+
+    def _diverged(self, module: GPTModule) -> bool:
+        # Every rank sees the same gradient norm, so all stop together. A loss scaler meets infinite gradients in
+        # the normal course of things.
+        scaled = self.config.hardware.precision == "16-mixed"
+        return not scaled and not math.isfinite(float(module.grad_norm))
+
+    def _train_row(self, trainer: Trainer, module: GPTModule, step: int) -> dict[str, float]:
+        state = module.state
+        loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="mean"))
+        grad_norm = float(module.grad_norm)
+        self._tick(module)  # after the numbers arrived from the device
+        tokens, seconds = state.tokens - self._logged[0], state.seconds - self._logged[1]
+        self._logged = state.tokens, state.seconds
+        if not math.isfinite(loss):
+            state.status = "diverged"
+            trainer.should_stop = True
+        rate = tokens / max(seconds, 1e-9)
+        return {
+            "step": step,
+            "tokens": state.tokens,
+            "train/loss": loss,
+            "learning_rate": module.learning_rate,
+            "grad_norm": grad_norm,
+            "seconds": state.seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * module.model.flops_per_token() / self.peak_flops,
+        }
+
+    def _evaluate(self, trainer: Trainer, module: GPTModule, step: int) -> None:
+        start, state, c = time.perf_counter(), module.state, self.config
+        if state.status == "diverged":
+            return
+        whole = c.eval_windows is None or step == c.max_steps
+        values = module.evaluate(self.val_batches(whole))
+        self._judge(trainer, module, values["loss"], step)
+        if not whole:
+            self.row["val/loss_windows"] = values["loss"]
+            if state.status == "stopped_early":
+                values, whole = module.evaluate(self.val_batches(True)), True
+        if whole:
+            self.row |= {f"val/{k}": v for k, v in values.items()}
+        if self.sample and state.status != "diverged":
+            self.text = self.sample(module)
+        state.eval_seconds += time.perf_counter() - start
+
+    def _judge(self, trainer: Trainer, module: GPTModule, loss: float, step: int) -> None:
+        state, patience = module.state, self.config.early_stop_patience
+        if not math.isfinite(loss):
+            state.status = "diverged"
+        elif loss < state.best_loss:
+            state.best_loss, state.best_step, state.since_best = loss, step, 0
+        else:
+            state.since_best += 1
+            if patience is not None and state.since_best >= patience and step < self.config.max_steps:
+                state.status = "stopped_early"
+        if state.status != "running":
+            trainer.should_stop = True
+
+    def _write(self, trainer: Trainer, module: GPTModule, row: dict[str, float]) -> None:
+        self.row = row | self.row
+        if not trainer.is_global_zero:
+            return
+        assert self._metrics is not None
+        self._metrics.append(self.row)
+        module.state.metrics_size = self._metrics.size()
+        if self.text is not None:
+            append_text(self.run.samples_path, f"--- step {row['step']:.0f} ---\n{self.text}\n\n")
+            module.state.samples_size = self.run.samples_path.stat().st_size
+            self.show_sample(int(row["step"]), self.text)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.row, step=int(row["step"]))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text to a file."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+

@@ -1,0 +1,315 @@
+"""Trains the model of a run directory, from its start or from its last checkpoint."""
+
+import logging
+import math
+import os
+import platform
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from gptexp.config import Config
+from gptexp.data.batches import split_corpus
+from gptexp.data.corpora import find_corpus
+from gptexp.data.datamodule import CharDataModule
+from gptexp.data.encoded import encode_corpus
+from gptexp.data.tokenizer import Tokenizer
+from gptexp.errors import UserError
+from gptexp.models.gpt import GPT
+from gptexp.runs import Run, read_metrics
+from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
+from gptexp.training.callbacks.progress import ProgressReport
+from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
+from gptexp.training.loggers import Samples, build_loggers, close_loggers
+from gptexp.training.module import GPTModule
+
+log = logging.getLogger("gptexp")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal, after saving.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+def fit(run: Run, group: str | None = None) -> float:
+    """Train the run to its end and write everything that it leaves behind.
+
+    Args:
+        run: a claimed run directory, new or stopped before its end.
+        group: the name of the sweep that it belongs to.
+
+    Returns:
+        the lowest validation loss, in nats a token; nan for a run that diverged before its first evaluation.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM; the run is saved and marked "interrupted".
+        UserError: for a mistake in the settings, the data or the checkpoint.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    with _quiet(), _status(run) if first else _nothing():
+        return _fit(run, run.config, group, first)
+
+
+def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
+    # Data and hardware first: mistakes there should come before anything is written.
+    encoded = encode_corpus(find_corpus(config.data), config.data)
+    train, val = split_corpus(encoded, config.data, config.model.block_size)
+    devices = device_count(config)
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    resuming = _checkpoint_to_resume(run, config)
+
+    model = GPT(_sized(config, encoded.tokenizer.vocab_size), config.seed)
+    module = GPTModule(model, config, val.chars_per_token)
+    if config.hardware.compile:
+        model.compile()
+    data = CharDataModule(
+        train,
+        val,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulate=config.gradient_accumulation_steps,
+        eval_batch_size=config.eval_batch_size,
+        eval_windows=config.eval_windows,
+    )
+    device = describe_device(config, devices)
+    name = config.name or run.path.name
+    if first:
+        run.update(status="running", device=device, versions=versions(), parameters=model.n_params)
+        log.info(
+            "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
+            run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
+        )  # fmt: skip
+    loggers = build_loggers(run, config, name, group) if first else []
+    samples = Samples(loggers)
+    recorder = Recorder(
+        run, config, data.val_dataloader, _sampler(config, encoded.tokenizer, encoded.documents), samples.add,
+        peak_flops(config, devices) if first else math.inf,
+    )  # fmt: skip
+    interruption = Interruption(config)
+    trainer = Trainer(
+        **trainer_arguments(config, devices),
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.gradient_accumulation_steps,
+        logger=loggers or False,
+        callbacks=[recorder, interruption, Checkpoints(run, config), ProgressReport(name, config, recorder, Console())],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+    succeeded = False
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
+        succeeded = module.state.status in ("running", "stopped_early")
+        if first:
+            _finish(run, config, module, trainer.global_step, encoded.documents)
+    finally:
+        if first:
+            close_loggers(loggers, succeeded)
+    if module.state.status == "interrupted":
+        raise Interrupted(interruption.signal or signal.SIGTERM)
+    return module.state.best_loss if math.isfinite(module.state.best_loss) else math.nan
+
+
+def _sized(config: Config, vocab_size: int) -> Any:
+    from dataclasses import replace
+
+    return replace(config.model, vocab_size=vocab_size)
+
+
+def _sampler(config: Config, tokenizer: Tokenizer, documents: bool) -> Callable[[GPTModule], str] | None:
+    """A function that samples a text: one long one, or ten documents."""
+    if not config.sample_tokens:
+        return None
+    opening = tokenizer.encode("\n").tolist() if documents or _knows(tokenizer, "\n") else [0]
+    prompts = [opening] * (10 if documents else 1)
+    stop = opening if documents else []
+
+    def sample(module: GPTModule) -> str:
+        with module.trainer.precision_plugin.forward_context():
+            rows = module.model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
+        if documents:
+            return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
+        return tokenizer.decode(rows[0])
+
+    return sample
+
+
+def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
+    try:
+        tokenizer.encode(symbol)
+    except UserError:
+        return False
+    return True
+
+
+def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """A checkpoint's content, mapped into memory; nothing in it is unpickled but tensors and plain values.
+
+    Raises:
+        UserError: when the file is missing, cut short, or not a checkpoint of this program.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}: there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):  # the directory of a zip file is at its end, so a cut file has none
+        raise UserError(f"{key}: {path} is not a checkpoint, or is cut short")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(checkpoint["gptexp"]["state"], dict) or "state_dict" not in checkpoint:
+            raise KeyError("gptexp")
+    except Exception as error:
+        raise UserError(f"{key}: {path} is not a checkpoint of gptexp ({type(error).__name__})") from error
+    return dict(checkpoint)
+
+
+def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
+    last, best = run.checkpoint("last"), run.checkpoint("best")
+    if not last.exists() and not best.exists() and run.info.get("status") != "interrupted":
+        return None  # new, or killed before its first checkpoint
+    if not last.exists() and run.info.get("status") != "interrupted":
+        return None  # killed after its first evaluation, before the first save of `last`
+    checkpoint = read_checkpoint(last, f"resume={run.path}")
+    if checkpoint["gptexp"]["config"] != config.fingerprint():
+        raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
+    return last
+
+
+def _finish(run: Run, config: Config, module: GPTModule, step: int, documents: bool) -> None:
+    """Write result.json, the picture and the final status."""
+    from gptexp.analysis.plots import plot_curves
+
+    state = module.state
+    status: Any = {"running": "done", "stopped_early": "done"}.get(state.status, state.status)
+    rows = read_metrics(run.metrics_path)
+    final = next((r for r in reversed(rows) if "val/loss" in r), {})
+    result = {
+        "status": status,
+        "stopped_early": state.status == "stopped_early",
+        "step": step,
+        "best_val_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "best_step": state.best_step,
+        "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
+        "parameters": module.model.n_params,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "eval_seconds": state.eval_seconds,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+    }
+    run.write_result(result)
+    for logger in module.trainer.loggers:
+        if hasattr(logger.experiment, "summary"):
+            logger.experiment.summary.update({"status": status, "parameters": module.model.n_params})
+    plot_curves(rows, run.path.name, run.curves_path)
+    run.finish(status)
+    match status:
+        case "interrupted":
+            log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
+        case "diverged":
+            kept = run.checkpoint("last").exists() or run.checkpoint("best").exists()
+            log.warning("diverged at step %d: the loss or its gradient is no longer finite%s", step,
+                        "; the checkpoints before it are kept" if kept else "")  # fmt: skip
+        case _:
+            log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
+                     state.best_loss, state.best_step, state.seconds, state.eval_seconds)  # fmt: skip
+            _show_sample(run)
+            prompt = "" if documents else ' prompt="The "'
+            log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
+
+
+def _show_sample(run: Run) -> None:
+    if run.samples_path.exists():
+        text = run.samples_path.read_text(encoding="utf-8", errors="replace")
+        last = text.rpartition("--- step ")[2].partition("---\n")[2].strip("\n")
+        if last:
+            log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in last.split("\n")))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "numpy": __import__("numpy").__version__,
+    }
+
+
+@contextmanager
+def _status(run: Run) -> Iterator[None]:
+    """Hold the run's lock and log file, and leave the right status behind whatever happens."""
+    with run.lock():
+        handler = logging.FileHandler(run.log_path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        logging.getLogger("lightning.pytorch").addHandler(handler)
+        try:
+            log.debug("started: %s", " ".join(sys.argv))
+            yield
+        except KeyboardInterrupt as stop:
+            if not isinstance(stop, Interrupted):
+                run.finish("interrupted")
+            raise
+        except BaseException as error:
+            log.debug("failed", exc_info=True)
+            _try_to_finish(run, error)
+            raise
+        finally:
+            log.removeHandler(handler)
+            logging.getLogger("lightning.pytorch").removeHandler(handler)
+            handler.close()
+
+
+def _try_to_finish(run: Run, error: BaseException) -> None:
+    try:
+        run.finish("failed", error=f"{type(error).__name__}: {error}")
+    except OSError:  # a full disk: the error itself is what the user must see
+        log.warning("%s: cannot write run.json", run.path)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send Lightning's remarks to train.log; they concern settings that the user never made."""
+    import warnings
+
+    logger = logging.getLogger("lightning.pytorch")
+    propagate, level = logger.propagate, logger.level
+    handlers = logger.handlers[:]
+    logger.propagate, logger.handlers = False, [logging.NullHandler()]
+    fabric = logging.getLogger("lightning.fabric")
+    fabric_handlers = fabric.handlers[:]
+    fabric.handlers, fabric.propagate = [logging.NullHandler()], False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="torch")
+        try:
+            yield
+        finally:
+            logger.propagate, logger.handlers, logger.level = propagate, handlers, level
+            fabric.handlers, fabric.propagate = fabric_handlers, True

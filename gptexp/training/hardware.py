@@ -1,0 +1,134 @@
+"""Turns the hardware settings into a Trainer's arguments, and says what the machine is."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch.nn import functional as F
+
+from gptexp.config import Config
+from gptexp.errors import UserError
+from gptexp.training.settings import HardwareConfig, check_batch
+
+
+def accelerator(config: HardwareConfig) -> str:
+    """"cpu", "cuda" or "mps": what the settings mean on this machine.
+
+    Raises:
+        UserError: when the machine lacks what is asked for.
+    """
+    found = [
+        name
+        for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        if there
+    ]
+    if config.accelerator == "auto":
+        return found[0] if found else "cpu"
+    wanted = {"gpu": ("cuda", "mps"), "mps": ("mps",), "cpu": ("cpu",)}[config.accelerator]
+    usable = [name for name in (*found, "cpu") if name in wanted]
+    if not usable:
+        have = " and ".join(["cpu", *found])
+        raise UserError(f"hardware.accelerator={config.accelerator}: this machine has none; allowed here: {have}")
+    return usable[0]
+
+
+def device_count(config: Config) -> int:
+    """Number of processes, one a device.
+
+    Raises:
+        UserError: when the machine has fewer devices, or the batch cannot be shared out among them.
+    """
+    hardware, kind = config.hardware, accelerator(config.hardware)
+    there = torch.cuda.device_count() if kind == "cuda" else None
+    if hardware.devices == "auto":
+        count = there or 1
+    else:
+        count = hardware.devices
+        if there is not None and count > there:
+            raise UserError(f"hardware.devices={count}: this machine has {there}")
+    problems = check_batch(config.batch_size, count, config.gradient_accumulation_steps)
+    if problems:
+        raise UserError(problems)
+    return count
+
+
+def precision(config: HardwareConfig) -> str:
+    """The precision that the settings mean on this machine, by Lightning's name."""
+    if config.precision != "auto":
+        return config.precision
+    if accelerator(config) != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
+    """The hardware part of `Trainer`'s arguments."""
+    hardware, kind = config.hardware, accelerator(config.hardware)
+    strategy: Any = "auto"
+    if devices > 1:
+        if hardware.strategy == "fsdp":
+            strategy = FSDPStrategy(state_dict_type="full", cpu_offload=False)
+        else:
+            # Norms share their statistics themselves, so no buffer needs to be sent around.
+            strategy = DDPStrategy(
+                process_group_backend="nccl" if kind == "cuda" else "gloo",
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+    return {
+        "accelerator": "gpu" if kind == "cuda" else kind,
+        "devices": devices,
+        "strategy": strategy,
+        "precision": precision(hardware),
+        "deterministic": hardware.deterministic if kind == "cuda" else False,
+        "plugins": [LightningEnvironment()],
+    }
+
+
+def peak_flops(config: Config, devices: int) -> float:
+    """Floating-point operations a second that all devices can reach together.
+
+    A GPU's figure is its data sheet's; elsewhere it is measured with a matrix product of 1024 x 1024 in float32.
+    """
+    kind = accelerator(config.hardware)
+    if kind == "cuda":
+        dtype = torch.bfloat16 if "bf16" in precision(config.hardware) else torch.float16
+        dtype = torch.float32 if "32" in precision(config.hardware) else dtype
+        known = get_available_flops(torch.device("cuda", 0), dtype)
+        if known:
+            return float(known) * devices
+    device = torch.device(kind)
+    a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        float(F.linear(a, b)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best * devices
+
+
+def describe_device(config: Config, devices: int) -> dict[str, Any]:
+    """What run.json says of the machine."""
+    kind = accelerator(config.hardware)
+    name = torch.cuda.get_device_name(0) if kind == "cuda" else _processor()
+    return {
+        "accelerator": kind,
+        "name": name,
+        "devices": devices,
+        "precision": precision(config.hardware),
+        "threads": config.hardware.threads or torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,136 @@
+"""The LightningModule: a model, its loss, its optimizer, and all that a checkpoint must hold."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from gptexp.config import Config
+from gptexp.data.batches import draw
+from gptexp.data.datamodule import Batch
+from gptexp.training.metrics import LanguageModelMetrics, summed_loss
+from gptexp.training.optimizers import build_optimizer
+from gptexp.training.schedules import learning_rate
+
+DROPOUT_STREAM = 2  # and on: the numbers before it belong to the data
+
+
+@dataclass
+class TrainState:
+    """What a run has done so far; travels in the checkpoint.
+
+    Attributes:
+        status: "running", until something else stops the run.
+        tokens: training targets seen, over all devices.
+        seconds: of training, without evaluation and checkpoints.
+        eval_seconds: of evaluation and sampling.
+        best_loss: lowest validation loss of an evaluation, in nats a token.
+        best_step: its step.
+        since_best: evaluations since then.
+        metrics_size: bytes of metrics.csv at the checkpoint.
+        samples_size: bytes of samples.txt at the checkpoint.
+    """
+
+    status: str = "running"
+    tokens: int = 0
+    seconds: float = 0.0
+    eval_seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    since_best: int = 0
+    metrics_size: int = 0
+    samples_size: int = 0
+
+
+class GPTModule(LightningModule):
+    """Trains a model that maps ids (N, L) to logits (N, L, V).
+
+    Args:
+        model: the network; called as model(ids, mask).
+        config: the run's configuration.
+        chars_per_token: of the validation split, for bits per character.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, chars_per_token: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.state = TrainState()
+        self.metrics = LanguageModelMetrics(chars_per_token)
+        self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
+        self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
+        self.grad_norm = torch.zeros(())  # before clipping
+        self.learning_rate = 0.0
+        self._micro_batch = 0
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (N, L, V) of ids (N, L)."""
+        logits: Tensor = self.model(ids, mask)
+        return logits
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout's random numbers, and the learning rate, are functions of the seed and the step alone."""
+        first = self._micro_batch % self.config.gradient_accumulation_steps == 0
+        self._micro_batch = 0 if first else self._micro_batch
+        stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
+        torch.manual_seed(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]))
+        if first:
+            c = self.config
+            self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
+            for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+                group["lr"] = self.learning_rate
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact."""
+        loss = summed_loss(self.model(batch.x, batch.mask), batch.y) / batch.tokens
+        share = loss.detach() / self.config.gradient_accumulation_steps
+        self.step_loss = share if self._micro_batch == 0 else self.step_loss + share
+        self._micro_batch += 1
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Measure the gradient's norm and scale it down to `grad_clip`."""
+        limit = self.config.grad_clip or math.inf
+        wrapped = self.trainer.strategy.model
+        if hasattr(wrapped, "clip_grad_norm_"):  # a sharded model knows only its share of the norm by itself
+            self.grad_norm = wrapped.clip_grad_norm_(limit)
+        elif limit == math.inf:
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        else:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
+        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch of the validation split to the metrics."""
+        self.metrics.update(self.model(batch.x), batch.y)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss and its relatives, for a Trainer that validates by itself."""
+        self.log_dict({f"val/{k}": v for k, v in self.metrics.compute().items()})
+        self.metrics.reset()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss, perplexity, accuracy and bpc over batches, in evaluation mode, summed over all ranks."""
+        was_training = self.training
+        self.eval()
+        self.metrics.reset()
+        for i, batch in enumerate(batches):
+            with self.trainer.precision_plugin.forward_context():
+                self.validation_step(self.trainer.strategy.batch_to_device(batch), i)
+        self.train(was_training)
+        return self.metrics.compute()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the run's progress and identity."""
+        checkpoint["gptexp"] = {"state": asdict(self.state), "config": self.config.fingerprint()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the run's progress."""
+        self.state = TrainState(**checkpoint["gptexp"]["state"] | {"status": "running"})

@@ -1,0 +1,150 @@
+"""The settings of optimizers, schedules, hardware and loggers. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW, fused where the device has it; weight decay on matrices only (Loshchilov, Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
+    eps: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    """Stochastic gradient descent with momentum; weight decay on matrices only."""
+
+    name: Literal["sgd"] = "sgd"
+    learning_rate: Annotated[float, Gt(0)] = 0.1
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+
+
+@dataclass(frozen=True)
+class ConstantConfig:
+    """The learning rate stays at its peak after `warmup_steps`."""
+
+    name: Literal["constant"] = "constant"
+    warmup_steps: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True)
+class _Decaying:
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    decay_steps: Annotated[int, Ge(1)] | None = None
+    min_lr_ratio: Fraction = 0.1
+
+
+@dataclass(frozen=True)
+class LinearConfig(_Decaying):
+    """Falls in a line to `min_lr_ratio` of the peak at step `decay_steps` (None: `max_steps`)."""
+
+    name: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True)
+class CosineConfig(_Decaying):
+    """Falls in half a cosine to `min_lr_ratio` of the peak at step `decay_steps` (None: `max_steps`)."""
+
+    name: Literal["cosine"] = "cosine"
+
+
+@dataclass(frozen=True)
+class WSDConfig:
+    """Warm-up, stable, decay: falls in a line over the last `decay_fraction` of `max_steps` (Hu et al. 2024)."""
+
+    name: Literal["wsd"] = "wsd"
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.2
+    min_lr_ratio: Fraction = 0.0
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """Where a run computes, and how.
+
+    Attributes:
+        accelerator: "auto" takes a GPU if there is one.
+        devices: processes, one a device; "auto" is all GPUs, or one CPU process.
+        strategy: how several devices share the work.
+        precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
+        compile: compile the model with torch.compile.
+        threads: CPU threads of each process; None leaves torch's own choice.
+        deterministic: use only deterministic algorithms on a GPU.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: Annotated[int, Ge(1)] | Literal["auto"] = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
+    compile: bool = False
+    threads: Annotated[int, Ge(1)] | None = None
+    deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases. mode "auto" is online where an API key is configured and offline elsewhere."""
+
+    name: Literal["wandb"] = "wandb"
+    project: str = "gptexp"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+    group: str | None = None
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorBoardConfig:
+    """TensorBoard event files in the run directory."""
+
+    name: Literal["tensorboard"] = "tensorboard"
+
+
+@dataclass(frozen=True)
+class NoLoggerConfig:
+    """metrics.csv alone, which every run has."""
+
+    name: Literal["none"] = "none"
+
+
+OptimizerConfig = AdamWConfig | SGDConfig
+ScheduleConfig = ConstantConfig | LinearConfig | CosineConfig | WSDConfig
+LoggerConfig = WandbConfig | TensorBoardConfig | NoLoggerConfig
+
+
+def check_hardware(config: HardwareConfig, batch_size: int, accumulation: int) -> list[str]:
+    """Problems of the hardware settings and of the batch that they share; one line a problem."""
+    problems = []
+    if config.accelerator == "mps" and config.devices not in (1, "auto"):
+        problems.append(f"hardware.devices={config.devices}: hardware.accelerator=mps has one device")
+    if config.strategy == "fsdp" and config.accelerator in ("cpu", "mps"):
+        problems.append(f"hardware.strategy=fsdp: needs GPUs, not hardware.accelerator={config.accelerator}")
+    if isinstance(config.devices, int):
+        if config.strategy == "auto" and config.devices > 1:
+            problems.append(f"hardware.devices={config.devices}: needs hardware.strategy=ddp or fsdp")
+        problems += check_batch(batch_size, config.devices, accumulation)
+    return problems
+
+
+def check_batch(batch_size: int, devices: int, accumulation: int) -> list[str]:
+    """A problem if the batch cannot be shared out evenly among devices and micro-batches."""
+    if batch_size % (devices * accumulation) == 0:
+        return []
+    return [
+        f"batch_size={batch_size}: must be a multiple of hardware.devices={devices} * "
+        f"gradient_accumulation_steps={accumulation} = {devices * accumulation}"
+    ]

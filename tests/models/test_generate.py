@@ -1,0 +1,180 @@
+"""Sampling: what is chosen, from what, and where it ends."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptexp.models.gpt import GPT, choose
+from gptexp.models.settings import NORMS
+
+V, BLOCK = 11, 8
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0, 1, 2, 3, 4, 5]]  # the last is longer than the block
+Lively = Callable[..., GPT]
+
+
+def greedy(model: GPT, prompt: list[int], n: int) -> list[int]:
+    """The likeliest continuation, one prompt and one token at a time."""
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids[-BLOCK:]]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_greedy_is_a_loop_of_argmax(lively: Lively, norm: str, position: str) -> None:
+    """Also past the block, where each step sees the last block_size tokens; and each row as if alone."""
+    model = lively(norm=norm, position=position, tie_weights=False)  # tied random weights repeat themselves
+    expected = [greedy(model, prompt, 15) for prompt in PROMPTS]
+    assert model.generate(PROMPTS, 15, temperature=0) == expected
+    assert [model.generate([prompt], 15, temperature=0)[0] for prompt in PROMPTS] == expected
+    if norm == "layernorm":
+        assert len({tuple(row) for row in expected}) == 3  # not one and the same text
+
+
+def test_only_the_last_block_of_a_prompt_is_seen(lively: Lively) -> None:
+    model, prompt = lively(), PROMPTS[2]
+    assert model.generate([prompt], 10) == model.generate([prompt[-BLOCK:]], 10)
+    assert model.generate([prompt], 10) == model.generate([[3, *prompt[-BLOCK:]]], 10)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"top_k": 1, "top_p": 0.5}])
+def test_narrow_sampling_is_greedy(lively: Lively, options: dict) -> None:
+    model = lively()
+    assert model.generate(PROMPTS, 12, **options) == model.generate(PROMPTS, 12, temperature=0)
+    assert model.generate(PROMPTS, 12) != model.generate(PROMPTS, 12, temperature=0)
+
+
+def test_a_sample_follows_its_seed_its_row_and_its_prompt(lively: Lively) -> None:
+    model = lively()
+    text = model.generate(PROMPTS, 20, seed=3)
+    torch.manual_seed(123)  # the global generator has no say
+    assert model.generate(PROMPTS, 20, seed=3) == text
+    assert model.generate(PROMPTS, 20, seed=4) != text
+    assert model.generate([[9, 9, 9, 9], PROMPTS[1], [0]], 20, seed=3)[1] == text[1]
+    assert model.generate([PROMPTS[0]], 20, seed=3)[0] == text[0]
+    assert model.generate(PROMPTS, 9, seed=3) == [row[:9] for row in text]
+    same = model.generate([[1], [1], [1]], 20)
+    assert same[0] != same[1] != same[2] != same[0]  # rows with one prompt are different samples
+
+
+def test_a_stop_sequence_ends_its_row_alone(lively: Lively) -> None:
+    model = lively()
+    text = model.generate(PROMPTS, 20)
+    stop = text[0][4:7]
+    places = [[end for end in range(3, 21) if row[end - 3 : end] == stop] for row in text]
+    assert places == [[7], [], []]  # the sequence is in the first row alone
+    assert model.generate(PROMPTS, 20, stop=stop) == [text[0][:7], *text[1:]]
+
+    steps = list(model.stream(PROMPTS, 20, stop=stop))
+    assert [tokens[0] is None for tokens in steps] == [i >= 7 for i in range(20)]
+    assert len(list(model.stream(PROMPTS[:1], 20, stop=stop))) == 7  # nothing is left to do
+
+
+def test_a_stop_sequence_is_looked_for_in_the_new_text_alone(lively: Lively) -> None:
+    model = lively()
+    prompt = [1, 2, 3]
+    text = model.generate([prompt], 10)[0]
+    assert model.generate([prompt], 10, stop=[3, text[0]])[0] == text
+    assert model.generate([prompt], 10, stop=[text[0]])[0] == text[:1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored(lively: Lively, training: bool) -> None:
+    model = lively(dropout=0.5, norm="batchnorm").train(training)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+
+    def modes() -> set[bool]:
+        return {m.training for m in model.modules()}
+
+    model.generate(PROMPTS, 3)
+    assert modes() == {training}
+    stream = model.stream(PROMPTS, 10)
+    next(stream)
+    assert torch.is_grad_enabled()  # the consumer between two steps is not in no_grad
+    stream.close()  # a consumer that stops early
+    assert modes() == {training}
+    for _ in model.stream(PROMPTS, 10):
+        break
+    assert modes() == {training}
+    with pytest.raises(IndexError):
+        model.generate([[1], [V]], 2)  # no such symbol
+    assert modes() == {training}
+    for name, b in model.named_buffers():
+        assert torch.equal(b, before[name])  # and batch norm has learned nothing
+
+
+def test_a_model_in_training_samples_as_in_evaluation(lively: Lively) -> None:
+    model = lively(dropout=0.5, norm="batchnorm")
+    assert model.train().generate(PROMPTS, 8, seed=1) == model.eval().generate(PROMPTS, 8, seed=1)
+
+
+def test_every_prompt_needs_a_token(lively: Lively) -> None:
+    for prompts in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match="at least one token"):
+            lively().generate(prompts, 3)
+    assert lively().generate([[1], [2]], 0) == [[], []]
+
+
+# --- choose ------------------------------------------------------------------------------------------------------
+
+PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.02, 0.18])  # in order: 1 (.4), 3 (.65), 5 (.83), 2 (.93), 0 (.98), 4
+DRAWS = 20_000
+
+
+def frequencies(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    chance = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0))
+    picks = choose((PROBS.log() + 3.0).expand(DRAWS, -1), chance, temperature, top_k, top_p)
+    return picks.bincount(minlength=6) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("options", "support"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 3}, [1, 3, 5]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.5}, [1, 3]),  # .4 does not reach .5, .65 does
+        ({"top_p": 0.7}, [1, 3, 5]),
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 2, "top_p": 0.9}, [1, 3]),
+        ({"top_k": 4, "top_p": 0.5}, [1, 3]),
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4, 5]),
+        ({"temperature": 2.0, "top_k": 3}, [1, 3, 5]),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_truncated_distribution(options: dict, support: list[int]) -> None:
+    expected = torch.zeros(6)
+    expected[support] = PROBS[support] ** (1 / options.get("temperature", 1.0))
+    expected /= expected.sum()
+    seen = frequencies(**options)
+    assert bool((seen[expected == 0] == 0).all())
+    kept = expected > 0
+    chi_squared = float((DRAWS * (seen - expected).square() / expected)[kept].sum())
+    assert chi_squared < 20.5  # the 0.999 quantile with five degrees of freedom
+
+
+def test_temperature_comes_before_top_p() -> None:
+    """At temperature 0.5 the first token alone has .16 / .2678 = .6 of the probability; at 1 it has .4."""
+    assert frequencies(temperature=0.5, top_p=0.55).nonzero().flatten().tolist() == [1]
+    assert frequencies(temperature=1.0, top_p=0.55).nonzero().flatten().tolist() == [1, 3]
+
+
+def test_extreme_chances_stay_within_the_support() -> None:
+    logits = PROBS.log().expand(2, -1)
+    for top_k, last in ((None, 4), (1, 1), (3, 5)):
+        below_one = torch.tensor([0.0, 1.0]).nextafter(torch.tensor(0.0))
+        assert choose(logits, below_one.clamp(min=0), 1.0, top_k, None).tolist() == [1, last]
+    certain = torch.tensor([[0.0, 200.0, 0.0]])  # the other probabilities are zero
+    assert choose(certain, torch.tensor([0.9999999]), 1.0, None, None).tolist() == [1]
+
+
+def test_rows_are_chosen_apart() -> None:
+    logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
+    assert choose(logits, torch.tensor([0.0, 0.0]), 1.0, None, None).tolist() == [1, 4]
+    assert choose(logits, torch.tensor([0.5, 0.0]), 1.0, None, None).tolist() == [3, 4]
+    assert choose(logits, torch.tensor([0.5, 0.5]), 0, None, None).tolist() == [1, 4]

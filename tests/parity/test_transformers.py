@@ -1,0 +1,161 @@
+"""The same weights in the published architectures, as transformers has them, give the same outputs.
+
+Every parameter is random, biases and norm weights too, so that nothing agrees by being zero or one; and all is in
+float64, where two right implementations agree to many more digits than two that differ in an epsilon.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
+
+from gptexp.models.gpt import GPT
+from gptexp.models.settings import GPTConfig, default_norms
+
+V, BLOCK, LAYERS, HEADS, C = 29, 16, 3, 4, 32
+SIZES = {"vocab_size": V, "block_size": BLOCK, "n_layer": LAYERS, "n_head": HEADS, "n_embd": C}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():  # a tied parameter comes once
+            p.normal_(float(p.ndim == 1) / 2, 0.2, generator=generator)  # vectors around 0.5, matrices around 0
+    return model.double().eval()
+
+
+def loaded(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """Our model with these weights; every one of its parameters must be among them, and nothing else."""
+    model = GPT(config).double().eval()
+    model.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, strict=True)
+    return model
+
+
+def blocks_of_gpt(blocks: nn.ModuleList) -> dict[str, Tensor]:
+    """The blocks of GPT and GPT-2. Their linear layers are Conv1D, whose weight is (in, out): ours transposed."""
+    weights = {}
+    for i, theirs in enumerate(blocks):
+        for ours, part in {"norm1": theirs.ln_1, "norm2": theirs.ln_2}.items():
+            weights |= {f"blocks.{i}.{ours}.weight": part.weight, f"blocks.{i}.{ours}.bias": part.bias}
+        linear = {"attn.qkv": theirs.attn.c_attn, "attn.proj": theirs.attn.c_proj,
+                  "mlp.fc": theirs.mlp.c_fc, "mlp.proj": theirs.mlp.c_proj}  # fmt: skip
+        for ours, part in linear.items():
+            weights |= {f"blocks.{i}.{ours}.weight": part.weight.T, f"blocks.{i}.{ours}.bias": part.bias}
+    return weights
+
+
+def gpt2() -> tuple[GPT, nn.Module, nn.Module]:
+    """Ours, theirs, and their token embedding. GPT-2 is pre-norm, its gelu is the tanh form ("gelu_new")."""
+    config = GPT2Config(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C,
+                        bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    theirs = randomised(GPT2LMHeadModel(config))
+    body = theirs.transformer
+    weights = {"wte.weight": body.wte.weight, "wpe.weight": body.wpe.weight, "head.weight": body.wte.weight,
+               "norm_f.weight": body.ln_f.weight, "norm_f.bias": body.ln_f.bias}  # fmt: skip
+    ours = loaded(GPTConfig(**SIZES, bias=True, activation="gelu_tanh"), weights | blocks_of_gpt(body.h))
+    return ours, theirs, body.wte
+
+
+def gpt1() -> tuple[GPT, nn.Module, nn.Module]:
+    """The first GPT is post-norm, without a final norm. What its configuration calls "gelu" is the tanh form, too."""
+    config = OpenAIGPTConfig(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C, afn="gelu")
+    theirs = randomised(OpenAIGPTLMHeadModel(config))
+    body = theirs.transformer
+    weights = {"wte.weight": body.tokens_embed.weight, "wpe.weight": body.positions_embed.weight,
+               "head.weight": body.tokens_embed.weight}  # fmt: skip
+    config = GPTConfig(**SIZES, bias=True, activation="gelu_tanh", placement="post")
+    return loaded(config, weights | blocks_of_gpt(body.h)), theirs, body.tokens_embed
+
+
+def llama() -> tuple[GPT, nn.Module, nn.Module]:
+    """Llama: RMSNorm, rotary positions, a gated feed-forward layer, no bias, and a head of its own."""
+    norms = default_norms()
+    ours = GPTConfig(**SIZES, norm="rmsnorm", norms=norms, activation="swiglu", position="rope", tie_weights=False)
+    config = LlamaConfig(vocab_size=V, max_position_embeddings=BLOCK, num_hidden_layers=LAYERS, hidden_size=C,
+                         num_attention_heads=HEADS, intermediate_size=88,  # 8/3 of 32, rounded up to a multiple of 8
+                         rms_norm_eps=norms["rmsnorm"]["eps"], tie_word_embeddings=False,
+                         bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    theirs = randomised(LlamaForCausalLM(config))
+    body = theirs.model
+    weights = {"wte.weight": body.embed_tokens.weight, "norm_f.weight": body.norm.weight,
+               "head.weight": theirs.lm_head.weight}  # fmt: skip
+    for i, layer in enumerate(body.layers):
+        a, m = layer.self_attn, layer.mlp
+        parts = {"norm1": layer.input_layernorm.weight, "norm2": layer.post_attention_layernorm.weight,
+                 "attn.qkv": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
+                 "attn.proj": a.o_proj.weight, "mlp.gate": m.gate_proj.weight, "mlp.fc": m.up_proj.weight,
+                 "mlp.proj": m.down_proj.weight}  # fmt: skip
+        weights |= {f"blocks.{i}.{name}.weight": w for name, w in parts.items()}
+    return loaded(ours, weights), theirs, body.embed_tokens
+
+
+# Llama's rotary table and norms are float32 in transformers, whatever the weights are.
+every_model = pytest.mark.parametrize(
+    ("build", "tolerance"), [(gpt2, 1e-10), (gpt1, 1e-10), (llama, 1e-5)], ids=["gpt2", "gpt1", "llama"]
+)
+Build = Callable[[], tuple[GPT, nn.Module, nn.Module]]
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(V, (3, BLOCK), generator=torch.Generator().manual_seed(1))
+
+
+@every_model
+def test_logits_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
+    ours, theirs, _ = build()
+    assert ours.n_params == sum(p.numel() for p in theirs.parameters())
+    for length in (1, 5, BLOCK):
+        with torch.no_grad():
+            mine, other = ours(ids[:, :length]), theirs(ids[:, :length]).logits
+        assert float(other.std()) > 0.5  # there is something to compare
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+@every_model
+def test_logits_are_equal_to_1e_4_in_float32(build: Build, tolerance: float, ids: Tensor) -> None:
+    ours, theirs, _ = build()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.float()(ids), theirs.float()(ids).logits, rtol=0, atol=1e-4)
+
+
+@every_model
+def test_gradients_of_the_loss_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
+    """With respect to the token embedding, which is the farthest from the loss (and, when tied, the nearest)."""
+    ours, theirs, embedding = build()
+    mine, other = (
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        for logits in (ours(ids[:, :-1]), theirs(ids[:, :-1]).logits)
+    )
+    torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+    mine.backward()
+    other.backward()
+    assert float(embedding.weight.grad.abs().max()) > 1e-3
+    torch.testing.assert_close(ours.wte.weight.grad, embedding.weight.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_greedy_text_is_that_of_transformers(build: Build, ids: Tensor) -> None:
+    ours, theirs, _ = build()
+    prompts = ids[:, :4]
+    text = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=12)
+    assert ours.generate(prompts.tolist(), 12, temperature=0) == text[:, 4:].tolist()
+    assert len(set(text[:, 4:].flatten().tolist())) > 3  # it does say something
