@@ -8,7 +8,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,6 +25,7 @@ from gptexp.training import settings as training
 from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
 
 Tree = dict[str, Any]
+_T = typing.TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Config:
         m = self.model
         return f"{m.norm}-{m.placement}-h{m.n_head}-s{self.seed}"
 
+    def sized(self, vocab_size: int) -> GPTConfig:
+        """The model's configuration for a tokenizer of `vocab_size` symbols."""
+        return replace(self.model, vocab_size=vocab_size)
+
     def tree(self) -> Tree:
         """The configuration as plain nested dictionaries, as it is stored with a run."""
         tree = asdict(self)
@@ -123,6 +128,12 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     if problems:
         raise UserError(problems)
     return Config(**values)
+
+
+def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -> _T | None:
+    """An instance of the settings dataclass cls, or None after adding a line to problems for each mistake."""
+    values = _read_fields(cls, "", tree, problems)
+    return None if values is None else cls(**values)
 
 
 def load_config(path: Path) -> Config:

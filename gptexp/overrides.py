@@ -95,10 +95,13 @@ def requested(arguments: Sequence[str]) -> Tree:
     """The settings that a command line asks for: those it names, and those that its group choices change."""
     overrides, _ = parse(arguments)
     lines = [o.input_line or "" for o in overrides if not o.key_or_group.startswith("hydra")]
+    running = GlobalHydra.instance().hydra  # there can be one at a time, and a job runs inside one
+    GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
         default = flatten(plain(compose("config")))
         composed = flatten(plain(compose("config", lines)))
         named = {o.key_or_group for o in overrides if not _is_group(o.key_or_group)}
+    GlobalHydra.instance().hydra = running
     return {k: v for k, v in composed.items() if k in named or k not in default or default[k] != v}
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,10 @@ def main() -> None:
             sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}")
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
         hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
+        if len(_failures) > 1:
+            raise RunFailed(f"{len(_failures)} jobs failed")
+        if _failures:
+            raise _failures[0]
 
 
 def job(tree: "DictConfig") -> float:
@@ -73,14 +77,22 @@ def job(tree: "DictConfig") -> float:
             return resume(config, list(hydra.overrides.task))
         if sweep is not None:
             return train(config, sweep, job_name(config, hydra.job.override_dirname), sweep.name)
-        if hydra.run.dir != ".":  # the user named the directory
+        if hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
+            with suppress(OSError):
+                Path(hydra.run.dir).rmdir()
             return train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         return train(config, Path(config.output_dir) / "runs", f"{stamp}_{config.name or config.variant}")
     except Exception as error:
-        if sweep is not None:  # the other jobs go on; the sweep's exit status tells
+        if not hydra.launcher._target_.endswith("BasicLauncher"):
+            raise  # the job runs elsewhere, and only an exception tells the launcher of its failure
+        if sweep is not None:
             log.error("job %s failed: %s", hydra.job.num, error)
-        raise
+        _failures.append(error)
+        return float("nan")
+
+
+_failures: list[Exception] = []  # of this process's jobs: one that fails does not stop those after it
 
 
 def train(config: "Config", folder: Path, name: str, group: str | None = None) -> float:

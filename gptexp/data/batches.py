@@ -123,7 +123,7 @@ class Windows:
     def _pairs(self, starts: Indices) -> tuple[Indices, Indices]:
         at = starts[:, None] + np.arange(self.width + 1)  # (rows, L + 1)
         window = np.take(self._ids, at, mode="clip").astype(np.int64)
-        return np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
+        return window[:, :-1].copy(), window[:, 1:].copy()  # copies, as padding one must not touch the other
 
 
 class Documents:

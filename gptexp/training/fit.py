@@ -6,7 +6,6 @@ import os
 import platform
 import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from gptexp.runs import Run, read_metrics
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
 from gptexp.training.loggers import Samples, build_loggers, close_loggers
 from gptexp.training.module import GPTModule
@@ -76,7 +76,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
         torch.set_num_threads(config.hardware.threads)
     resuming = _checkpoint_to_resume(run, config)
 
-    model = GPT(_sized(config, encoded.tokenizer.vocab_size), config.seed)
+    model = GPT(config.sized(encoded.tokenizer.vocab_size), config.seed)
     module = GPTModule(model, config, val.chars_per_token)
     if config.hardware.compile:
         model.compile()
@@ -133,12 +133,6 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
     return module.state.best_loss if math.isfinite(module.state.best_loss) else math.nan
 
 
-def _sized(config: Config, vocab_size: int) -> Any:
-    from dataclasses import replace
-
-    return replace(config.model, vocab_size=vocab_size)
-
-
 def _sampler(config: Config, tokenizer: Tokenizer, documents: bool) -> Callable[[GPTModule], str] | None:
     """A function that samples a text: one long one, or ten documents."""
     if not config.sample_tokens:
@@ -163,25 +157,6 @@ def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint's content, mapped into memory; nothing in it is unpickled but tensors and plain values.
-
-    Raises:
-        UserError: when the file is missing, cut short, or not a checkpoint of this program.
-    """
-    if not path.is_file():
-        raise UserError(f"{key}: there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):  # the directory of a zip file is at its end, so a cut file has none
-        raise UserError(f"{key}: {path} is not a checkpoint, or is cut short")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(checkpoint["gptexp"]["state"], dict) or "state_dict" not in checkpoint:
-            raise KeyError("gptexp")
-    except Exception as error:
-        raise UserError(f"{key}: {path} is not a checkpoint of gptexp ({type(error).__name__})") from error
-    return dict(checkpoint)
 
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:

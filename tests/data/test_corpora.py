@@ -140,19 +140,18 @@ def test_data_folder_comes_before_the_network(server, names_at, cache, tmp_path,
     assert not cache.exists()
 
 
-def test_damaged_files_are_passed_over_and_the_cached_one_replaced(
-    server, names_at, cache, tmp_path, monkeypatch, caplog
-):
+def test_damaged_files_are_passed_over_and_the_cached_one_replaced(server, names_at, cache, monkeypatch, caplog):
+    given = cache.parent
     server.pages["/names"] = (200, TEXT)
     names_at(f"{server.url}/names")
     cache.mkdir()
-    for folder in (cache, tmp_path):
+    for folder in (cache, given):
         (folder / "names.txt").write_bytes(TEXT + b"\n")
-    monkeypatch.setenv("GPTEXP_DATA", str(tmp_path))
+    monkeypatch.setenv("GPTEXP_DATA", str(given))
     assert find_corpus(NAMES).path == cache / "names.txt"
     assert (cache / "names.txt").read_bytes() == TEXT
     messages = [record.getMessage() for record in caplog.records]
-    assert [message.split(":")[0] for message in messages] == [str(f / "names.txt") for f in (cache, tmp_path)]
+    assert [message.split(":")[0] for message in messages] == [str(f / "names.txt") for f in (cache, given)]
     assert all("wrong SHA-256" in message and "\n" not in message for message in messages)
 
 

@@ -147,12 +147,18 @@ def test_file_that_changes_meanwhile(tmp_path):
     path.write_text("abd")
     with pytest.raises(UserError, match="changed while it was being read"):
         encode_corpus(corpus, config)
+    path.write_text("ab中", encoding="utf-8")  # after the vocabulary is known: far outside its table
+    with (
+        mock.patch.object(module, "_vocabulary", return_value="abc"),
+        pytest.raises(UserError, match="changed while it was being read"),
+    ):
+        encode_corpus(corpus, config)
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("GPTEXP_CACHE", str(tmp_path / "a file" / "cache"))
-    with pytest.raises(UserError, match="^GPTEXP_CACHE=.*: cannot be written"):
+    with pytest.raises(UserError, match=r"^GPTEXP_CACHE=.*: cannot be written"):
         encode("hello", tmp_path)
 
 

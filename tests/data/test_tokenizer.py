@@ -95,5 +95,5 @@ def test_ids_outside_the_vocabulary(tokenizer):
     ],
 )
 def test_garbage_is_refused(data):
-    with pytest.raises(UserError, match="^tokenizer="):
+    with pytest.raises(UserError, match=r"^tokenizer="):
         tokenizer_from_dict(data)

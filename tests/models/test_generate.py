@@ -78,7 +78,7 @@ def test_a_stop_sequence_is_looked_for_in_the_new_text_alone(lively: Lively) -> 
     model = lively()
     prompt = [1, 2, 3]
     text = model.generate([prompt], 10)[0]
-    assert model.generate([prompt], 10, stop=[3, text[0]])[0] == text
+    assert model.generate([prompt], 10, stop=[2, 3, text[0]])[0] == text
     assert model.generate([prompt], 10, stop=[text[0]])[0] == text[:1]
 
 
@@ -171,6 +171,11 @@ def test_extreme_chances_stay_within_the_support() -> None:
         assert choose(logits, below_one.clamp(min=0), 1.0, top_k, None).tolist() == [1, last]
     certain = torch.tensor([[0.0, 200.0, 0.0]])  # the other probabilities are zero
     assert choose(certain, torch.tensor([0.9999999]), 1.0, None, None).tolist() == [1]
+
+
+def test_each_token_owns_the_chances_from_its_lower_bound_to_below_its_upper_one() -> None:
+    bounds = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert choose(torch.zeros(4, 4), bounds, 1.0, None, None).tolist() == [0, 1, 2, 3]
 
 
 def test_rows_are_chosen_apart() -> None:

@@ -1,0 +1,187 @@
+"""Sample from a trained run: `python -m gptexp.sample run=DIR prompt="ROMEO:" num_samples=3`.
+
+settings (key=value):
+  run=DIR               the run directory
+  prompt=TEXT           the text to continue; may be given several times
+  prompt_file=FILE      read a prompt from a file, or from standard input with prompt_file=-
+  prompt_per_line=true  each line of prompt_file is a prompt of its own
+  num_samples=1         samples of each prompt
+  max_new_tokens=500    longest continuation, in tokens
+  temperature=0.8       0 always takes the likeliest token
+  top_k=null            sample among the k likeliest tokens
+  top_p=null            sample among the likeliest tokens whose probabilities reach p
+  stop=TEXT             end a sample at this text; documents end at their terminator by themselves
+  seed=1337             the same seed, prompt and settings give the same text
+  checkpoint=best       best or last
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from gptexp.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Settings of the command; see the module's text."""
+
+    run: str | None = None
+    prompt: str | None = None
+    prompt_file: str | None = None
+    prompt_per_line: bool = False
+    num_samples: Annotated[int, Ge(1)] = 1
+    max_new_tokens: Annotated[int, Ge(1)] = 500
+    temperature: Annotated[float, Ge(0)] = 0.8
+    top_k: Annotated[int, Ge(1)] | None = None
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    stop: str | None = None
+    seed: Annotated[int, Ge(0)] = 1337
+    checkpoint: Literal["best", "last"] = "best"
+
+
+def main() -> None:
+    """The command line."""
+    from gptexp.train import report_errors
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    with report_errors():
+        config, prompts = parse(sys.argv[1:])
+        sample(config, prompts)
+
+
+def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
+    """The settings and the prompts of a command line. What follows the first = is taken as it stands.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    from gptexp.config import nearest, read_settings
+
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    prompts: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            problems.append(f"{argument}: cannot be read as a setting; a setting is written key=value")
+        elif key == "prompt":
+            prompts.append(value)
+        elif key in values:
+            problems.append(f"{argument}: {key} is set twice")
+        else:
+            values[key] = None if value == "null" else value
+    config = read_settings(SampleConfig, values, problems)
+    if "run" not in values and not any(p.startswith("run") for p in problems):
+        hint = next((nearest(a, ["run"]) for a in arguments if "=" not in a), "")
+        problems.append(f"run: is missing; give the run directory as run=DIR{hint}")
+    if prompts and "prompt_file" in values:
+        problems.append(f"prompt_file={values['prompt_file']}: give prompt or prompt_file, not both")
+    if "prompt_per_line" in values and "prompt_file" not in values:
+        problems.append(f"prompt_per_line={values['prompt_per_line']}: has no effect without prompt_file")
+    if problems or config is None:
+        raise UserError(problems)
+    if config.prompt_file:
+        prompts = _read_prompts(config)
+    return config, prompts
+
+
+def _read_prompts(config: SampleConfig) -> list[str]:
+    try:
+        if config.prompt_file == "-":
+            text = sys.stdin.buffer.read().decode()
+        else:
+            with open(str(config.prompt_file), "rb") as file:
+                text = file.read().decode()
+    except OSError as error:
+        raise UserError(f"prompt_file={config.prompt_file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt_file={config.prompt_file}: is not UTF-8 (byte {error.start})") from error
+    return [line for line in text.split("\n") if line] if config.prompt_per_line else [text]
+
+
+def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
+    """Print samples; a single one is written to a terminal as it grows.
+
+    Raises:
+        UserError: for a mistake in the run, its checkpoint, a prompt or the stop text.
+    """
+    from gptexp.data.tokenizer import tokenizer_from_dict
+    from gptexp.runs import Run
+
+    run = Run.open(str(config.run))
+    info = run.info
+    tokenizer = tokenizer_from_dict(info.get("tokenizer"))
+    documents = bool(info.get("data", {}).get("documents"))
+    opening = tokenizer.encode("\n").tolist() if documents else []
+    texts = list(prompts) or ([""] if documents else ["\n"])
+    rows = [[*opening, *tokenizer.encode(text, what="prompt").tolist()] for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise UserError(f"prompt={text}: is empty; give at least one character")
+    stop = tokenizer.encode(config.stop, what="stop").tolist() if config.stop else opening
+    path = run.checkpoint(config.checkpoint)
+    if not path.exists():
+        raise UserError(f"run={config.run}: holds no checkpoint {path.name}; has it come to its first evaluation?")
+
+    model = load_model(run, config.checkpoint, tokenizer.vocab_size)
+    repeated = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(config.num_samples)]
+    live = len(repeated) == 1 and sys.stdout.isatty()
+    if live:
+        print(texts[0].lstrip("\n"), end="", flush=True)
+    new: list[list[int]] = [[] for _ in repeated]
+    stream = model.stream(
+        [row for _, row in repeated], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+        top_p=config.top_p, stop=stop, seed=config.seed,
+    )  # fmt: skip
+    shown = ""
+    for tokens in stream:
+        for row, token in zip(new, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+        if live:
+            # A character of several bytes is shown once it is complete.
+            text = tokenizer.decode(new[0]).rstrip("\ufffd")
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if live:
+        print()
+        return
+    for i, ((text, _), row) in enumerate(zip(repeated, new, strict=True)):
+        ended = bool(documents and stop and row[-len(stop) :] == stop)
+        body = text + tokenizer.decode(row[: -len(stop)] if ended else row)
+        if documents:
+            print(body)
+        else:
+            heading = f"--- sample {i + 1} of {len(new)} ---\n" if len(new) > 1 else ""
+            print(f"{heading}{body.lstrip(chr(10))}\n" if heading else body.lstrip("\n"))
+
+
+def load_model(run: Any, checkpoint: Literal["best", "last"], vocab_size: int) -> Any:
+    """The model of a run with a checkpoint's weights, on the CPU or a GPU if there is one, in evaluation mode.
+
+    Raises:
+        UserError: when the checkpoint is cut short, or is not this run's.
+    """
+    import torch
+
+    from gptexp.models.gpt import GPT
+    from gptexp.training.checkpoint import read_checkpoint
+
+    path = run.checkpoint(checkpoint)
+    weights = read_checkpoint(path, f"run={run.path}")["state_dict"]
+    model = GPT(run.config.sized(vocab_size))
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+    except RuntimeError as error:
+        raise UserError(f"run={run.path}: {path} holds the weights of another model") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+if __name__ == "__main__":
+    main()
