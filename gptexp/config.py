@@ -3,17 +3,16 @@
 A plain tree of settings goes in; a `Config` comes out, or one `UserError` that holds every problem found.
 """
 
-import difflib
 import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt, Predicate
+from annotated_types import Ge, Lt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,9 +22,7 @@ from gptexp.errors import UserError
 from gptexp.models.settings import NORMS, GPTConfig, check_gpt
 from gptexp.training import settings as training
 from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
-
-Tree = dict[str, Any]
-_T = typing.TypeVar("_T")
+from gptexp.validation import Tree, nearest, read_fields, show
 
 
 @dataclass(frozen=True)
@@ -122,18 +119,12 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     for section, classes in _SECTIONS.items():
         values[section] = _read_section(section, classes, tree.get(section, {}), problems)
     top = {k: v for k, v in tree.items() if k not in _SECTIONS}
-    values |= _read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
+    values |= read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
     if cross_check:
         problems += _cross_check(values)
     if problems:
         raise UserError(problems)
     return Config(**values)
-
-
-def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -> _T | None:
-    """An instance of the settings dataclass cls, or None after adding a line to problems for each mistake."""
-    values = _read_fields(cls, "", tree, problems)
-    return None if values is None else cls(**values)
 
 
 def load_config(path: Path) -> Config:
@@ -178,23 +169,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
     return flat
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """"; did you mean X?" for the nearest known spelling, or nothing when none is near."""
-    known = list(known)
-    matches = difflib.get_close_matches(word, known, 1, 0.6)
-    if not matches and "." not in word:  # a key without its group: n_head for model.n_head
-        matches = [k for k in known if k.rpartition(".")[2] == word][:1]
-    if not matches:
-        tails = {k.rpartition(".")[2]: k for k in known}
-        matches = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], tails, 1, 0.75)]
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def show(value: Any) -> str:
-    """A value as the user would type it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -214,34 +188,13 @@ def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: lis
                 f"{name}.name={show(choice)}: unknown{nearest(str(choice), by_name)} allowed: {', '.join(by_name)}")
             return None
         cls = by_name[choice]
-    read = _read_fields(cls, f"{name}.", tree, problems)
-    return None if read is None else cls(**read)
-
-
-def _read_fields(
-    cls: type, prefix: str, tree: Mapping[str, Any], problems: list[str], skip: typing.Collection[str] = ()
-) -> Tree | None:
-    """Validated keyword arguments of the dataclass cls, or None when a field has a problem."""
-    from pydantic import ConfigDict, TypeAdapter
-
-    hints = {k: h for k, h in typing.get_type_hints(cls, include_extras=True).items() if k not in skip}
-    before, read = len(problems), {}
-    for key, value in tree.items():
-        if key == "vocab_size" or key not in hints:
-            of = f" of {prefix}name={tree['name']}" if "name" in tree else ""
-            problems.append(f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}")
-        elif cls is GPTConfig and key == "norms":
-            read[key] = _read_norms(value, problems)
-        else:
-            try:
-                if isinstance(value, bool) and bool not in _flat_types(hints[key]):
-                    raise ValueError("pydantic would read true as the number 1")
-                adapter = TypeAdapter(hints[key], config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
-                read[key] = adapter.validate_python(value)
-            except ValueError:
-                hint = nearest(str(value), _choices(hints[key]))
-                problems.append(f"{prefix}{key}={show(value)}: must be {describe(hints[key])}{hint}")
-    return read if len(problems) == before else None
+    before = len(problems)
+    norms = {}
+    if cls is GPTConfig:  # the tokenizer says vocab_size; the norms' settings are dataclasses of their own
+        norms = {"norms": _read_norms(tree.get("norms", {}), problems)}
+        tree = {k: v for k, v in tree.items() if k != "norms"}
+    values = read_fields(cls, f"{name}.", tree, problems, skip={"vocab_size", "norms"})
+    return None if values is None or len(problems) > before else cls(**values, **norms)
 
 
 def _read_norms(table: Any, problems: list[str]) -> Tree:
@@ -257,7 +210,7 @@ def _read_norms(table: Any, problems: list[str]) -> Tree:
         if not isinstance(entry, Mapping):
             problems.append(f"model.norms.{name}={show(entry)}: must be a table of settings")
             continue
-        values = _read_fields(NORMS[name].settings, f"model.norms.{name}.", entry, problems)
+        values = read_fields(NORMS[name].settings, f"model.norms.{name}.", entry, problems)
         if values is not None:
             read[name] = asdict(NORMS[name].settings(**values))
     return read
@@ -281,56 +234,9 @@ def _cross_check(values: Tree) -> list[str]:
     return problems
 
 
-def describe(hint: Any) -> str:
-    """What a field allows, in words: "an integer of at least 1 or null"."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        if choices := _choices(hint):
-            return f"one of {', '.join(choices)}"
-        return " ".join([describe(args[0]), " and ".join(_bound(meta) for meta in args[1:])])
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
-    if origin is list:
-        return f"a list with each entry {describe(args[0])}"
-    if len(args) > 1:  # a union
-        return " or ".join("null" if a is type(None) else describe(a) for a in args)
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
-
-
-def _bound(meta: Any) -> str:
-    match meta:
-        case Ge():
-            return f"of at least {meta.ge}"
-        case Gt():
-            return f"greater than {meta.gt}"
-        case Le():
-            return f"of at most {meta.le}"
-        case Lt():
-            return f"less than {meta.lt}"
-    return ""
-
-
-def _choices(hint: Any) -> list[str]:
-    """The words that a field allows, where it allows only certain ones."""
-    if get_origin(hint) is Literal:
-        return [str(a) for a in get_args(hint)]
-    words = []
-    for arg in get_args(hint):
-        if isinstance(arg, Predicate):  # Predicate(REGISTRY.__contains__)
-            words += list(arg.func.__self__)  # type: ignore[attr-defined]
-        elif not is_dataclass(arg):
-            words += _choices(arg)
-    return words
-
-
-def _flat_types(hint: Any) -> set[Any]:
-    args = get_args(hint)
-    return {hint}.union(*(_flat_types(a) for a in args)) if args else {hint}
-
-
 def known_keys() -> list[str]:
     """Every settable key, dotted."""
-    keys = list(flatten(Config().tree())) + ["resume"]
+    keys = [*flatten(Config().tree()), "resume"]
     for section, classes in _SECTIONS.items():
         keys += [f"{section}.{f.name}" for cls in classes for f in fields(cls) if f.name != "vocab_size"]
     return sorted(set(keys))

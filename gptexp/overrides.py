@@ -14,9 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptexp.config import Tree, flatten, known_keys, nearest, plain, read_config, show
+from gptexp.config import flatten, known_keys, plain, read_config
 from gptexp.errors import UserError
 from gptexp.models.settings import NORMS, default_norms
+from gptexp.validation import Tree, nearest, show
 
 VERSION_BASE = "1.3"
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
-from gptexp.config import Config, flatten, load_config, show
+from gptexp.config import Config, flatten, load_config
 from gptexp.errors import UserError
+from gptexp.validation import show
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
 

@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.config import nearest, read_settings
+    from gptexp.validation import nearest, read_settings
 
     problems: list[str] = []
     values: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from gptexp.errors import UserError
 
@@ -52,10 +52,13 @@ def main() -> None:
             sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}")
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
         hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
-        if len(_failures) > 1:
-            raise RunFailed(f"{len(_failures)} jobs failed")
-        if _failures:
-            raise _failures[0]
+        if args.multirun and _jobs:
+            log.info("%s", summary(_jobs))
+        failures = [error for _, error in _jobs if isinstance(error, Exception)]
+        if len(failures) > 1:
+            raise RunFailed(f"{len(failures)} of {len(_jobs)} jobs failed")
+        if failures:
+            raise failures[0]
 
 
 def job(tree: "DictConfig") -> float:
@@ -71,28 +74,34 @@ def job(tree: "DictConfig") -> float:
 
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
+    name = str(hydra.job.get("num", 0))
     try:
         config = read_config(plain(tree))
-        if config.resume:
-            return resume(config, list(hydra.overrides.task))
+        name = job_name(config, hydra.job.override_dirname)
         if sweep is not None:
-            return train(config, sweep, job_name(config, hydra.job.override_dirname), sweep.name)
-        if hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
+            log.info("--- job %s: %s", hydra.job.num, name)
+        if config.resume:
+            loss = resume(config, list(hydra.overrides.task))
+        elif sweep is not None:
+            loss = train(config, sweep, name, sweep.name)
+        elif hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
             with suppress(OSError):
                 Path(hydra.run.dir).rmdir()
-            return train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        return train(config, Path(config.output_dir) / "runs", f"{stamp}_{config.name or config.variant}")
+            loss = train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
+        else:
+            loss = train(config, Path(config.output_dir) / "runs", stamped(config))
+        _jobs.append((name, loss))
+        return loss
     except Exception as error:
         if not hydra.launcher._target_.endswith("BasicLauncher"):
             raise  # the job runs elsewhere, and only an exception tells the launcher of its failure
         if sweep is not None:
-            log.error("job %s failed: %s", hydra.job.num, error)
-        _failures.append(error)
+            log.error("job %s failed: %s", name, error)
+        _jobs.append((name, error))
         return float("nan")
 
 
-_failures: list[Exception] = []  # of this process's jobs: one that fails does not stop those after it
+_jobs: list[tuple[str, float | Exception]] = []  # of this process: a job that fails does not stop those after it
 
 
 def train(config: "Config", folder: Path, name: str, group: str | None = None) -> float:
@@ -127,8 +136,8 @@ def train(config: "Config", folder: Path, name: str, group: str | None = None) -
             "data": encoded.fingerprint,
             "code": code_fingerprint(),
         },
-        "data": {"corpus": corpus.name, "requested": corpus.requested, "sha256": corpus.sha256,
-                 "tokens": len(encoded.ids), "documents": encoded.documents},
+        "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
+                 "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": sys.argv,
     }  # fmt: skip
@@ -145,8 +154,7 @@ def resume(config: "Config", overrides: list[str]) -> float:
         found = unfinished(folder, config.fingerprint())
         if found is None:
             log.info("resume=auto: no unfinished run of this configuration in %s; starting a new one", folder)
-            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            return train(config, folder / "runs", f"{stamp}_{config.name or config.variant}")
+            return train(config, folder / "runs", stamped(config))
         run = found
     else:
         run = Run.open(str(config.resume), key="resume")
@@ -183,10 +191,26 @@ def start(run: "Run", group: str | None) -> float:
     return float("nan") if result["best_val_loss"] is None else float(result["best_val_loss"])
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    """Prints to standard output, whichever object that is at the moment: a progress bar takes it over."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A terminal that is gone, or a closed pipe, must not end a run."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def report_errors(silent: bool = False) -> Iterator[None]:
     """Turn errors into lines on standard error and an exit status: 2 for a user's mistake, 1 for a fault."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Console()
     handler.setLevel(logging.CRITICAL if silent else logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
@@ -206,6 +230,19 @@ def report_errors(silent: bool = False) -> Iterator[None]:
         if not silent:
             print(f"error: {str(error) or type(error).__name__}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
+
+
+def stamped(config: "Config") -> str:
+    """A single run's directory: the time and the name."""
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name or config.variant}"
+
+
+def summary(jobs: list[tuple[str, "float | Exception"]]) -> str:
+    """The jobs of a multirun with their lowest validation loss, best first, failed ones last."""
+    losses = sorted((loss if loss == loss else float("inf"), name) for name, loss in jobs if isinstance(loss, float))
+    lines = [f"  {loss:8.4f}  {name}" if loss < float("inf") else f"  diverged  {name}" for loss, name in losses]
+    lines += [f"    failed  {name}" for name, loss in jobs if not isinstance(loss, float)]
+    return "\n".join([f"--- {len(jobs)} jobs, best val/loss first", *lines])
 
 
 def job_name(config: "Config", swept: str) -> str:

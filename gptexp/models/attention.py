@@ -48,6 +48,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C); rope holds cosines and sines, (L, D) each."""
         N, L, C = x.shape
         qkv = self.qkv(x).view(N, L, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (N, H, L, D)

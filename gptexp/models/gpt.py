@@ -47,6 +47,7 @@ class FeedForward(nn.Module):
         self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         h = self.act(self.fc(x)) if self.gate is None else self.act(self.gate(x)) * self.fc(x)  # (N, L, 4C)
         return F.dropout(self.proj(h), self.dropout, self.training)
 
@@ -64,11 +65,14 @@ class Block(nn.Module):
         self.norm2, self.mlp = build_norm(config), FeedForward(config)
 
     def forward(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         if self.post:
             x = self.norm1(x + self.attn(x, rope), mask)
-            return self.norm2(x + self.mlp(x), mask)
-        x = x + self.attn(self.norm1(x, mask), rope)
-        return x + self.mlp(self.norm2(x, mask))
+            x = self.norm2(x + self.mlp(x), mask)
+        else:
+            x = x + self.attn(self.norm1(x, mask), rope)
+            x = x + self.mlp(self.norm2(x, mask))
+        return x
 
 
 class GPT(nn.Module):
@@ -84,13 +88,12 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
-        tables: dict[str, tuple[Tensor, ...]] = {
-            "rope": rope_table(config.block_size, config.head_dim) if config.position == "rope" else (),
-            "sinusoidal": (sinusoidal_table(config.block_size, config.n_embd),) if config.position == "sinusoidal" else (),
-        }
-        for name, parts in tables.items():
-            for i, part in enumerate(parts):
-                self.register_buffer(f"{name}{i}", part, persistent=False)
+        if config.position == "rope":
+            tables = rope_table(config.block_size, config.head_dim)
+            for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
+                self.register_buffer(name, table, persistent=False)
+        elif config.position == "sinusoidal":
+            self.register_buffer("sinusoidal", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = build_norm(config) if config.placement == "pre" else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias and not config.tie_weights)
@@ -130,9 +133,9 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe.weight[:L]
         elif self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal0")[:L]
+            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[:L]
         elif self.config.position == "rope":
-            rope = self.get_buffer("rope0")[:L], self.get_buffer("rope1")[:L]
+            rope = self.get_buffer("rope_cos")[:L], self.get_buffer("rope_sin")[:L]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rope)

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from gptexp.models.settings import BatchNormSettings, GPTConfig, LayerNormSettings, NoSettings, RMSNormSettings
+from gptexp.models.settings import (
+    NORMS,
+    BatchNormSettings,
+    GPTConfig,
+    LayerNormSettings,
+    NoSettings,
+    RMSNormSettings,
+)
 
 
 class Identity(nn.Module):
@@ -22,6 +28,7 @@ class Identity(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         return x
 
 
@@ -38,6 +45,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -54,6 +62,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         wide = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(wide, self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
@@ -88,6 +97,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(shape))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
         N, L, C = x.shape
         # With per-position statistics, a sequence shorter than block_size uses the first L rows (views, so that
         # updates in place reach the buffers).
@@ -131,15 +141,29 @@ class BatchNorm(nn.Module):
         return f"batchnorm has no variance over fewer than two {over}: use a larger batch_size"
 
 
+class _AllReduce(torch.autograd.Function):
+    """Sum over all ranks; each rank's result depends on every rank's input, so gradients are summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _sum_over_ranks(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        summed: Tensor = all_reduce(x)  # its backward pass sums the gradients over the ranks, too
-        return summed
+        total: Tensor = _AllReduce.apply(x)
+        return total
     return x
 
 
 def build_norm(config: GPTConfig) -> Any:
     """A new layer of the norm that `config.norm` names."""
-    from gptexp.models.settings import NORMS
-
     return NORMS[config.norm].load()(config.norm_settings, config)

@@ -13,16 +13,22 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 @dataclass(frozen=True)
 class LayerNormSettings:
+    """eps is added to the variance."""
+
     eps: Annotated[float, Gt(0)] = 1e-5
 
 
 @dataclass(frozen=True)
 class RMSNormSettings:
+    """eps is added to the mean square."""
+
     eps: Annotated[float, Gt(0)] = 1e-6
 
 
 @dataclass(frozen=True)
 class BatchNormSettings:
+    """eps is added to the variance; momentum moves the running averages; stats is what statistics run over."""
+
     eps: Annotated[float, Gt(0)] = 1e-5
     momentum: Annotated[float, Gt(0), Le(1)] = 0.1
     stats: list[Literal["batch", "time"]] = field(default_factory=lambda: ["batch", "time"])
@@ -30,7 +36,7 @@ class BatchNormSettings:
 
 @dataclass(frozen=True)
 class NoSettings:
-    pass
+    """A norm without settings."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Norm:
     settings: type
 
     def load(self) -> Any:
+        """The norm's class."""
         module, name = self.target.split(":")
         return getattr(import_module(module), name)
 
@@ -99,10 +106,12 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one head, D."""
         return self.n_embd // self.n_head
 
     @property
     def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property

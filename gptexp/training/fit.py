@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gptexp.config import Config
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.datamodule import CharDataModule
-from gptexp.data.encoded import encode_corpus
+from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import UserError
 from gptexp.models.gpt import GPT
@@ -30,7 +31,7 @@ from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
-from gptexp.training.loggers import Samples, build_loggers, close_loggers
+from gptexp.training.loggers import Samples, build_loggers, close_loggers, summarise
 from gptexp.training.module import GPTModule
 
 log = logging.getLogger("gptexp")
@@ -68,8 +69,7 @@ def fit(run: Run, group: str | None = None) -> float:
 
 
 def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
-    # Data and hardware first: mistakes there should come before anything is written.
-    encoded = encode_corpus(find_corpus(config.data), config.data)
+    encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)
     if config.hardware.threads:
@@ -100,9 +100,14 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
     loggers = build_loggers(run, config, name, group) if first else []
     samples = Samples(loggers)
     recorder = Recorder(
-        run, config, data.val_dataloader, _sampler(config, encoded.tokenizer, encoded.documents), samples.add,
-        peak_flops(config, devices) if first else math.inf,
-    )  # fmt: skip
+        run,
+        config,
+        val_batches=data.val_dataloader,
+        sample=_sampler(model, config, encoded.tokenizer, encoded.documents),
+        show_sample=samples.add,
+        flops_per_token=model.flops_per_token(),
+        peak_flops=peak_flops(config, devices) if first else math.inf,
+    )
     interruption = Interruption(config)
     trainer = Trainer(
         **trainer_arguments(config, devices),
@@ -124,7 +129,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
         trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
         succeeded = module.state.status in ("running", "stopped_early")
         if first:
-            _finish(run, config, module, trainer.global_step, encoded.documents)
+            _finish(run, module, trainer.global_step, model.n_params, encoded.documents)
     finally:
         if first:
             close_loggers(loggers, succeeded)
@@ -133,7 +138,25 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
     return module.state.best_loss if math.isfinite(module.state.best_loss) else math.nan
 
 
-def _sampler(config: Config, tokenizer: Tokenizer, documents: bool) -> Callable[[GPTModule], str] | None:
+def load_data(run: Run, config: Config) -> Encoded:
+    """The corpus that the run was begun with, which may be the fallback of the one that it asked for.
+
+    Raises:
+        UserError: when that corpus is gone or has changed.
+    """
+    known = run.info["data"]
+    settings = replace(config.data, name=known["corpus"], documents=known["documents"], offline_fallback=None)
+    if settings.name == "file":
+        settings = replace(settings, path=known["path"])
+    encoded = encode_corpus(find_corpus(settings), settings)
+    if encoded.fingerprint != run.info["fingerprints"]["data"]:
+        raise UserError(f"resume={run.path}: {known['path']} has changed since the run began")
+    return encoded
+
+
+def _sampler(
+    model: GPT, config: Config, tokenizer: Tokenizer, documents: bool
+) -> Callable[[GPTModule], str] | None:
     """A function that samples a text: one long one, or ten documents."""
     if not config.sample_tokens:
         return None
@@ -143,7 +166,7 @@ def _sampler(config: Config, tokenizer: Tokenizer, documents: bool) -> Callable[
 
     def sample(module: GPTModule) -> str:
         with module.trainer.precision_plugin.forward_context():
-            rows = module.model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
+            rows = model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
         if documents:
             return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
         return tokenizer.decode(rows[0])
@@ -171,7 +194,7 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     return last
 
 
-def _finish(run: Run, config: Config, module: GPTModule, step: int, documents: bool) -> None:
+def _finish(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> None:
     """Write result.json, the picture and the final status."""
     from gptexp.analysis.plots import plot_curves
 
@@ -186,16 +209,14 @@ def _finish(run: Run, config: Config, module: GPTModule, step: int, documents: b
         "best_val_loss": state.best_loss if math.isfinite(state.best_loss) else None,
         "best_step": state.best_step,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
-        "parameters": module.model.n_params,
+        "parameters": n_params,
         "tokens": state.tokens,
         "seconds": state.seconds,
         "eval_seconds": state.eval_seconds,
         "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
     }
     run.write_result(result)
-    for logger in module.trainer.loggers:
-        if hasattr(logger.experiment, "summary"):
-            logger.experiment.summary.update({"status": status, "parameters": module.model.n_params})
+    summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
     plot_curves(rows, run.path.name, run.curves_path)
     run.finish(status)
     match status:

@@ -42,6 +42,13 @@ def close_loggers(loggers: list[Logger], succeeded: bool) -> None:
         wandb.finish(exit_code=0 if succeeded else 1)
 
 
+def summarise(loggers: list[Logger], values: dict[str, Any]) -> None:
+    """Add values to the summary of the W&B run."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(values)
+
+
 class Samples:
     """The sampled texts as one W&B table that grows through the run."""
 

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from gptexp.data.batches import IGNORED
 
+
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood in nats, summed over all targets that are not padding.
 

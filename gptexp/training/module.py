@@ -94,8 +94,8 @@ class GPTModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Measure the gradient's norm and scale it down to `grad_clip`."""
         limit = self.config.grad_clip or math.inf
-        wrapped = self.trainer.strategy.model
-        if hasattr(wrapped, "clip_grad_norm_"):  # a sharded model knows only its share of the norm by itself
+        wrapped: Any = self.trainer.strategy.model
+        if hasattr(wrapped, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
             self.grad_norm = wrapped.clip_grad_norm_(limit)
         elif limit == math.inf:
             self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])

@@ -1,5 +1,7 @@
 """The norms that work within one position: layernorm, rmsnorm and none. Batch norm has a file of its own."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,15 @@ def test_settings_reach_the_layer(name: str) -> None:
             assert changed.running_mean.shape != default.running_mean.shape
         else:
             assert getattr(changed, field) == 0.25 != getattr(default, field)
+
+
+def test_default_settings_are_the_published_ones() -> None:
+    assert {name: asdict(norm.settings()) for name, norm in NORMS.items()} == {
+        "layernorm": {"eps": 1e-5},
+        "rmsnorm": {"eps": 1e-6},
+        "batchnorm": {"eps": 1e-5, "momentum": 0.1, "stats": ["batch", "time"]},
+        "none": {},
+    }
 
 
 finite = st.floats(-10.0, 10.0, allow_subnormal=False)

@@ -1,5 +1,6 @@
 """A progress bar in a terminal; plain lines elsewhere."""
 
+import logging
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gptexp.config import Config
 from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.module import GPTModule
+
+log = logging.getLogger("gptexp")
 
 
 class ProgressReport(Callback):
@@ -25,7 +28,7 @@ class ProgressReport(Callback):
     def __init__(self, name: str, config: Config, recorder: Recorder, console: Console) -> None:
         self.name, self.max_steps, self.recorder, self.console = name, config.max_steps, recorder, console
         self._bar: Progress | None = None
-        self._values: dict[str, str] = {"loss": "-", "val": "-", "rate": "-"}
+        self._values: dict[str, Any] = {"loss": "-", "val": "-", "rate": "-"}
         self._written, self._start, self._first, self._line_at = -1, 0.0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
@@ -70,7 +73,7 @@ class ProgressReport(Callback):
         if step > self._first and step < self.max_steps:
             left = (now - self._start) / (step - self._first) * (self.max_steps - step)
             parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
-        self.console.print(" · ".join(parts), highlight=False)
+        log.info(" · ".join(parts))
 
     def teardown(self, trainer: Trainer, module: GPTModule, stage: str) -> None:  # type: ignore[override]
         """Take the bar down, also after an error."""

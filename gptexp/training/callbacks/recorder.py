@@ -26,6 +26,7 @@ class Recorder(Callback):
         val_batches: the validation batches, of the whole split if called with True.
         sample: a text from the model as it is now; None samples none.
         show_sample: takes the step and the text, on the first rank.
+        flops_per_token: floating-point operations of a training step for each token.
         peak_flops: floating-point operations a second that the devices can reach together.
     """
 
@@ -33,13 +34,16 @@ class Recorder(Callback):
         self,
         run: Run,
         config: Config,
+        *,
         val_batches: Callable[[bool], Iterable[Batch]],
         sample: Callable[[GPTModule], str] | None,
         show_sample: Callable[[int, str], None],
+        flops_per_token: float,
         peak_flops: float,
     ) -> None:
         self.run, self.config, self.val_batches = run, config, val_batches
-        self.sample, self.show_sample, self.peak_flops = sample, show_sample, peak_flops
+        self.sample, self.show_sample = sample, show_sample
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.row: dict[str, float] = {}
         self.text: str | None = None
         self._step = -1
@@ -118,7 +122,7 @@ class Recorder(Callback):
             "grad_norm": grad_norm,
             "seconds": state.seconds,
             "tokens_per_second": rate,
-            "mfu": rate * module.model.flops_per_token() / self.peak_flops,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
         }
 
     def _evaluate(self, trainer: Trainer, module: GPTModule, step: int) -> None:
