@@ -7,6 +7,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def main() -> None:
         from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_norms
 
         register_norms()
+        flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
+        sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
         args = get_args_parser().parse_args()
         # Shown by Hydra itself: help, a printed configuration, completion.
         runs = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
@@ -74,7 +77,7 @@ def job(tree: "DictConfig") -> float:
 
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-    name = str(hydra.job.get("num", 0))
+    name = str(hydra.job.override_dirname)
     try:
         config = read_config(plain(tree))
         name = job_name(config, hydra.job.override_dirname)
@@ -239,7 +242,7 @@ def stamped(config: "Config") -> str:
 
 def summary(jobs: list[tuple[str, "float | Exception"]]) -> str:
     """The jobs of a multirun with their lowest validation loss, best first, failed ones last."""
-    losses = sorted((loss if loss == loss else float("inf"), name) for name, loss in jobs if isinstance(loss, float))
+    losses = sorted((float("inf") if math.isnan(loss) else loss, name) for name, loss in jobs if isinstance(loss, float))
     lines = [f"  {loss:8.4f}  {name}" if loss < float("inf") else f"  diverged  {name}" for loss, name in losses]
     lines += [f"    failed  {name}" for name, loss in jobs if not isinstance(loss, float)]
     return "\n".join([f"--- {len(jobs)} jobs, best val/loss first", *lines])

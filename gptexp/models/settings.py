@@ -138,6 +138,6 @@ def check_gpt(config: GPTConfig) -> list[str]:
     elif config.position == "sinusoidal" and config.n_embd % 2:
         problems.append(f"model.position=sinusoidal: needs an even model.n_embd, not {config.n_embd}")
     stats = config.norms.get("batchnorm", {}).get("stats")
-    if config.norm == "batchnorm" and stats is not None and sorted(stats) not in (["batch"], ["batch", "time"]):
-        problems.append(f"model.norms.batchnorm.stats={stats}: must be [batch,time] or [batch]")
+    if stats is not None and sorted(stats) not in (["batch"], ["batch", "time"]):
+        problems.append(f"model.norms.batchnorm.stats=[{','.join(stats)}]: must be [batch,time] or [batch]")
     return problems

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from gptexp.models.attention import rope_table, sinusoidal_table
 from gptexp.models.gpt import _ACTIVATIONS, GPT, FeedForward
 from gptexp.models.settings import ACTIVATIONS, NORMS, PLACEMENTS, POSITIONS, GPTConfig, check_gpt
 
@@ -98,12 +99,12 @@ def test_placements_are_their_formulas(lively: Lively, norm: str, position: str)
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
     for placement in PLACEMENTS:
         model = lively(norm=norm, placement=placement, position=position, bias=True, tie_weights=False)
-        rope = (model.rope0[:5], model.rope1[:5]) if position == "rope" else None
+        rope = rope_table(5, 8) if position == "rope" else None
         x = model.wte.weight[ids]
         if position == "learned":
             x = x + model.wpe.weight[:5]
         elif position == "sinusoidal":
-            x = x * 4.0 + model.sinusoidal0[:5]  # sqrt(16): the table must not drown the tokens
+            x = x * 4.0 + sinusoidal_table(5, 16)  # sqrt(16): the table must not drown the tokens
         for block in model.blocks:
             if placement == "pre":
                 x = x + block.attn(block.norm1(x), rope)

@@ -1,0 +1,96 @@
+"""What the tests share: a small corpus, tiny runs in this process, and real processes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: bits depend on the number of threads
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gptexp.runs import METRICS, TIMES, Run
+
+REPOSITORY = Path(__file__).parent.parent
+
+TINY = [
+    "data=file", "logger=none", "hardware=cpu", "model.n_layer=1", "model.n_embd=16", "heads=h2", "model.block_size=16",
+    "batch_size=4", "max_steps=24", "eval_interval=8", "log_interval=3", "checkpoint_interval=5",
+    "schedule.warmup_steps=3", "sample_tokens=8",
+]  # fmt: skip
+"""Overrides of a run that takes a second."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTEXP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "GPTEXP_DEBUG"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NETRC", os.devnull)  # no account of the developer's
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 6,000 characters that a model can learn something from."""
+    words = "to be or not that is the question whether tis nobler in mind suffer slings and arrows".split()
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, k=8)).capitalize() + "." for _ in range(120)]
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs gptexp.train (or another module's main) in this process; returns the exit status."""
+    from gptexp import train
+
+    def run(*arguments: str, main: Callable[[], None] = train.main) -> int:
+        monkeypatch.setattr(sys, "argv", ["gptexp", *arguments])
+        train._jobs.clear()
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def tiny(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Trains a tiny run in this process, with more overrides, and returns it."""
+
+    def run(name: str, *overrides: str) -> Run:
+        assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / name}", *overrides) == 0
+        return Run.open(tmp_path / name)
+
+    return run
+
+
+def spawn(*arguments: str, cwd: Path, module: str = "gptexp.train", **options: object) -> subprocess.Popen[str]:
+    """A real process of the command line, its output captured."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a process."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def timeless(run: Run) -> list[list[str]]:
+    """The cells of metrics.csv but for the times, as the bytes they are in the file."""
+    keep = [i for i, column in enumerate(METRICS) if column not in TIMES]
+    rows = [line.split(",") for line in run.metrics_path.read_text().splitlines()]
+    assert rows[0] == list(METRICS)
+    assert all(len(row) == len(METRICS) for row in rows)
+    return [[row[i] for i in keep] for row in rows]
