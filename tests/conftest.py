@@ -37,7 +37,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 6,000 characters that a model can learn something from."""
-    words = "to be or not that is the question whether tis nobler in mind suffer slings and arrows".split()
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "tis", "nobler", "slings", "arrows"]
     draw = random.Random(0)
     lines = [" ".join(draw.choices(words, k=8)).capitalize() + "." for _ in range(120)]
     path = tmp_path_factory.mktemp("corpus") / "text.txt"

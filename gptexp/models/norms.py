@@ -74,13 +74,14 @@ class BatchNorm(nn.Module):
     `nn.BatchNorm1d` on (N, C, L). With stats=[batch] they run over the N sequences alone and have shape
     (L, C): each position by itself. Training normalises with the batch's biased variance and moves the running
     averages by `momentum`, the running variance with the unbiased one; evaluation uses the running averages.
-    Padding enters no statistic, and under distributed training the statistics are those of the global batch.
+    Padding enters no statistic; a position that padding leaves to fewer than two sequences is normalised by the
+    running averages. Under distributed training the statistics are those of the global batch.
     Source: Ioffe, Szegedy 2015, "Batch Normalization".
 
     In training a position's statistics include later positions, so the training loss looks ahead.
 
     Raises:
-        ValueError: in training, when a statistic would be taken over fewer than two values.
+        ValueError: in training, when every statistic would be taken over fewer than two values.
     """
 
     running_mean: Tensor
@@ -114,14 +115,15 @@ class BatchNorm(nn.Module):
         if mask is not None:  # padding may have grown to inf on its way through the layers, and inf * 0 is nan
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         batch_mean, batch_var, count = self._statistics(x, mask)
+        # A position that fewer than two sequences reach has no variance: it is normalised as in evaluation, by the
+        # running averages, which it leaves as they are.
+        seen = count > 1
+        used_mean, used_var = torch.where(seen, batch_mean, mean), torch.where(seen, batch_var, var)
         with torch.no_grad():
-            # A position that no sequence reaches has no statistics: its running averages stay as they are.
-            seen = count > 1
             unbiased = batch_var * (count / (count - 1).clamp(min=1))
             mean.copy_(torch.where(seen, mean.lerp(batch_mean.to(mean.dtype), self.momentum), mean))
             var.copy_(torch.where(seen, var.lerp(unbiased.to(var.dtype), self.momentum), var))
-        y = (x - batch_mean) * torch.rsqrt(batch_var + self.eps) * self.weight + self.bias
-        return y.to(x.dtype)
+        return (x - used_mean) * torch.rsqrt(used_var + self.eps) * self.weight + self.bias
 
     def _statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and biased variance over the unpadded positions of all ranks: (C,) or (L, C), and their count."""

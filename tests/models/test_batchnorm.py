@@ -158,6 +158,20 @@ def test_a_position_that_no_sequence_reaches_keeps_its_running_statistics() -> N
         assert bool((new[:3] != old[:3]).all())
 
 
+def test_a_position_that_one_sequence_reaches_is_normalised_as_in_evaluation() -> None:
+    norm, x = batchnorm(BATCH), random(N, L, C)
+    norm.running_mean.copy_(random(BLOCK, C, seed=3))
+    norm.running_var.copy_(random(BLOCK, C, seed=4).abs())
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    expected = norm.eval()(x)[0, 4]
+    mask = torch.arange(L) < torch.tensor([[5], [4], [4], [2]])  # the last position is the first sequence's alone
+    result = run(norm.train(), x, mask)
+    torch.testing.assert_close(norm(x, mask)[0, 4], expected)
+    for buffer, old in zip(("mean", "var"), before, strict=True):
+        torch.testing.assert_close(result[buffer][4], old[4], rtol=0, atol=0)
+        assert not torch.equal(result[buffer][3], old[3])
+
+
 @both_stats
 @pytest.mark.parametrize("content", [0.0, 1e3, 1e300, float("inf"), float("nan")])
 def test_the_content_of_padding_changes_nothing(stats: list[str], content: float) -> None:

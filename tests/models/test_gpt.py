@@ -236,7 +236,7 @@ def test_flops_per_token_is_what_torch_counts(changes: dict) -> None:
         ({"n_head": 3}, "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"),
         ({"n_head": 16, "position": "rope"}, "model.position=rope: needs an even head size"),
         ({"n_embd": 15, "n_head": 3, "position": "sinusoidal"}, "model.position=sinusoidal: needs an even"),
-        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "model.norms.batchnorm.stats=['time']"),
+        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "model.norms.batchnorm.stats=[time]"),
     ],
 )
 def test_combinations_that_cannot_work_are_named(small: Small, changes: dict, problem: str) -> None:

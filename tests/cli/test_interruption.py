@@ -1,0 +1,121 @@
+"""Runs that are killed, interrupted or out of disk space, in real processes, and what resuming makes of them."""
+
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptexp.runs import Run
+from tests.conftest import TINY, finish, spawn, timeless
+
+SLOWER = ["max_steps=400", "eval_interval=40", "checkpoint_interval=30", "log_interval=10", "model.dropout=0.1"]
+
+
+def begin(corpus: Path, folder: Path, *overrides: str, **options: object):  # type: ignore[no-untyped-def]
+    return spawn(*TINY, *SLOWER, f"data.path={corpus}", f"hydra.run.dir={folder}", *overrides, cwd=folder.parent, **options)
+
+
+def wait_for_rows(folder: Path, count: int, process) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_bytes().count(b"\n") > count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no {count} rows: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    code, _, err = finish(begin(corpus, folder))
+    assert code == 0, err
+    return Run.open(folder)
+
+
+def check_same(run: Run, unbroken: Run) -> None:
+    assert timeless(run) == timeless(unbroken)
+    assert run.samples_path.read_bytes() == unbroken.samples_path.read_bytes()
+    assert run.info["status"] == "done"
+    keep = ("best_val_loss", "best_step", "final", "tokens", "step")
+    assert run.result is not None
+    assert unbroken.result is not None
+    assert {k: run.result[k] for k in keep} == {k: unbroken.result[k] for k in keep}
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10))])
+def test_killed_and_resumed_is_as_unbroken(seed: int, corpus: Path, tmp_path: Path, unbroken: Run) -> None:
+    draw, folder = random.Random(seed), tmp_path / "run"
+    process = begin(corpus, folder)
+    wait_for_rows(folder, draw.randint(1, 40), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert Run.open(folder).info["status"] == "running"
+    code, out, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
+    assert code == 0, err
+    assert "resuming" in out
+    check_same(Run.open(folder), unbroken)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_resume_auto_goes_on(
+    number: int, status: int, corpus: Path, tmp_path: Path, unbroken: Run
+) -> None:
+    folder = tmp_path / "out" / "runs" / "run"
+    folder.parent.mkdir(parents=True)
+    process = begin(corpus, folder, f"output_dir={tmp_path / 'out'}")
+    wait_for_rows(folder, 8, process)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == status, out + err
+    assert err == ""
+    run = Run.open(folder)
+    assert run.info["status"] == "interrupted"
+    assert f"resume={folder}" in out
+    same = [*TINY, *SLOWER, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}"]
+    code, out, err = finish(spawn(*same, "resume=auto", cwd=tmp_path))
+    assert code == 0, err
+    assert f"resuming {folder}" in out
+    check_same(run, unbroken)
+    assert [p.name for p in folder.parent.iterdir()] == ["run"]
+
+
+def test_resume_auto_without_a_run_starts_one(command: Callable[..., int], corpus: Path, tmp_path: Path) -> None:
+    assert command(*TINY, f"data.path={corpus}", f"output_dir={tmp_path}", "resume=auto") == 0
+    (path,) = (tmp_path / "runs").iterdir()
+    assert Run.open(path).info["status"] == "done"
+
+
+def test_two_processes_cannot_train_one_run(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = begin(corpus, folder, "max_steps=4000")
+    wait_for_rows(folder, 3, first)
+    code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
+    first.kill()
+    first.communicate()
+    assert code == 2
+    assert err == f"error: resume={folder}: another process is training this run\n"
+
+
+def test_a_full_disk_costs_no_checkpoint(corpus: Path, tmp_path: Path, unbroken: Run) -> None:
+    """A limit on the size of files stands in for a full disk: metrics.csv fits, a checkpoint does not."""
+    folder = tmp_path / "run"
+    size = unbroken.checkpoint("last").stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+
+    code, _, err = finish(begin(corpus, folder, preexec_fn=limit))
+    assert code == 1
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    run = Run.open(folder)
+    assert run.info["status"] == "failed"
+    assert "Traceback" in run.log_path.read_text()
+    assert not list(run.checkpoint("last").parent.iterdir())  # no half-written file is left
+    code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))  # with room on the disk again
+    assert code == 0, err
+    check_same(run, unbroken)

@@ -1,0 +1,132 @@
+"""Sweeps with Hydra's own launcher, and the W&B runs that they leave, read back from their files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptexp.runs import Run, read_metrics
+from tests.cli.wandb_file import read_run
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def sweep(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Run]]]:
+    def run(*overrides: str) -> tuple[int, dict[str, Run]]:
+        code = command("-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}", *overrides)
+        (folder,) = (tmp_path / "out" / "sweeps").iterdir()
+        return code, {p.name: Run.open(p) for p in folder.iterdir() if p.is_dir()}
+
+    return run
+
+
+def test_every_job_has_a_readable_directory(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    code, runs = sweep("model.norm=layernorm,rmsnorm", "placement=pre,post", "seed=1,2")
+    assert code == 0
+    assert sorted(runs) == [
+        f"{n}-{p}-h2-s{s}" for n in ("layernorm", "rmsnorm") for p in ("post", "pre") for s in (1, 2)
+    ]
+    for name, run in runs.items():
+        config = run.config
+        assert config.variant == name
+        assert run.info["status"] == "done"
+    assert len({run.info["fingerprints"]["config"] for run in runs.values()}) == 8
+
+
+def test_other_settings_stand_in_the_name(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    _, runs = sweep("optimizer.learning_rate=1e-3,1e-2", "max_steps=1")
+    assert sorted(runs) == ["layernorm-pre-h2-s1337-learning_rate=0.001", "layernorm-pre-h2-s1337-learning_rate=0.01"]
+
+
+def test_a_failed_job_does_not_stop_the_others(
+    sweep: Callable[..., tuple[int, dict[str, Run]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, runs = sweep("model.n_head=3,2", "seed=1,2", "max_steps=2")
+    assert code == 1
+    assert sorted(runs) == ["layernorm-pre-h2-s1", "layernorm-pre-h2-s2"]
+    out, err = capfd.readouterr()
+    assert err == "error: 2 of 4 jobs failed\n"
+    assert "model.n_head=3: must divide model.n_embd=16" in out
+
+
+def test_the_entry_point_returns_the_best_val_loss(
+    sweep: Callable[..., tuple[int, dict[str, Run]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptexp import train
+
+    _, runs = sweep("seed=1,2")
+    returned = dict(train._jobs)
+    for name, run in runs.items():
+        best = min(row["val/loss"] for row in read_metrics(run.metrics_path) if "val/loss" in row)
+        assert returned[name] == best
+
+
+def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    _, runs = sweep("logger=wandb", "logger.tags=[mine]", "norm=layernorm,rmsnorm", "seed=1,2")
+    assert len(runs) == 4
+    identities = set()
+    for name, run in runs.items():
+        (file,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
+        record = read_run(file)
+        identities.add(record.id)
+        assert record.id == run.info["wandb_id"]
+        assert record.name == name
+        assert record.group == run.path.parent.name
+        assert record.project == "gptexp"
+        assert record.job_type == "train"
+        assert set(record.tags) == {run.config.model.norm, "pre", "h2", "file", "mine"}
+        stored = yaml.safe_load((run.path / "config.yaml").read_text())
+        assert {k: json.loads(v) for k, v in record.config.items() if k in stored} == stored
+        written = [row for row in read_metrics(run.metrics_path) if "val/loss" in row]
+        logged = [row for row in record.history if "val/loss" in row]
+        assert [(r["step"], r["tokens"], r["val/loss"]) for r in logged] == [
+            (r["step"], r["tokens"], r["val/loss"]) for r in written
+        ]
+        assert record.metrics["val/loss"] == ("step", True)  # x-axis, and the minimum in the summary
+        assert record.exit_code == 0
+        assert [row for row in record.history if "samples" in row]
+    assert len(identities) == 4
+
+
+def test_a_failed_run_is_closed_in_wandb(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptexp.training.callbacks.recorder import Recorder
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(Recorder, "_train_row", explode)
+    folder = tmp_path / "run"
+    assert command(*TINY, "logger=wandb", f"data.path={corpus}", f"hydra.run.dir={folder}") == 1
+    run = Run.open(folder)
+    assert run.info["status"] == "failed"
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert read_run(file).exit_code == 1
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptexp.training.callbacks.recorder import Recorder
+
+    folder = tmp_path / "run"
+    train_row = Recorder._train_row
+
+    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+        if step == 15:
+            raise RuntimeError("in the middle")
+        return train_row(self, trainer, module, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_train_row", explode)
+        assert command(*TINY, "logger=wandb", f"data.path={corpus}", f"hydra.run.dir={folder}") == 1
+    assert command(f"resume={folder}") == 0
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
+    records = [read_run(file) for file in files]
+    assert len(records) == 2
+    assert records[0].id == records[1].id == Run.open(folder).info["wandb_id"]
+    assert records[0].name == records[1].name
+    assert max(row["step"] for row in records[1].history) == 24

@@ -1,0 +1,74 @@
+"""Reads a W&B offline run file, independently of the program: LevelDB's log format around protobuf records."""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class Record:
+    """What a run file says of its run."""
+
+    id: str = ""
+    name: str = ""
+    group: str = ""
+    project: str = ""
+    job_type: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, str] = field(default_factory=dict)  # values as JSON
+    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, tuple[str, bool]] = field(default_factory=dict)  # (step metric, minimum in the summary)
+    exit_code: int | None = None
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """The log's records: chunks of at most a block, each with a checksum, a length and a type."""
+    data = path.read_bytes()
+    at, parts = 7, b""  # a header of seven bytes
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:  # a block's last bytes are padding
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if kind == 0:
+            return
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (FULL, LAST):
+            yield parts
+            parts = b""
+
+
+def read_run(path: Path) -> Record:
+    """Everything of interest in a run file."""
+    found, names = Record(), {}
+    for content in records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        match record.WhichOneof("record_type"):
+            case "run":
+                run = record.run
+                found.id, found.name, found.group = run.run_id, run.display_name, run.run_group
+                found.project, found.job_type, found.tags = run.project, run.job_type, list(run.tags)
+                found.config |= {u.key or u.nested_key[0]: u.value_json for u in run.config.update}
+            case "config":
+                found.config |= {u.key or u.nested_key[0]: u.value_json for u in record.config.update}
+            case "history":
+                found.history.append(
+                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+                )
+            case "metric":
+                metric = record.metric
+                names[metric.name] = (metric.step_metric, metric.summary.min)
+            case "exit":
+                found.exit_code = record.exit.exit_code
+    found.metrics = names
+    return found
