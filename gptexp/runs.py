@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -243,6 +244,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [
         {k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows[1:] if len(row) == len(header)
     ]
+
+
+def append_sample(path: Path, step: int, text: str) -> int:
+    """Add a text to samples.txt under a heading with its step; returns the file's new size in bytes."""
+    with path.open("ab") as file:
+        file.write(f"--- step {step} ---\n{text}\n\n".encode())
+        return file.tell()
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """The steps and texts of a samples.txt, oldest first; none if there is no file."""
+    text = path.read_bytes().decode() if path.exists() else ""
+    parts = re.split(r"^--- step (\d+) ---\n", text, flags=re.MULTILINE)[1:]
+    return [(int(step), body[:-2]) for step, body in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import UserError
 from gptexp.models.gpt import GPT
-from gptexp.runs import Run, read_metrics
+from gptexp.runs import Run, read_metrics, read_samples
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder
@@ -98,7 +98,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
             run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
         )  # fmt: skip
     loggers = build_loggers(run, config, name, group) if first else []
-    samples = Samples(loggers)
+    samples = Samples(loggers, read_samples(run.samples_path))
     recorder = Recorder(
         run,
         config,
@@ -235,11 +235,10 @@ def _finish(run: Run, module: GPTModule, step: int, n_params: int, documents: bo
 
 
 def _show_sample(run: Run) -> None:
-    if run.samples_path.exists():
-        text = run.samples_path.read_text(encoding="utf-8", errors="replace")
-        last = text.rpartition("--- step ")[2].partition("---\n")[2].strip("\n")
-        if last:
-            log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in last.split("\n")))
+    samples = read_samples(run.samples_path)
+    if samples:
+        lines = samples[-1][1].strip("\n").split("\n")
+        log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in lines))
 
 
 def versions() -> dict[str, str]:

@@ -52,16 +52,17 @@ def summarise(loggers: list[Logger], values: dict[str, Any]) -> None:
 class Samples:
     """The sampled texts as one W&B table that grows through the run."""
 
-    def __init__(self, loggers: list[Logger]) -> None:
+    def __init__(self, loggers: list[Logger], before: list[tuple[int, str]]) -> None:
+        """`before` holds the steps and texts from before the run was resumed."""
         self._loggers = [x for x in loggers if isinstance(x, WandbLogger)]
-        self._rows: list[list[Any]] = []
+        self._rows: list[tuple[int, str]] = list(before)
 
     def add(self, step: int, text: str) -> None:
         """Log the texts so far, this one included."""
         if self._loggers:
             import wandb
 
-            self._rows.append([step, text])
+            self._rows = [row for row in self._rows if row[0] < step] + [(step, text)]
             for logger in self._loggers:
                 table = wandb.Table(columns=["step", "text"], data=self._rows)
                 logger.experiment.log({"samples": table, "step": step, "trainer/global_step": step})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptexp.runs import Run, read_metrics
+from gptexp.runs import Run, read_metrics, read_samples
 from tests.cli.wandb_file import read_run
 from tests.conftest import TINY
 
@@ -86,7 +86,10 @@ def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict
         ]
         assert record.metrics["val/loss"] == ("step", True)  # x-axis, and the minimum in the summary
         assert record.exit_code == 0
-        assert [row for row in record.history if "samples" in row]
+        tables = [row["samples/path"] for row in record.history if "samples/path" in row]
+        table = json.loads((file.parent / "files" / tables[-1]).read_text())
+        assert table["columns"] == ["step", "text"]
+        assert [tuple(row) for row in table["data"]] == read_samples(run.samples_path)
     assert len(identities) == 4
 
 
@@ -130,3 +133,5 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
     assert records[0].id == records[1].id == Run.open(folder).info["wandb_id"]
     assert records[0].name == records[1].name
     assert max(row["step"] for row in records[1].history) == 24
+    tables = [row["samples/nrows"] for row in records[1].history if "samples/nrows" in row]
+    assert tables[-1] == 4  # those from before the interruption, too

@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from gptexp.config import Config
 from gptexp.data.datamodule import Batch
-from gptexp.runs import Metrics, Run
+from gptexp.runs import Metrics, Run, append_sample
 from gptexp.training.module import GPTModule
 
 
@@ -163,15 +162,9 @@ class Recorder(Callback):
         self._metrics.append(self.row)
         module.state.metrics_size = self._metrics.size()
         if self.text is not None:
-            append_text(self.run.samples_path, f"--- step {row['step']:.0f} ---\n{self.text}\n\n")
-            module.state.samples_size = self.run.samples_path.stat().st_size
-            self.show_sample(int(row["step"]), self.text)
+            step = int(row["step"])
+            module.state.samples_size = append_sample(self.run.samples_path, step, self.text)
+            self.show_sample(step, self.text)
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=int(row["step"]))
-
-
-def append_text(path: Path, text: str) -> None:
-    """Add text to a file."""
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text)
 

@@ -1,0 +1,35 @@
+# Two commands do everything: `make train` and `make test`. Both make the environment first, if need be.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test test-slow lint clean
+
+train: $(VENV)/train
+	$(BIN)/python -m gptexp.train $(ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again whenever pyproject.toml changes.
+$(VENV)/train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/train
