@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gptexp.data.settings import DataConfig
 from gptexp.data.settings import check as check_data
 from gptexp.errors import UserError
-from gptexp.models.settings import NORMS, GPTConfig, check_gpt
+from gptexp.models.settings import NORMS, GPTConfig, check_gpt, default_norms
 from gptexp.training import settings as training
 from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
 from gptexp.validation import Tree, nearest, read_fields, show
@@ -199,7 +199,7 @@ def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: lis
 
 def _read_norms(table: Any, problems: list[str]) -> Tree:
     """The table model.norms: each entry checked by its norm's own settings dataclass."""
-    read: Tree = {}
+    read: Tree = default_norms()
     if not isinstance(table, Mapping):
         problems.append(f"model.norms={show(table)}: must be a table of settings by norm")
         return read

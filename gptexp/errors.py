@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake rather than a fault of the program."""
+"""The ways in which a command can end early."""
 
 from collections.abc import Iterable
 
@@ -16,3 +16,19 @@ class UserError(Exception):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("; ".join(self.problems))
+
+
+class RunFailed(Exception):
+    """A run ended with an error that is no mistake of the user's; its train.log holds the traceback."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal, after saving.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from gptexp.console import report_errors
 from gptexp.errors import UserError
 
 
@@ -45,8 +46,6 @@ class SampleConfig:
 
 def main() -> None:
     """The command line."""
-    from gptexp.train import report_errors
-
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return

@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from gptexp.errors import UserError
+from gptexp.console import report_errors
+from gptexp.errors import Interrupted, RunFailed, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from gptexp.runs import Run
 
 log = logging.getLogger("gptexp")
-
-
-class RunFailed(Exception):
-    """A run ended with an error that is no mistake of the user's; its train.log holds the traceback."""
 
 
 def main() -> None:
@@ -57,7 +54,8 @@ def main() -> None:
         hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
         if args.multirun and _jobs:
             log.info("%s", summary(_jobs))
-        failures = [error for _, error in _jobs if isinstance(error, Exception)]
+            draw_sweep(_jobs)
+        failures = [job.error for job in _jobs if job.error]
         if len(failures) > 1:
             raise RunFailed(f"{len(failures)} of {len(_jobs)} jobs failed")
         if failures:
@@ -93,18 +91,35 @@ def job(tree: "DictConfig") -> float:
             loss = train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
         else:
             loss = train(config, Path(config.output_dir) / "runs", stamped(config))
-        _jobs.append((name, loss))
+        _jobs.append(Job(name, loss, folder=sweep))
         return loss
     except Exception as error:
         if not hydra.launcher._target_.endswith("BasicLauncher"):
             raise  # the job runs elsewhere, and only an exception tells the launcher of its failure
         if sweep is not None:
             log.error("job %s failed: %s", name, error)
-        _jobs.append((name, error))
+        _jobs.append(Job(name, error=error))
         return float("nan")
 
 
-_jobs: list[tuple[str, float | Exception]] = []  # of this process: a job that fails does not stop those after it
+@dataclass(frozen=True)
+class Job:
+    """How a job of this process ended.
+
+    Attributes:
+        name: the run's name.
+        loss: its lowest validation loss; nan if it failed or diverged.
+        error: what ended it early, or None.
+        folder: of its sweep, or None.
+    """
+
+    name: str
+    loss: float = math.nan
+    error: Exception | None = None
+    folder: Path | None = None
+
+
+_jobs: list[Job] = []  # a job that fails does not stop those after it
 
 
 def train(config: "Config", folder: Path, name: str, group: str | None = None) -> float:
@@ -184,8 +199,6 @@ def start(run: "Run", group: str | None) -> float:
 
     code = launch(run, device_count(config), group)
     if run.info["status"] == "interrupted":
-        from gptexp.training.fit import Interrupted
-
         raise Interrupted(code - 128 if code > 128 else 15)
     result = run.result
     if code or result is None:
@@ -194,58 +207,28 @@ def start(run: "Run", group: str | None) -> float:
     return float("nan") if result["best_val_loss"] is None else float(result["best_val_loss"])
 
 
-class _Console(logging.StreamHandler[TextIO]):
-    """Prints to standard output, whichever object that is at the moment: a progress bar takes it over."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stdout
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A terminal that is gone, or a closed pipe, must not end a run."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-@contextmanager
-def report_errors(silent: bool = False) -> Iterator[None]:
-    """Turn errors into lines on standard error and an exit status: 2 for a user's mistake, 1 for a fault."""
-    handler = _Console()
-    handler.setLevel(logging.CRITICAL if silent else logging.INFO)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.DEBUG)
-    try:
-        yield
-    except UserError as error:
-        if not silent:
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        sys.exit(128 + getattr(stop, "signal", 2))
-    except Exception as error:
-        if os.environ.get("GPTEXP_DEBUG"):
-            raise
-        if not silent:
-            print(f"error: {str(error) or type(error).__name__}".replace("\n", " "), file=sys.stderr)
-        sys.exit(1)
-
-
 def stamped(config: "Config") -> str:
     """A single run's directory: the time and the name."""
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name or config.variant}"
 
 
-def summary(jobs: list[tuple[str, "float | Exception"]]) -> str:
-    """The jobs of a multirun with their lowest validation loss, best first, failed ones last."""
-    losses = sorted((float("inf") if math.isnan(loss) else loss, name) for name, loss in jobs if isinstance(loss, float))
-    lines = [f"  {loss:8.4f}  {name}" if loss < float("inf") else f"  diverged  {name}" for loss, name in losses]
-    lines += [f"    failed  {name}" for name, loss in jobs if not isinstance(loss, float)]
+def summary(jobs: list[Job]) -> str:
+    """The jobs of a multirun with their lowest validation loss, best first; failed ones last."""
+    ended = sorted(jobs, key=lambda j: (j.error is not None, math.inf if math.isnan(j.loss) else j.loss))
+    words = ["failed" if j.error else "diverged" if math.isnan(j.loss) else f"{j.loss:.4f}" for j in ended]
+    lines = [f"  {word:>8}  {job.name}" for word, job in zip(words, ended, strict=True)]
     return "\n".join([f"--- {len(jobs)} jobs, best val/loss first", *lines])
+
+
+def draw_sweep(jobs: list[Job]) -> None:
+    """Draw the validation loss of a multirun's jobs into its folder."""
+    from gptexp.analysis.plots import plot_runs
+    from gptexp.runs import Run, read_metrics
+
+    for folder in {job.folder for job in jobs if job.folder}:
+        runs = [Run(path) for path in sorted(folder.iterdir()) if Run(path).metrics_path.exists()]
+        plot_runs({run.path.name: read_metrics(run.metrics_path) for run in runs}, folder / "curves.png")
+        log.info("picture: %s", folder / "curves.png")
 
 
 def job_name(config: "Config", swept: str) -> str:

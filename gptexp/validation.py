@@ -59,7 +59,7 @@ def describe(hint: Any) -> str:
     if origin is Annotated:
         if choices := _choices(hint):
             return f"one of {', '.join(choices)}"
-        return " ".join([describe(args[0]), " and ".join(_bound(meta) for meta in args[1:])])
+        return " ".join([describe(args[0]), " and ".join(_bound(meta) for meta in args[1:]).replace("and of ", "and ")])
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
     if origin is list:

@@ -3,16 +3,13 @@
 import logging
 import math
 import os
-import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -23,30 +20,19 @@ from gptexp.data.corpora import find_corpus
 from gptexp.data.datamodule import CharDataModule
 from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.tokenizer import Tokenizer
-from gptexp.errors import UserError
+from gptexp.errors import Interrupted, UserError
 from gptexp.models.gpt import GPT
-from gptexp.runs import Run, read_metrics, read_samples
+from gptexp.runs import Run, read_samples
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
-from gptexp.training.loggers import Samples, build_loggers, close_loggers, summarise
+from gptexp.training.loggers import Samples, build_loggers, close_loggers
 from gptexp.training.module import GPTModule
+from gptexp.training.outcome import leave_results, versions
 
 log = logging.getLogger("gptexp")
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, after saving.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.signal = number
 
 
 def fit(run: Run, group: str | None = None) -> float:
@@ -63,7 +49,7 @@ def fit(run: Run, group: str | None = None) -> float:
         Interrupted: after Ctrl-C or SIGTERM; the run is saved and marked "interrupted".
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = "GPTEXP_WORKER" not in os.environ or os.environ["RANK"] == "0"
     with _quiet(), _status(run) if first else _nothing():
         return _fit(run, run.config, group, first)
 
@@ -129,7 +115,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
         trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
         succeeded = module.state.status in ("running", "stopped_early")
         if first:
-            _finish(run, module, trainer.global_step, model.n_params, encoded.documents)
+            leave_results(run, module, trainer.global_step, model.n_params, encoded.documents)
     finally:
         if first:
             close_loggers(loggers, succeeded)
@@ -192,63 +178,6 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     if checkpoint["gptexp"]["config"] != config.fingerprint():
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
     return last
-
-
-def _finish(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> None:
-    """Write result.json, the picture and the final status."""
-    from gptexp.analysis.plots import plot_curves
-
-    state = module.state
-    status: Any = {"running": "done", "stopped_early": "done"}.get(state.status, state.status)
-    rows = read_metrics(run.metrics_path)
-    final = next((r for r in reversed(rows) if "val/loss" in r), {})
-    result = {
-        "status": status,
-        "stopped_early": state.status == "stopped_early",
-        "step": step,
-        "best_val_loss": state.best_loss if math.isfinite(state.best_loss) else None,
-        "best_step": state.best_step,
-        "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
-        "parameters": n_params,
-        "tokens": state.tokens,
-        "seconds": state.seconds,
-        "eval_seconds": state.eval_seconds,
-        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
-    }
-    run.write_result(result)
-    summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
-    plot_curves(rows, run.path.name, run.curves_path)
-    run.finish(status)
-    match status:
-        case "interrupted":
-            log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
-        case "diverged":
-            kept = run.checkpoint("last").exists() or run.checkpoint("best").exists()
-            log.warning("diverged at step %d: the loss or its gradient is no longer finite%s", step,
-                        "; the checkpoints before it are kept" if kept else "")  # fmt: skip
-        case _:
-            log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
-                     state.best_loss, state.best_step, state.seconds, state.eval_seconds)  # fmt: skip
-            _show_sample(run)
-            prompt = "" if documents else ' prompt="The "'
-            log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
-
-
-def _show_sample(run: Run) -> None:
-    samples = read_samples(run.samples_path)
-    if samples:
-        lines = samples[-1][1].strip("\n").split("\n")
-        log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in lines))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "numpy": __import__("numpy").__version__,
-    }
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.optimizers import build_optimizer
 from gptexp.training.schedules import learning_rate
 
-DROPOUT_STREAM = 2  # and on: the numbers before it belong to the data
+DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 
 
 @dataclass
@@ -76,7 +76,7 @@ class GPTModule(LightningModule):
         first = self._micro_batch % self.config.gradient_accumulation_steps == 0
         self._micro_batch = 0 if first else self._micro_batch
         stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
-        torch.manual_seed(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]))
+        _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
         if first:
             c = self.config
             self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
@@ -134,3 +134,12 @@ class GPTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the run's progress."""
         self.state = TrainState(**checkpoint["gptexp"]["state"] | {"status": "running"})
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    # torch.manual_seed would also queue a call, with a stack trace, for every kind of device that is not there.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

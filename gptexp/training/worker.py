@@ -8,6 +8,7 @@ import sys
 import time
 from types import FrameType
 
+from gptexp.console import report_errors
 from gptexp.runs import Run
 
 
@@ -65,7 +66,6 @@ def _stop(workers: list[subprocess.Popen[bytes]], patience: float = 10.0) -> Non
 
 def main() -> None:
     """Train the run directory that the command line names, as the rank that the environment names."""
-    from gptexp.train import report_errors
     from gptexp.training.fit import fit
 
     with report_errors(silent=os.environ["RANK"] != "0"):

@@ -16,7 +16,8 @@ SLOWER = ["max_steps=400", "eval_interval=40", "checkpoint_interval=30", "log_in
 
 
 def begin(corpus: Path, folder: Path, *overrides: str, **options: object):  # type: ignore[no-untyped-def]
-    return spawn(*TINY, *SLOWER, f"data.path={corpus}", f"hydra.run.dir={folder}", *overrides, cwd=folder.parent, **options)
+    settings = [*TINY, *SLOWER, f"data.path={corpus}", f"hydra.run.dir={folder}", *overrides]
+    return spawn(*settings, cwd=folder.parent, **options)
 
 
 def wait_for_rows(folder: Path, count: int, process) -> None:  # type: ignore[no-untyped-def]

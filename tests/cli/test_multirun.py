@@ -33,6 +33,7 @@ def test_every_job_has_a_readable_directory(sweep: Callable[..., tuple[int, dict
         assert config.variant == name
         assert run.info["status"] == "done"
     assert len({run.info["fingerprints"]["config"] for run in runs.values()}) == 8
+    assert (run.path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_settings_stand_in_the_name(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
@@ -57,7 +58,7 @@ def test_the_entry_point_returns_the_best_val_loss(
     from gptexp import train
 
     _, runs = sweep("seed=1,2")
-    returned = dict(train._jobs)
+    returned = {job.name: job.loss for job in train._jobs}
     for name, run in runs.items():
         best = min(row["val/loss"] for row in read_metrics(run.metrics_path) if "val/loss" in row)
         assert returned[name] == best

@@ -42,9 +42,7 @@ def test_samples_continue_their_prompts(ask: Ask) -> None:
     code, out, _ = ask("prompt=The question", "prompt=To be", "num_samples=2", "max_new_tokens=30")
     assert code == 0
     texts = [part.split("---\n", 1)[1] for part in out.split("--- sample ")[1:]]
-    assert [text[:6] for text in texts] == ["The qu", "The qu", "To be", "To be"] or [
-        text[:5] for text in texts
-    ] == ["The q", "The q", "To be", "To be"]
+    assert [text[:5] for text in texts] == ["The q", "The q", "To be", "To be"]
     assert texts[0] != texts[1]
     assert len(texts[0].rstrip("\n")) <= len("The question") + 30
 
@@ -74,10 +72,10 @@ def test_stop(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["prompt=Hamlet §"], "prompt character '§' (U+00A7) at position 7 is not in the vocabulary of"),
+        (["prompt=To be §"], "prompt character '§' (U+00A7) at position 6 is not in the vocabulary of"),
         (["promt=To"], "promt=To: unknown key; did you mean prompt?"),
         (["temperature=-1"], "temperature=-1: must be a number of at least 0"),
-        (["top_p=0"], "top_p=0: must be a number greater than 0 of at most 1 or null"),
+        (["top_p=0"], "top_p=0: must be a number greater than 0 and at most 1 or null"),
         (["num_samples=two"], "num_samples=two: must be an integer of at least 1"),
         (["checkpoint=newest"], "checkpoint=newest: must be one of best, last"),
         (["prompt="], "prompt=: is empty"),

@@ -60,10 +60,9 @@ def test_val_loss_is_the_mean_over_every_token_of_the_split(tiny: Tiny, corpus: 
     assert read_metrics(run.metrics_path)[-1]["val/loss"] == pytest.approx(every.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("group", "value"),
-    [("norm=rmsnorm", "model.norm=rmsnorm"), ("placement=post", "model.placement=post"), ("heads=h4", "model.n_head=4")],
-)
+@pytest.mark.parametrize(("group", "value"), [
+    ("norm=rmsnorm", "model.norm=rmsnorm"), ("placement=post", "model.placement=post"), ("heads=h4", "model.n_head=4"),
+])  # fmt: skip
 def test_a_group_and_a_value_are_the_same(group: str, value: str, tiny: Tiny) -> None:
     one, other, default = tiny("one", group), tiny("other", value), tiny("default")
     assert timeless(one) == timeless(other) != timeless(default)

@@ -1,0 +1,80 @@
+"""What a run leaves behind when it ends: result.json, a picture, a status and a word to the user."""
+
+import logging
+import math
+import platform
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+
+from gptexp.analysis.plots import plot_curves
+from gptexp.runs import Run, read_metrics, read_samples
+from gptexp.training.loggers import summarise
+from gptexp.training.module import GPTModule
+
+log = logging.getLogger("gptexp")
+
+
+def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> None:
+    """Write result.json, the picture and the final status, and say how the run ended.
+
+    Args:
+        run: the run's directory.
+        module: after training.
+        step: optimizer steps done.
+        n_params: trainable parameters.
+        documents: whether the corpus is one of documents, which need no prompt.
+    """
+    state = module.state
+    status: Any = {"running": "done", "stopped_early": "done"}.get(state.status, state.status)
+    rows = read_metrics(run.metrics_path)
+    final = next((r for r in reversed(rows) if "val/loss" in r), {})
+    result = {
+        "status": status,
+        "stopped_early": state.status == "stopped_early",
+        "step": step,
+        "best_val_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "best_step": state.best_step,
+        "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
+        "parameters": n_params,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "eval_seconds": state.eval_seconds,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+    }
+    run.write_result(result)
+    summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
+    plot_curves(rows, run.path.name, run.curves_path)
+    run.finish(status)
+    match status:
+        case "interrupted":
+            log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
+        case "diverged":
+            kept = run.checkpoint("last").exists() or run.checkpoint("best").exists()
+            log.warning("diverged at step %d: the loss or its gradient is no longer finite%s", step,
+                        "; the checkpoints before it are kept" if kept else "")  # fmt: skip
+        case _:
+            log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
+                     state.best_loss, state.best_step, state.seconds, state.eval_seconds)  # fmt: skip
+            _show_sample(run)
+            prompt = "" if documents else ' prompt="The "'
+            log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
+
+
+def _show_sample(run: Run) -> None:
+    samples = read_samples(run.samples_path)
+    if samples:
+        lines = samples[-1][1].strip("\n").split("\n")
+        log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in lines))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "numpy": np.__version__,
+    }

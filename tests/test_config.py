@@ -1,0 +1,126 @@
+"""The configuration: conf/ and the dataclasses agree, and every problem is found."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config
+from gptexp.errors import UserError
+from gptexp.models.settings import NORMS, PLACEMENTS
+from gptexp.overrides import VERSION_BASE, conf_dir, register_norms
+from gptexp.training.settings import LoggerConfig, OptimizerConfig, ScheduleConfig
+from gptexp.validation import nearest
+
+CONF = Path(conf_dir())
+
+
+def composed(*overrides: str) -> dict:  # type: ignore[type-arg]
+    register_norms()
+    with initialize_config_dir(conf_dir(), version_base=VERSION_BASE):
+        return plain(compose("config", list(overrides)))
+
+
+def test_conf_and_the_dataclasses_have_the_same_defaults() -> None:
+    tree = composed()
+    assert tree.pop("resume") is None
+    assert tree == Config().tree()
+
+
+@pytest.mark.parametrize(("section", "classes"), [
+    ("optimizer", get_args(OptimizerConfig)), ("schedule", get_args(ScheduleConfig)),
+    ("logger", get_args(LoggerConfig)),
+])  # fmt: skip
+def test_every_choice_has_a_file_with_its_defaults(section: str, classes: tuple) -> None:  # type: ignore[type-arg]
+    assert {p.stem for p in (CONF / section).glob("*.yaml")} == {cls().name for cls in classes}
+    for cls in classes:
+        stored = yaml.safe_load((CONF / section / f"{cls().name}.yaml").read_text())
+        assert stored == {f.name: getattr(cls(), f.name) for f in fields(cls)}
+
+
+@pytest.mark.parametrize("group", ["model", "norm", "placement", "heads", "data", "hardware", "experiment"])
+def test_every_file_composes_into_a_valid_configuration(group: str) -> None:
+    files = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+    assert files
+    for name in files:
+        extra = {"file": ["data.path=x"], "h6": ["model.n_embd=96"], "h12": ["model.n_embd=96"]}.get(name, [])
+        read_config(composed(f"{group}={name}", *extra))
+
+
+def test_every_norm_and_placement_is_a_group_choice() -> None:
+    for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
+        for name in names:
+            tree = composed(f"{group}={name}")
+            assert tree == composed(f"model.{group}={name}")
+            assert tree["model"][group] == name
+
+
+def test_experiments_leave_the_groups_to_the_user() -> None:
+    """An experiment that set model.norm itself would silently win over norm=... on the command line."""
+    for path in (CONF / "experiment").rglob("*.yaml"):
+        model = yaml.safe_load(path.read_text()).get("model", {})
+        assert not {"norm", "placement", "n_head"} & set(model), path
+    assert composed("experiment=nanogpt_cpu", "norm=rmsnorm", "heads=h8")["model"]["norm"] == "rmsnorm"
+    assert composed("experiment=nanogpt_cpu", "norm=rmsnorm", "heads=h8")["model"]["n_head"] == 8
+
+
+def test_nanogpts_recipes() -> None:
+    from gptexp.models.gpt import GPT
+
+    for name, parameters in (("nanogpt_cpu", 804_096), ("nanogpt_gpu", 10_745_088)):
+        config = read_config(composed(f"experiment={name}"))
+        assert GPT(config.sized(65)).n_params == parameters
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = read_config(composed("norm=rmsnorm", "optimizer=sgd", "schedule=wsd", "logger=none", "seed=3"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.tree()))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml").fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "{a: ", "model: {n_embd: 0}", "model: 3", "\xff"])
+def test_a_damaged_file_is_told_in_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert all(str(path) in line and "\n" not in line for line in caught.value.problems)
+
+
+def test_the_fingerprint_is_of_what_computes() -> None:
+    base = Config().fingerprint()
+    same = [{"name": "x"}, {"output_dir": "y"}, {"logger": {"name": "none"}},
+            {"model": {"norms": {"rmsnorm": {"eps": 0.5}}}}]  # fmt: skip
+    other = [{"seed": 1}, {"model": {"norm": "rmsnorm"}}, {"model": {"norms": {"layernorm": {"eps": 0.5}}}},
+             {"hardware": {"precision": "64-true"}}, {"max_steps": 7}]  # fmt: skip
+    assert {read_config(tree).fingerprint() for tree in same} == {base}
+    assert len({base, *(read_config(tree).fingerprint() for tree in other)}) == len(other) + 1
+
+
+@given(st.sampled_from(known_keys()), st.integers(0, 30), st.sampled_from("abcxyz_"))
+def test_a_misspelt_key_finds_a_near_one(key: str, at: int, letter: str) -> None:
+    wrong = key[: at % len(key)] + letter + key[at % len(key) + 1 :]
+    if wrong not in known_keys() and len(key) > 6:
+        assert "did you mean" in nearest(wrong, known_keys())
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(
+    st.sampled_from(["seed", "max_steps", "batch_size", "grad_clip", "bogus", "model", "optimizer", "eval_windows"]),
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=3), st.lists(st.integers())),
+))  # fmt: skip
+def test_any_tree_is_a_configuration_or_a_user_error(tree: dict) -> None:  # type: ignore[type-arg]
+    try:
+        config = read_config(tree)
+    except UserError as mistake:
+        problems = mistake.problems
+        assert problems
+        assert all(line and "\n" not in line for line in problems)
+    else:
+        assert flatten(config.tree())
