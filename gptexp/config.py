@@ -55,7 +55,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=training.WandbConfig)
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     max_steps: Annotated[int, Ge(1)] = 2000
-    batch_size: Annotated[int, Ge(1)] = 16
+    batch_size: Annotated[int, Ge(1)] = 12
     gradient_accumulation_steps: Annotated[int, Ge(1)] = 1
     grad_clip: Annotated[float, Ge(0)] = 1.0
     eval_interval: Annotated[int, Ge(1)] = 250

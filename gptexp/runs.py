@@ -48,16 +48,16 @@ class Run:
         self.path = path
 
     @classmethod
-    def claim(cls, folder: Path, name: str, config: Config, info: Mapping[str, Any]) -> "Run":
-        """Make a new directory `folder/name` for a run of config, or `name-2` and so on if that one is taken.
+    def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any]) -> "Run":
+        """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
         Raises:
             UserError: when the folder cannot be written.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            wanted.parent.mkdir(parents=True, exist_ok=True)
             for number in range(1, 100_000):
-                path = folder / (name if number == 1 else f"{name}-{number}")
+                path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
                 try:
                     path.mkdir()  # fails if it exists: two processes never share a directory
                     break
@@ -68,7 +68,7 @@ class Run:
             write_atomically(path / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False).encode())
             run.update(status="running", started=now(), **info)
         except OSError as error:
-            raise UserError(f"output_dir={config.output_dir}: cannot write {folder} ({error.strerror})") from error
+            raise UserError(f"output_dir={config.output_dir}: cannot write {wanted} ({error.strerror})") from error
         return run
 
     @classmethod

@@ -78,19 +78,20 @@ def job(tree: "DictConfig") -> float:
     name = str(hydra.job.override_dirname)
     try:
         config = read_config(plain(tree))
-        name = job_name(config, hydra.job.override_dirname)
+        name = config.name or config.variant
         if sweep is not None:
+            name = job_name(config, hydra.job.override_dirname)
             log.info("--- job %s: %s", hydra.job.num, name)
         if config.resume:
             loss = resume(config, list(hydra.overrides.task))
         elif sweep is not None:
-            loss = train(config, sweep, name, sweep.name)
+            loss = train(config, sweep / name, name, sweep.name)
         elif hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
             with suppress(OSError):
                 Path(hydra.run.dir).rmdir()
-            loss = train(config, Path(hydra.run.dir).parent, config.name or Path(hydra.run.dir).name)
+            loss = train(config, Path(hydra.run.dir), name)
         else:
-            loss = train(config, Path(config.output_dir) / "runs", stamped(config))
+            loss = train(config, single_run(config), name)
         _jobs.append(Job(name, loss, folder=sweep))
         return loss
     except Exception as error:
@@ -122,13 +123,13 @@ class Job:
 _jobs: list[Job] = []  # a job that fails does not stop those after it
 
 
-def train(config: "Config", folder: Path, name: str, group: str | None = None) -> float:
+def train(config: "Config", path: Path, name: str, group: str | None = None) -> float:
     """Train a configuration in a new run directory.
 
     Args:
         config: every setting.
-        folder: where the directory is made.
-        name: the directory's name; a number is added if it is taken.
+        path: the directory; a number is added to its name if it is taken.
+        name: the run's readable name.
         group: the sweep that the run belongs to.
 
     Returns:
@@ -147,7 +148,7 @@ def train(config: "Config", folder: Path, name: str, group: str | None = None) -
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
                     warmup, config.max_steps)  # fmt: skip
     info = {
-        "name": config.name or name,
+        "name": name,
         "variant": config.variant,
         "fingerprints": {
             "config": config.fingerprint(),
@@ -159,7 +160,7 @@ def train(config: "Config", folder: Path, name: str, group: str | None = None) -
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": sys.argv,
     }  # fmt: skip
-    return start(Run.claim(folder, name, config, info), group)
+    return start(Run.claim(path, config, info), group)
 
 
 def resume(config: "Config", overrides: list[str]) -> float:
@@ -172,7 +173,7 @@ def resume(config: "Config", overrides: list[str]) -> float:
         found = unfinished(folder, config.fingerprint())
         if found is None:
             log.info("resume=auto: no unfinished run of this configuration in %s; starting a new one", folder)
-            return train(config, folder / "runs", stamped(config))
+            return train(config, single_run(config), config.name or config.variant)
         run = found
     else:
         run = Run.open(str(config.resume), key="resume")
@@ -207,9 +208,9 @@ def start(run: "Run", group: str | None) -> float:
     return float("nan") if result["best_val_loss"] is None else float(result["best_val_loss"])
 
 
-def stamped(config: "Config") -> str:
-    """A single run's directory: the time and the name."""
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name or config.variant}"
+def single_run(config: "Config") -> Path:
+    """The directory of a run that belongs to no sweep: the time and the name."""
+    return Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name or config.variant}"
 
 
 def summary(jobs: list[Job]) -> str:

@@ -24,7 +24,7 @@ from gptexp.runs import (
 
 
 def claim(folder: Path, **info: object) -> Run:
-    return Run.claim(folder, "run", Config(), info)
+    return Run.claim(folder / "run", Config(), info)
 
 
 def _claim_path(folder: Path) -> str:

@@ -76,7 +76,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
         eval_windows=config.eval_windows,
     )
     device = describe_device(config, devices)
-    name = config.name or run.path.name
+    name = run.info["name"]
     if first:
         run.update(status="running", device=device, versions=versions(), parameters=model.n_params)
         log.info(

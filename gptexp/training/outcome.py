@@ -46,7 +46,7 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
     }
     run.write_result(result)
     summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
-    plot_curves(rows, run.path.name, run.curves_path)
+    plot_curves(rows, run.info["name"], run.curves_path)
     run.finish(status)
     match status:
         case "interrupted":
