@@ -30,17 +30,22 @@ class _Console(logging.StreamHandler[TextIO]):
 
 
 @contextmanager
-def report_errors(silent: bool = False) -> Iterator[None]:
-    """Turn errors into lines on standard error and an exit status: 2 for a user's mistake, 1 for a fault."""
+def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
+    """Turn errors into an exit status, 2 for a user's mistake and 1 for a fault, and a line each on standard error.
+
+    Args:
+        errors: show the lines.
+        messages: show what is logged on standard output.
+    """
     handler = _Console()
-    handler.setLevel(logging.CRITICAL if silent else logging.INFO)
+    handler.setLevel(logging.INFO if messages else logging.CRITICAL)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.DEBUG)
     try:
         yield
     except UserError as error:
-        if not silent:
+        if errors:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
@@ -49,6 +54,6 @@ def report_errors(silent: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("GPTEXP_DEBUG"):
             raise
-        if not silent:
+        if errors:
             print(f"error: {str(error) or type(error).__name__}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)

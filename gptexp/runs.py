@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +192,7 @@ def code_fingerprint() -> str:
 
 
 def unfinished(folder: Path, fingerprint: str) -> Run | None:
-    """The newest run under folder that is of this configuration's fingerprint and is not done or diverged."""
+    """The newest run under folder of this configuration's fingerprint that is neither at its end nor being trained."""
     found = []
     for path in folder.rglob("run.json") if folder.is_dir() else ():
         try:
@@ -201,7 +201,10 @@ def unfinished(folder: Path, fingerprint: str) -> Run | None:
                 found.append((info["started"], path.parent))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return Run(max(found)[1]) if found else None
+    for _, path in sorted(found, reverse=True):
+        with suppress(UserError), Run(path).lock():
+            return Run(path)
+    return None
 
 
 class Metrics:

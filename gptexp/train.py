@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,20 +79,19 @@ def job(tree: "DictConfig") -> float:
     name = str(hydra.job.override_dirname)
     try:
         config = read_config(plain(tree))
-        name = config.name or config.variant
+        name = job_name(config, hydra.job.override_dirname if sweep else "")
         if sweep is not None:
-            name = job_name(config, hydra.job.override_dirname)
             log.info("--- job %s: %s", hydra.job.num, name)
-        if config.resume:
-            loss = resume(config, list(hydra.overrides.task))
-        elif sweep is not None:
-            loss = train(config, sweep / name, name, sweep.name)
+        if sweep is not None:
+            path = sweep / name
         elif hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
+            path = Path(hydra.run.dir)
             with suppress(OSError):
-                Path(hydra.run.dir).rmdir()
-            loss = train(config, Path(hydra.run.dir), name)
+                path.rmdir()
         else:
-            loss = train(config, single_run(config), name)
+            path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+        run = run_to_resume(config, list(hydra.overrides.task)) if config.resume else None
+        loss = start(run) if run else train(config, path, name, sweep.name if sweep else None)
         _jobs.append(Job(name, loss, folder=sweep))
         return loss
     except Exception as error:
@@ -147,8 +147,13 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
     if warmup >= config.max_steps:
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
                     warmup, config.max_steps)  # fmt: skip
+    if config.hardware.accelerator in ("gpu", "mps"):
+        from gptexp.training.hardware import device_count
+
+        device_count(config)  # a machine without them is told before a directory is made
     info = {
         "name": name,
+        "group": group,
         "variant": config.variant,
         "fingerprints": {
             "config": config.fingerprint(),
@@ -160,37 +165,46 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": sys.argv,
     }  # fmt: skip
-    return start(Run.claim(path, config, info), group)
+    return start(Run.claim(path, config, info))
 
 
-def resume(config: "Config", overrides: list[str]) -> float:
-    """Go on with the run that `config.resume` names; see `Run.check_resumable`."""
+def run_to_resume(config: "Config", overrides: list[str]) -> "Run | None":
+    """The run that `config.resume` names, or None where resume=auto finds none.
+
+    Args:
+        config: every setting.
+        overrides: the command's own overrides; the run may not contradict them.
+
+    Raises:
+        UserError: when there is no such run, it is done, or its configuration differs.
+    """
     from gptexp.overrides import requested
     from gptexp.runs import Run, unfinished
 
     if config.resume == "auto":
-        folder = Path(config.output_dir)
-        found = unfinished(folder, config.fingerprint())
-        if found is None:
-            log.info("resume=auto: no unfinished run of this configuration in %s; starting a new one", folder)
-            return train(config, single_run(config), config.name or config.variant)
-        run = found
+        run = unfinished(Path(config.output_dir), config.fingerprint())
+        if run is None:
+            log.info("resume=auto: no unfinished run of this configuration in %s; a new one begins", config.output_dir)
+            return None
     else:
         run = Run.open(str(config.resume), key="resume")
         run.check_resumable(requested([o for o in overrides if not o.startswith("resume=")]))
     log.info("resuming %s", run.path)
-    return start(run, run.info.get("group"))
+    return run
 
 
-def start(run: "Run", group: str | None) -> float:
-    """Train a claimed run in this process, or in one process a device."""
-    run.update(group=group)
+def start(run: "Run") -> float:
+    """Train a claimed run, or go on with it, in this process or in one process a device.
+
+    Returns:
+        the lowest validation loss, in nats a token.
+    """
     config = run.config
     if config.hardware.strategy == "auto":
         from gptexp.training.fit import fit
 
         try:
-            return fit(run, group)
+            return fit(run)
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -198,19 +212,17 @@ def start(run: "Run", group: str | None) -> float:
     from gptexp.training.hardware import device_count
     from gptexp.training.worker import launch
 
-    code = launch(run, device_count(config), group)
-    if run.info["status"] == "interrupted":
-        raise Interrupted(code - 128 if code > 128 else 15)
-    result = run.result
-    if code or result is None:
-        run.finish("failed")
-        raise RunFailed(f"a process ended with status {code}; see {run.log_path}")
-    return float("nan") if result["best_val_loss"] is None else float(result["best_val_loss"])
-
-
-def single_run(config: "Config") -> Path:
-    """The directory of a run that belongs to no sweep: the time and the name."""
-    return Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name or config.variant}"
+    code = launch(run, device_count(config))
+    info = run.info
+    if info["status"] == "interrupted":
+        raise Interrupted(code - 128 if code > 128 else signal.SIGTERM)
+    if code:
+        message = info.get("error") or f"a process ended with status {code}"
+        if info["status"] == "running":  # killed before it could say so
+            run.finish("failed", error=message)
+        raise UserError(message) if code == 2 else RunFailed(f"{message}; see {run.log_path}")
+    best = (run.result or {}).get("best_val_loss")
+    return math.nan if best is None else float(best)
 
 
 def summary(jobs: list[Job]) -> str:
@@ -233,14 +245,14 @@ def draw_sweep(jobs: list[Job]) -> None:
 
 
 def job_name(config: "Config", swept: str) -> str:
-    """A sweep's directory for one job: the variant, and whatever else the sweep varies.
+    """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
 
     Args:
         config: the job's configuration.
-        swept: Hydra's override_dirname, such as `model.norm=rmsnorm,optimizer.learning_rate=0.001`.
+        swept: Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
     """
     shown = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
-    pairs = [pair.partition("=") for pair in swept.split(",") if pair]
+    pairs = [pair.partition("=") for pair in swept.split("|") if pair]
     extra = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key not in shown]
     return "-".join([config.name or config.variant, *extra]).replace("/", "_")
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +35,11 @@ from gptexp.training.outcome import leave_results, versions
 log = logging.getLogger("gptexp")
 
 
-def fit(run: Run, group: str | None = None) -> float:
+def fit(run: Run) -> float:
     """Train the run to its end and write everything that it leaves behind.
 
     Args:
         run: a claimed run directory, new or stopped before its end.
-        group: the name of the sweep that it belongs to.
 
     Returns:
         the lowest validation loss, in nats a token; nan for a run that diverged before its first evaluation.
@@ -50,11 +49,11 @@ def fit(run: Run, group: str | None = None) -> float:
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
     first = "GPTEXP_WORKER" not in os.environ or os.environ["RANK"] == "0"
-    with _quiet(), _status(run) if first else _nothing():
-        return _fit(run, run.config, group, first)
+    with _quiet(), _log_file(run), _status(run) if first else nullcontext():
+        return _fit(run, run.config, first)
 
 
-def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
+def _fit(run: Run, config: Config, first: bool) -> float:
     encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)
@@ -83,7 +82,7 @@ def _fit(run: Run, config: Config, group: str | None, first: bool) -> float:
             "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
             run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
         )  # fmt: skip
-    loggers = build_loggers(run, config, name, group) if first else []
+    loggers = build_loggers(run, config, name, run.info["group"]) if first else []
     samples = Samples(loggers, read_samples(run.samples_path))
     recorder = Recorder(
         run,
@@ -169,11 +168,9 @@ def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
 
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
-    last, best = run.checkpoint("last"), run.checkpoint("best")
-    if not last.exists() and not best.exists() and run.info.get("status") != "interrupted":
-        return None  # new, or killed before its first checkpoint
-    if not last.exists() and run.info.get("status") != "interrupted":
-        return None  # killed after its first evaluation, before the first save of `last`
+    last = run.checkpoint("last")
+    if not last.exists() and run.result is None:
+        return None  # new, or stopped before its first checkpoint
     checkpoint = read_checkpoint(last, f"resume={run.path}")
     if checkpoint["gptexp"]["config"] != config.fingerprint():
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
@@ -181,40 +178,46 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
 
 
 @contextmanager
+def _log_file(run: Run) -> Iterator[None]:
+    """Copy all messages, and the traceback of an error, to train.log."""
+    handler = logging.FileHandler(run.log_path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    loggers = (log, logging.getLogger("lightning.pytorch"))
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        log.debug("started: %s", " ".join(sys.argv))
+        yield
+    except Exception:
+        log.debug("failed", exc_info=True)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
 def _status(run: Run) -> Iterator[None]:
-    """Hold the run's lock and log file, and leave the right status behind whatever happens."""
+    """Hold the run's lock, and leave the right status behind whatever happens."""
     with run.lock():
-        handler = logging.FileHandler(run.log_path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        logging.getLogger("lightning.pytorch").addHandler(handler)
         try:
-            log.debug("started: %s", " ".join(sys.argv))
             yield
         except KeyboardInterrupt as stop:
             if not isinstance(stop, Interrupted):
                 run.finish("interrupted")
             raise
         except BaseException as error:
-            log.debug("failed", exc_info=True)
             _try_to_finish(run, error)
             raise
-        finally:
-            log.removeHandler(handler)
-            logging.getLogger("lightning.pytorch").removeHandler(handler)
-            handler.close()
 
 
 def _try_to_finish(run: Run, error: BaseException) -> None:
     try:
-        run.finish("failed", error=f"{type(error).__name__}: {error}")
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        run.finish("failed", error=text)
     except OSError:  # a full disk: the error itself is what the user must see
         log.warning("%s: cannot write run.json", run.path)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -4,9 +4,6 @@ import time
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.nn import functional as F
 
 from gptexp.config import Config
@@ -66,6 +63,9 @@ def precision(config: HardwareConfig) -> str:
 
 def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
     """The hardware part of `Trainer`'s arguments."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+
     hardware, kind = config.hardware, accelerator(config.hardware)
     strategy: Any = "auto"
     if devices > 1:
@@ -93,6 +93,8 @@ def peak_flops(config: Config, devices: int) -> float:
 
     A GPU's figure is its data sheet's; elsewhere it is measured with a matrix product of 1024 x 1024 in float32.
     """
+    from lightning.fabric.utilities.throughput import get_available_flops
+
     kind = accelerator(config.hardware)
     if kind == "cuda":
         dtype = torch.bfloat16 if "bf16" in precision(config.hardware) else torch.float16

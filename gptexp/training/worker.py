@@ -12,7 +12,7 @@ from gptexp.console import report_errors
 from gptexp.runs import Run
 
 
-def launch(run: Run, devices: int, group: str | None) -> int:
+def launch(run: Run, devices: int) -> int:
     """Train a run in `devices` processes on this machine and wait for them.
 
     Each gets nothing but the run directory, whose configuration is complete. So it makes no difference whether
@@ -29,7 +29,7 @@ def launch(run: Run, devices: int, group: str | None) -> int:
               "GPTEXP_WORKER": "1"}  # fmt: skip
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "gptexp.training.worker", str(run.path), group or ""],
+            [sys.executable, "-m", "gptexp.training.worker", str(run.path)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(devices)
@@ -68,8 +68,8 @@ def main() -> None:
     """Train the run directory that the command line names, as the rank that the environment names."""
     from gptexp.training.fit import fit
 
-    with report_errors(silent=os.environ["RANK"] != "0"):
-        fit(Run.open(sys.argv[1]), sys.argv[2] or None)
+    with report_errors(errors=False, messages=os.environ["RANK"] == "0"):  # the launching process shows the error
+        fit(Run.open(sys.argv[1]))
 
 
 if __name__ == "__main__":
