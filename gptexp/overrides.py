@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,11 +64,14 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 continue
             if override.is_sweep_override() and not multirun:
                 problems.append(f"{override.input_line}: several values need --multirun (-m)")
+            elif override.is_add() and _is_group(override.key_or_group):
+                plainly = str(override.input_line).lstrip("+")
+                problems.append(f"{override.input_line}: this group has a choice already; write {plainly}")
             elif _is_group(override.key_or_group):
                 problems += _check_group(override, bool(config_dir))
                 groups.append(override)
             elif override.is_add() or override.is_delete() or override.is_force_add():
-                passed.append(override.input_line or "")
+                passed += [] if override.is_sweep_override() else [override.input_line or ""]
             else:
                 values.append(override)
         # Which settings a misspelt choice has cannot be known, so those below it go unchecked.
@@ -80,7 +83,8 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
             base = compose("config", [*search, *chosen, *passed])
         except (HydraException, OmegaConfBaseException) as error:
             return [*problems, " ".join(str(error).split("\n")[:2])]
-        problems += _check_values(base, values, multirun)
+        swept = any(override.is_sweep_override() for override in overrides)
+        problems += _check_values(base, values, cross_check=not swept)
         for group in groups:  # further choices of a swept group
             for text in _texts(group)[1:]:
                 others = [c for c in chosen if not c.startswith(f"{group.key_or_group}=")]
@@ -93,21 +97,42 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
 
 
 def requested(arguments: Sequence[str]) -> Tree:
-    """The settings that a command line asks for: those it names, and those that its group choices change."""
+    """The settings that a command line asks for: those that it names, and those that its group choices set."""
     overrides, _ = parse(arguments)
     lines = [o.input_line or "" for o in overrides if not o.key_or_group.startswith("hydra")]
     running = GlobalHydra.instance().hydra  # there can be one at a time, and a job runs inside one
     GlobalHydra.instance().clear()
-    with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
-        default = flatten(plain(compose("config")))
-        composed = flatten(plain(compose("config", lines)))
-        named = {o.key_or_group for o in overrides if not _is_group(o.key_or_group)}
-    GlobalHydra.instance().hydra = running
-    return {k: v for k, v in composed.items() if k in named or k not in default or default[k] != v}
+    try:
+        with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
+            composed = flatten(plain(compose("config", lines)))
+            keys: set[str] = set()
+            for override in overrides:
+                key = override.key_or_group
+                keys |= _keys_of(key, str(override.value())) if _is_group(key) else {key}
+    finally:
+        GlobalHydra.instance().hydra = running
+    return {k: v for k, v in composed.items() if k in keys}
 
 
 def _is_group(key: str) -> bool:
-    return bool(GlobalHydra.instance().config_loader().repository.group_exists(key))  # type: ignore[attr-defined]
+    return bool(_repository().group_exists(key))
+
+
+def _repository() -> Any:
+    return GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
+
+
+def _keys_of(group: str, choice: str) -> set[str]:
+    """The dotted keys that a group's choice sets, itself or through the other choices that it makes."""
+    file = _repository().load_config(f"{group}/{choice}")
+    if file is None:
+        return set()
+    prefix = "" if file.header.get("package") == "_global_" else f"{group}."
+    keys = {f"{prefix}{key}" for key in flatten(dict(file.config)) if key != "defaults"}
+    for default in file.defaults_list or []:
+        if getattr(default, "override", False):
+            keys |= _keys_of(default.group.lstrip("/"), default.value)
+    return keys
 
 
 def _check_group(override: Override, more_folders: bool) -> list[str]:
@@ -116,12 +141,12 @@ def _check_group(override: Override, more_folders: bool) -> list[str]:
     options = [o for o in GlobalHydra.instance().config_loader().get_group_options(group) if o != "defaults"]
     problems = []
     for text in _texts(override):
-        if text not in options and text != "null" and not more_folders:
+        if text != "null" and not more_folders and not _repository().config_exists(f"{group}/{text}"):
             problems.append(f"{group}={text}: unknown{nearest(text, options)} allowed: {', '.join(options)}")
     return problems
 
 
-def _check_values(base: DictConfig, values: list[Override], multirun: bool) -> list[str]:
+def _check_values(base: DictConfig, values: list[Override], cross_check: bool) -> list[str]:
     problems, known = [], known_keys()
     OmegaConf.set_struct(base, False)
     settable = []
@@ -134,7 +159,7 @@ def _check_values(base: DictConfig, values: list[Override], multirun: bool) -> l
     for override in settable:
         for value in _values(override)[:1]:
             OmegaConf.update(base, override.key_or_group, value, merge=False)
-    problems += _problems(base, cross_check=not any(o.is_sweep_override() for o in values))
+    problems += _problems(base, cross_check)
     for override in settable:
         for value in _values(override)[1:]:
             changed = base.copy()
@@ -164,8 +189,9 @@ def _values(override: Override) -> list[Any]:
 
 def _texts(override: Override) -> list[str]:
     """The choices of a group override, as text."""
-    if override.is_sweep_override() and not override.is_discrete_sweep():  # glob(...): Hydra knows what it matches
-        return ["null"]
+    if isinstance(override._value, Glob):
+        options = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
+        return override._value.filter(options) or ["null"]
     return [show(v) for v in _values(override)]
 
 

@@ -165,13 +165,16 @@ class Run:
             )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, timeout: float = 0) -> Iterator[None]:
         """Hold the run for this process; the system frees it if the process dies.
+
+        Args:
+            timeout: seconds to wait for another process to free it.
 
         Raises:
             UserError: when another process trains this run.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=timeout)
         try:
             lock.acquire()
         except Timeout as error:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from gptexp.console import report_errors
 from gptexp.errors import UserError
@@ -40,7 +40,7 @@ class SampleConfig:
     top_k: Annotated[int, Ge(1)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
     stop: str | None = None
-    seed: Annotated[int, Ge(0)] = 1337
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     checkpoint: Literal["best", "last"] = "best"
 
 

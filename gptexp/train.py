@@ -9,11 +9,13 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +33,12 @@ log = logging.getLogger("gptexp")
 
 def main() -> None:
     """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
+    _jobs.clear()
     with report_errors():
         from hydra import main as hydra_main
         from hydra._internal.utils import get_args_parser
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
         from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_norms
 
@@ -52,7 +57,12 @@ def main() -> None:
             fixed = [o.key_or_group for o in parse(args.overrides)[0] if not o.is_sweep_override()]
             sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}")
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
-        hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
+        try:
+            hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(" ".join(str(error).split("\n")[:2])) from error
+        except OSError as error:  # of Hydra's own folder; a run's errors do not come this way
+            raise UserError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
         if args.multirun and _jobs:
             log.info("%s", summary(_jobs))
             draw_sweep(_jobs)
@@ -147,6 +157,8 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
     if warmup >= config.max_steps:
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
                     warmup, config.max_steps)  # fmt: skip
+    if config.logger.name == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError("logger=tensorboard: tensorboard is not installed; pip install 'gptexp[tensorboard]'")
     if config.hardware.accelerator in ("gpu", "mps"):
         from gptexp.training.hardware import device_count
 
@@ -212,13 +224,15 @@ def start(run: "Run") -> float:
     from gptexp.training.hardware import device_count
     from gptexp.training.worker import launch
 
+    with run.lock():  # refuses a run that is being trained; the first worker takes the lock over
+        run.update(status="running", error=None)
     code = launch(run, device_count(config))
     info = run.info
     if info["status"] == "interrupted":
         raise Interrupted(code - 128 if code > 128 else signal.SIGTERM)
     if code:
         message = info.get("error") or f"a process ended with status {code}"
-        if info["status"] == "running":  # killed before it could say so
+        if info["status"] == "running" and code != 2:  # killed before it could say so
             run.finish("failed", error=message)
         raise UserError(message) if code == 2 else RunFailed(f"{message}; see {run.log_path}")
     best = (run.result or {}).get("best_val_loss")
@@ -253,8 +267,8 @@ def job_name(config: "Config", swept: str) -> str:
     """
     shown = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
     pairs = [pair.partition("=") for pair in swept.split("|") if pair]
-    extra = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key not in shown]
-    return "-".join([config.name or config.variant, *extra]).replace("/", "_")
+    extra = [f"{key.rpartition('.')[2]}_{value}" for key, _, value in pairs if key not in shown]
+    return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run(*arguments: str, main: Callable[[], None] = train.main) -> int:
         monkeypatch.setattr(sys, "argv", ["gptexp", *arguments])
-        train._jobs.clear()
         try:
             main()
         except SystemExit as stop:

@@ -14,7 +14,7 @@ from gptexp.config import Config, flatten, known_keys, load_config, plain, read_
 from gptexp.errors import UserError
 from gptexp.models.settings import NORMS, PLACEMENTS
 from gptexp.overrides import VERSION_BASE, conf_dir, register_norms
-from gptexp.training.settings import LoggerConfig, OptimizerConfig, ScheduleConfig
+from gptexp.training.settings import AdamWConfig, CosineConfig, LoggerConfig, OptimizerConfig, ScheduleConfig
 from gptexp.validation import nearest
 
 CONF = Path(conf_dir())
@@ -52,6 +52,10 @@ def test_every_file_composes_into_a_valid_configuration(group: str) -> None:
         read_config(composed(f"{group}={name}", *extra))
 
 
+def test_missing_settings_take_their_defaults() -> None:
+    assert read_config({}) == Config()
+
+
 def test_every_norm_and_placement_is_a_group_choice() -> None:
     for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
         for name in names:
@@ -72,9 +76,17 @@ def test_experiments_leave_the_groups_to_the_user() -> None:
 def test_nanogpts_recipes() -> None:
     from gptexp.models.gpt import GPT
 
-    for name, parameters in (("nanogpt_cpu", 804_096), ("nanogpt_gpu", 10_745_088)):
+    for name, parameters, steps, batch in (("nanogpt_cpu", 804_096, 2000, 12), ("nanogpt_gpu", 10_745_088, 5000, 64)):
         config = read_config(composed(f"experiment={name}"))
         assert GPT(config.sized(65)).n_params == parameters
+        assert config.optimizer == AdamWConfig("adamw", 1e-3, 0.9, 0.99, 1e-8, 0.1)
+        assert config.schedule == CosineConfig(warmup_steps=100, decay_steps=None, min_lr_ratio=0.1)
+        assert (config.max_steps, config.batch_size, config.grad_clip, config.eval_interval) == (steps, batch, 1.0, 250)
+
+
+def test_an_experiment_takes_another_optimizer_and_schedule() -> None:
+    config = read_config(composed("experiment=nanogpt_cpu", "optimizer=sgd", "schedule=wsd"))
+    assert (config.optimizer.name, config.schedule.name) == ("sgd", "wsd")
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class DataConfig:
     documents: bool = False
     terminator: str = "\n"
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    split_seed: Annotated[int, Ge(0)] = 1337
+    split_seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     offline_fallback: Literal["pydocs"] | None = "pydocs"
 
 

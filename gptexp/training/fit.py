@@ -77,11 +77,12 @@ def _fit(run: Run, config: Config, first: bool) -> float:
     device = describe_device(config, devices)
     name = run.info["name"]
     if first:
-        run.update(status="running", device=device, versions=versions(), parameters=model.n_params)
+        run.update(status="running", error=None, device=device, versions=versions(), parameters=model.n_params)
         log.info(
             "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
             run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
         )  # fmt: skip
+    flops = peak_flops(config, devices) if first else math.inf
     loggers = build_loggers(run, config, name, run.info["group"]) if first else []
     samples = Samples(loggers, read_samples(run.samples_path))
     recorder = Recorder(
@@ -91,36 +92,40 @@ def _fit(run: Run, config: Config, first: bool) -> float:
         sample=_sampler(model, config, encoded.tokenizer, encoded.documents),
         show_sample=samples.add,
         flops_per_token=model.flops_per_token(),
-        peak_flops=peak_flops(config, devices) if first else math.inf,
+        peak_flops=flops,
     )
     interruption = Interruption(config)
-    trainer = Trainer(
-        **trainer_arguments(config, devices),
-        max_steps=config.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=config.gradient_accumulation_steps,
-        logger=loggers or False,
-        callbacks=[recorder, interruption, Checkpoints(run, config), ProgressReport(name, config, recorder, Console())],
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=run.path,
-    )
-    succeeded = False
+    checkpoints = Checkpoints(run, config, recorder)
+    succeeded, best = False, math.nan
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
+        trainer = Trainer(
+            **trainer_arguments(config, devices),
+            max_steps=config.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=config.gradient_accumulation_steps,
+            logger=loggers or False,
+            callbacks=[recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console())],
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=run.path,
+        )
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
+        except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
+            raise KeyboardInterrupt from stop
         succeeded = module.state.status in ("running", "stopped_early")
         if first:
-            leave_results(run, module, trainer.global_step, model.n_params, encoded.documents)
+            best = leave_results(run, module, trainer.global_step, model.n_params, encoded.documents)
     finally:
         if first:
             close_loggers(loggers, succeeded)
     if module.state.status == "interrupted":
         raise Interrupted(interruption.signal or signal.SIGTERM)
-    return module.state.best_loss if math.isfinite(module.state.best_loss) else math.nan
+    return best
 
 
 def load_data(run: Run, config: Config) -> Encoded:
@@ -150,7 +155,7 @@ def _sampler(
     stop = opening if documents else []
 
     def sample(module: GPTModule) -> str:
-        with module.trainer.precision_plugin.forward_context():
+        with module.whole_weights(), module.trainer.precision_plugin.forward_context():
             rows = model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
         if documents:
             return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
@@ -169,7 +174,7 @@ def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     last = run.checkpoint("last")
-    if not last.exists() and run.result is None:
+    if not last.exists() and not run.info.get("resumable"):
         return None  # new, or stopped before its first checkpoint
     checkpoint = read_checkpoint(last, f"resume={run.path}")
     if checkpoint["gptexp"]["config"] != config.fingerprint():
@@ -208,7 +213,9 @@ def _status(run: Run) -> Iterator[None]:
                 run.finish("interrupted")
             raise
         except BaseException as error:
-            _try_to_finish(run, error)
+            # A mistake that is found before training leaves a run that can be resumed as it was.
+            if not (isinstance(error, UserError) and run.info.get("resumable")):
+                _try_to_finish(run, error)
             raise
 
 
@@ -222,7 +229,7 @@ def _try_to_finish(run: Run, error: BaseException) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send Lightning's remarks to train.log; they concern settings that the user never made."""
+    """Keep Lightning's remarks off the terminal; they concern settings that the user never made."""
     import warnings
 
     logger = logging.getLogger("lightning.pytorch")

@@ -1,5 +1,6 @@
 """Turns the hardware settings into a Trainer's arguments, and says what the machine is."""
 
+import os
 import time
 from typing import Any
 
@@ -39,6 +40,9 @@ def device_count(config: Config) -> int:
         UserError: when the machine has fewer devices, or the batch cannot be shared out among them.
     """
     hardware, kind = config.hardware, accelerator(config.hardware)
+    precision(hardware)
+    if kind == "cuda":  # what deterministic cuBLAS needs, before its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     there = torch.cuda.device_count() if kind == "cuda" else None
     if hardware.devices == "auto":
         count = there or 1
@@ -53,12 +57,18 @@ def device_count(config: Config) -> int:
 
 
 def precision(config: HardwareConfig) -> str:
-    """The precision that the settings mean on this machine, by Lightning's name."""
+    """The precision that the settings mean on this machine, by Lightning's name.
+
+    Raises:
+        UserError: for a precision that the machine does not have.
+    """
+    if config.precision == "16-mixed" and accelerator(config) == "cpu":
+        raise UserError("hardware.precision=16-mixed: a CPU has none; allowed: 32-true, bf16-mixed, bf16-true, 64-true")
     if config.precision != "auto":
         return config.precision
     if accelerator(config) != "cuda":
         return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
@@ -91,25 +101,22 @@ def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
 def peak_flops(config: Config, devices: int) -> float:
     """Floating-point operations a second that all devices can reach together.
 
-    A GPU's figure is its data sheet's; elsewhere it is measured with a matrix product of 1024 x 1024 in float32.
+    A GPU's figure is its data sheet's, where that is known; elsewhere a square matrix product is timed.
     """
     from lightning.fabric.utilities.throughput import get_available_flops
 
-    kind = accelerator(config.hardware)
-    if kind == "cuda":
-        dtype = torch.bfloat16 if "bf16" in precision(config.hardware) else torch.float16
-        dtype = torch.float32 if "32" in precision(config.hardware) else dtype
-        known = get_available_flops(torch.device("cuda", 0), dtype)
-        if known:
-            return float(known) * devices
-    device = torch.device(kind)
-    a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
+    kind, name = accelerator(config.hardware), precision(config.hardware)
+    dtype = next((d for part, d in (("bf16", torch.bfloat16), ("16", torch.float16)) if part in name), torch.float32)
+    if kind == "cuda" and (known := get_available_flops(torch.device("cuda", 0), dtype)):
+        return float(known) * devices
+    size = 8192 if kind == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        float(F.linear(a, b)[0, 0])
+        float(F.linear(a, b)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best * devices
+    return 2 * size**3 / best * devices
 
 
 def describe_device(config: Config, devices: int) -> dict[str, Any]:

@@ -86,9 +86,11 @@ def has_api_key() -> bool:
 def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: str | None) -> WandbLogger:
     import wandb
 
-    mode: Any = settings.mode if settings.mode != "auto" else None
-    if mode is None and "WANDB_MODE" not in os.environ:
-        mode = "online" if has_api_key() else "offline"
+    mode: Any = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not has_api_key():  # logging in would ask a question
+        if "online" in (settings.mode, os.environ.get("WANDB_MODE")):
+            log.warning("W&B has no API key; the run is kept offline")
+        mode = "offline"
     identity = run.info.get("wandb_id") or uuid.uuid4().hex[:12]
     run.update(wandb_id=identity)
     m = config.model
@@ -103,6 +105,7 @@ def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: st
         "tags": [m.norm, m.placement, f"h{m.n_head}", run.info["data"]["corpus"], *settings.tags],
         "config": config.tree(),
         "dir": str(run.path),
+        "reinit": "finish_previous",
         "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
     }
     if mode != "offline":
@@ -119,7 +122,9 @@ def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: st
     for metric in ("loss", "perplexity", "bpc"):
         experiment.define_metric(f"val/{metric}", step_metric="step", summary="min,last")
     experiment.define_metric("val/accuracy", step_metric="step", summary="max,last")
-    if experiment.offline:
+    if experiment.disabled:
+        pass
+    elif experiment.offline:
         log.info("W&B: offline; upload it later with: wandb sync %s", Path(experiment.dir).parent)
     else:
         log.info("W&B: %s", experiment.url)

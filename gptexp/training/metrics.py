@@ -25,6 +25,7 @@ class LanguageModelMetrics(Metric):
 
     Args:
         chars_per_token: mean number of characters that one token stands for.
+        wide: sum in float64, which not every device has.
     """
 
     full_state_update = False
@@ -32,10 +33,10 @@ class LanguageModelMetrics(Metric):
     correct: Tensor
     count: Tensor
 
-    def __init__(self, chars_per_token: float = 1.0) -> None:
+    def __init__(self, chars_per_token: float = 1.0, wide: bool = True) -> None:
         super().__init__()
         self.chars_per_token = chars_per_token
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros((), dtype=torch.float64 if wide else torch.float32), dist_reduce_fx="sum")
         self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 

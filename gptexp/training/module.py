@@ -1,13 +1,15 @@
 """The LightningModule: a model, its loss, its optimizer, and all that a checkpoint must hold."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from gptexp.config import Config
 from gptexp.data.batches import draw
@@ -59,7 +61,7 @@ class GPTModule(LightningModule):
         super().__init__()
         self.model, self.config = model, config
         self.state = TrainState()
-        self.metrics = LanguageModelMetrics(chars_per_token)
+        self.chars_per_token = chars_per_token
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
         self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
         self.grad_norm = torch.zeros(())  # before clipping
@@ -104,28 +106,33 @@ class GPTModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
-        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices)
+        # A fused step under a loss scaler would skip the unscaling that clipping needs.
+        fused = self.trainer.precision != "16-mixed"
+        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices, fused)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch of the validation split to the metrics."""
-        self.metrics.update(self.model(batch.x), batch.y)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/loss and its relatives, for a Trainer that validates by itself."""
-        self.log_dict({f"val/{k}": v for k, v in self.metrics.compute().items()})
-        self.metrics.reset()
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank holds all weights in here, also of a model that is shared out among ranks."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                yield
+        else:
+            yield
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss, perplexity, accuracy and bpc over batches, in evaluation mode, summed over all ranks."""
         was_training = self.training
+        metrics = LanguageModelMetrics(self.chars_per_token, wide=self.device.type != "mps").to(self.device)
         self.eval()
-        self.metrics.reset()
-        for i, batch in enumerate(batches):
-            with self.trainer.precision_plugin.forward_context():
-                self.validation_step(self.trainer.strategy.batch_to_device(batch), i)
+        with self.whole_weights():
+            for batch in batches:
+                on_device = self.trainer.strategy.batch_to_device(batch)
+                with self.trainer.precision_plugin.forward_context():
+                    metrics.update(self.model(on_device.x), on_device.y)
         self.train(was_training)
-        return self.metrics.compute()
+        return metrics.compute()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the run's progress and identity."""
@@ -133,7 +140,9 @@ class GPTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the run's progress."""
-        self.state = TrainState(**checkpoint["gptexp"]["state"] | {"status": "running"})
+        self.state = TrainState(**checkpoint["gptexp"]["state"])
+        if self.state.status == "interrupted":
+            self.state.status = "running"
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from gptexp.training.settings import AdamWConfig, OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], matrices: set[str]
+    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], matrices: set[str], fused: bool = True
 ) -> Optimizer:
     """An optimizer whose weight decay acts on the parameters named in `matrices` alone.
 
@@ -19,6 +19,7 @@ def build_optimizer(
         parameters: (name, parameter) pairs.
         matrices: names of the parameters of two or more dimensions, embeddings among them. Named in advance,
             because a sharded parameter no longer shows its shape.
+        fused: update all parameters in one kernel.
     """
     named = list(parameters)
     groups = [
@@ -28,7 +29,7 @@ def build_optimizer(
     groups = [g for g in groups if g["params"]]
     if isinstance(config, AdamWConfig):
         betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
     return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused
     )

@@ -17,7 +17,7 @@ from gptexp.training.module import GPTModule
 log = logging.getLogger("gptexp")
 
 
-def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> None:
+def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> float:
     """Write result.json, the picture and the final status, and say how the run ended.
 
     Args:
@@ -26,17 +26,22 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
         step: optimizer steps done.
         n_params: trainable parameters.
         documents: whether the corpus is one of documents, which need no prompt.
+
+    Returns:
+        the lowest loss over the whole validation split, in nats a token; nan if there is none.
     """
     state = module.state
     status: Any = {"running": "done", "stopped_early": "done"}.get(state.status, state.status)
     rows = read_metrics(run.metrics_path)
-    final = next((r for r in reversed(rows) if "val/loss" in r), {})
+    evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
+    final = evaluations[-1] if evaluations else {}
+    best = min(evaluations, key=lambda r: r["val/loss"], default={"val/loss": math.nan, "step": math.nan})
     result = {
         "status": status,
         "stopped_early": state.status == "stopped_early",
         "step": step,
-        "best_val_loss": state.best_loss if math.isfinite(state.best_loss) else None,
-        "best_step": state.best_step,
+        "best_val_loss": best["val/loss"] if evaluations else None,
+        "best_step": int(best["step"]) if evaluations else None,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
         "parameters": n_params,
         "tokens": state.tokens,
@@ -46,8 +51,11 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
     }
     run.write_result(result)
     summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
-    plot_curves(rows, run.info["name"], run.curves_path)
     run.finish(status)
+    try:
+        plot_curves(rows, run.info["name"], run.curves_path)
+    except Exception as error:  # the run is whole without its picture
+        log.warning("%s: no picture (%s)", run.curves_path, error)
     match status:
         case "interrupted":
             log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
@@ -57,10 +65,11 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
                         "; the checkpoints before it are kept" if kept else "")  # fmt: skip
         case _:
             log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
-                     state.best_loss, state.best_step, state.seconds, state.eval_seconds)  # fmt: skip
+                     best["val/loss"], best["step"], state.seconds, state.eval_seconds)  # fmt: skip
             _show_sample(run)
             prompt = "" if documents else ' prompt="The "'
             log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
+    return best["val/loss"]
 
 
 def _show_sample(run: Run) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -20,7 +21,7 @@ def launch(run: Run, devices: int) -> int:
     of its own.
 
     Returns:
-        the exit status of the first process that failed, or 0.
+        the exit status of the lowest rank that failed, or 0.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,10 +36,13 @@ def launch(run: Run, devices: int) -> int:
         for rank in range(devices)
     ]
 
+    noted: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(number)
+                worker.send_signal(number if len(noted) == 1 else signal.SIGKILL)
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -64,10 +68,18 @@ def _stop(workers: list[subprocess.Popen[bytes]], patience: float = 10.0) -> Non
             worker.wait()
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that launched it is gone, killed perhaps, and can no longer look after it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Train the run directory that the command line names, as the rank that the environment names."""
     from gptexp.training.fit import fit
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with report_errors(errors=False, messages=os.environ["RANK"] == "0"):  # the launching process shows the error
         fit(Run.open(sys.argv[1]))
 

@@ -61,8 +61,31 @@ def test_interrupted_and_resumed(corpus: Path, tmp_path: Path) -> None:
     assert code == 143, out + err
     run = Run.open(folder)
     assert run.info["status"] == "interrupted"
+    content = run.checkpoint("last").read_bytes()
+    run.checkpoint("last").write_bytes(content[:1000])
+    code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
+    assert code == 2
+    assert err.startswith(f"error: resume={folder}: ")
+    assert len(err.splitlines()) == 1
+    run.checkpoint("last").write_bytes(content)
     assert finish(spawn(f"resume={folder}", cwd=tmp_path))[0] == 0
     check_close(run, Run.open(unbroken))
+
+
+def test_workers_do_not_outlive_their_parent(corpus: Path, tmp_path: Path) -> None:
+    from tests.cli.test_interruption import wait_for_rows
+
+    folder = tmp_path / "run"
+    common = [*TINY, f"data.path={corpus}", "max_steps=100000", "hardware=ddp_cpu", f"hydra.run.dir={folder}"]
+    process = spawn(*common, cwd=tmp_path)
+    wait_for_rows(folder, 3, process)
+    code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))  # a live run is refused, and left alone
+    assert (code, err) == (2, f"error: resume={folder}: another process is training this run\n")
+    assert Run.open(folder).info["status"] == "running"
+    process.kill()
+    process.communicate()
+    with Run.open(folder).lock(timeout=30):  # free once the workers are gone
+        pass
 
 
 def test_a_batch_that_two_ranks_cannot_share(corpus: Path, tmp_path: Path) -> None:

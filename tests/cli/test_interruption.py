@@ -84,6 +84,32 @@ def test_signals_save_and_resume_auto_goes_on(
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
+def test_a_signal_between_micro_batches_is_saved_too(corpus: Path, tmp_path: Path) -> None:
+    cut = ["gradient_accumulation_steps=4", "max_steps=200"]
+    unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
+    assert finish(begin(corpus, unbroken, *cut))[0] == 0
+    process = begin(corpus, folder, *cut)
+    wait_for_rows(folder, 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 143
+    assert finish(spawn(f"resume={folder}", cwd=tmp_path))[0] == 0
+    check_same(Run.open(folder), Run.open(unbroken))
+
+
+def test_a_second_interrupt_stops_at_once(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # A step of many micro-batches lasts long enough for two signals.
+    process = begin(corpus, folder, "batch_size=4096", "gradient_accumulation_steps=2048", "max_steps=2")
+    wait_for_rows(folder, 1, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert (code, err) == (130, "")
+    assert Run.open(folder).info["status"] == "interrupted"
+
+
 def test_resume_auto_without_a_run_starts_one(command: Callable[..., int], corpus: Path, tmp_path: Path) -> None:
     assert command(*TINY, f"data.path={corpus}", f"output_dir={tmp_path}", "resume=auto") == 0
     (path,) = (tmp_path / "runs").iterdir()
@@ -117,6 +143,7 @@ def test_a_full_disk_costs_no_checkpoint(corpus: Path, tmp_path: Path, unbroken:
     assert run.info["status"] == "failed"
     assert "Traceback" in run.log_path.read_text()
     assert not list(run.checkpoint("last").parent.iterdir())  # no half-written file is left
+    assert not run.info.get("resumable")
     code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))  # with room on the disk again
     assert code == 0, err
     check_same(run, unbroken)

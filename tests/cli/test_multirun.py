@@ -36,9 +36,14 @@ def test_every_job_has_a_readable_directory(sweep: Callable[..., tuple[int, dict
     assert (run.path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_settings_stand_in_the_name(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+def test_other_settings_stand_in_the_name(
+    sweep: Callable[..., tuple[int, dict[str, Run]]], command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     _, runs = sweep("optimizer.learning_rate=1e-3,1e-2", "max_steps=1")
-    assert sorted(runs) == ["layernorm-pre-h2-s1337-learning_rate=0.001", "layernorm-pre-h2-s1337-learning_rate=0.01"]
+    assert sorted(runs) == ["layernorm-pre-h2-s1337-learning_rate_0.001", "layernorm-pre-h2-s1337-learning_rate_0.01"]
+    code = command(f"resume={runs['layernorm-pre-h2-s1337-learning_rate_0.01'].path}")
+    assert code == 2  # it is done; but its name can be given as it stands
+    assert "this run is done" in capfd.readouterr().err
 
 
 def test_a_failed_job_does_not_stop_the_others(
@@ -50,6 +55,25 @@ def test_a_failed_job_does_not_stop_the_others(
     out, err = capfd.readouterr()
     assert err == "error: 2 of 4 jobs failed\n"
     assert "model.n_head=3: must divide model.n_embd=16" in out
+
+
+def test_a_sweep_over_lists_and_globs(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    code, runs = sweep("norm=batchnorm", "model.norms.batchnorm.stats=[batch],[batch,time]", "max_steps=1")
+    assert code == 0
+    assert sorted(runs) == ["batchnorm-pre-h2-s1337-stats__batch_", "batchnorm-pre-h2-s1337-stats__batch_time_"]
+
+
+def test_a_glob_takes_every_choice(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    code, runs = sweep("norm=glob(*norm)", "max_steps=1")
+    assert code == 0
+    assert sorted(runs) == [f"{norm}-pre-h2-s1337" for norm in ("batchnorm", "layernorm", "rmsnorm")]
+
+
+def test_resume_auto_in_a_sweep_keeps_to_the_sweep(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
+    code, runs = sweep("resume=auto", "seed=1,2", "max_steps=2")
+    assert code == 0
+    assert sorted(runs) == ["layernorm-pre-h2-s1", "layernorm-pre-h2-s2"]
+    assert {run.info["group"] for run in runs.values()} == {next(iter(runs.values())).path.parent.name}
 
 
 def test_the_entry_point_returns_the_best_val_loss(

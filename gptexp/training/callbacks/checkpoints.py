@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from gptexp.config import Config
 from gptexp.runs import Run
+from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.module import GPTModule
 
 
@@ -18,11 +19,12 @@ class Checkpoints(Callback):
     """Saves after the recorder has written its row, so a checkpoint and metrics.csv always agree.
 
     `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
-    evaluation and writes the same `best` again. A diverged step is never saved.
+    evaluation and writes the same `best` again. A diverged step is never saved. The untrained model is saved, too, so
+    a run has both checkpoints from its first evaluation on, and run.json says so: one that is missing later is lost.
     """
 
-    def __init__(self, run: Run, config: Config) -> None:
-        self.run = run
+    def __init__(self, run: Run, config: Config, recorder: Recorder) -> None:
+        self.run, self.recorder = run, recorder
         self.max_steps = config.max_steps
         self.interval = config.checkpoint_interval or config.eval_interval
         self._step = -1
@@ -30,6 +32,13 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
         """Note where the run begins."""
         self._step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Save a new model as it is before its first step."""
+        if trainer.global_step == 0 and module.state.status == "running":
+            self._save(trainer, ["best", "last"])
+            if trainer.is_global_zero:
+                self.run.update(resumable=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
         """Save what is due after an optimizer step."""
@@ -54,6 +63,7 @@ class Checkpoints(Callback):
                     shutil.copyfile(temporary, copy)
                     copy.replace(self.run.checkpoint("best"))
                 temporary.replace(self.run.checkpoint(names[-1]))
+            self.recorder.restart_clock()
         except BaseException:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
@@ -70,12 +80,14 @@ class Interruption(Callback):
     """
 
     def __init__(self, config: Config) -> None:
-        self.log_interval = config.log_interval
+        self.log_interval, self.max_steps = config.log_interval, config.max_steps
         self.signal: int | None = None
+        self._step = -1
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
         """Take over the signals; Lightning's own SIGTERM handler would stop without saving."""
+        self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
@@ -86,18 +98,28 @@ class Interruption(Callback):
         self.signal = number
 
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
-        """Stop all ranks together, if any of them got a signal."""
+        """Stop all ranks together after an optimizer step, if any of them got a signal."""
+        if trainer.global_step == self._step:  # between the micro-batches of a step
+            return
+        self._step = trainer.global_step
         noted = self.signal is not None
         if trainer.world_size > 1:
-            if trainer.global_step % self.log_interval:
+            if self._step % self.log_interval:
                 return
             noted = trainer.strategy.reduce_boolean_decision(noted, all=False)
-        if noted and module.state.status == "running" and trainer.global_step < module.config.max_steps:
+        if noted and module.state.status == "running" and self._step < self.max_steps:
             module.state.status = "interrupted"
             trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, module: GPTModule, stage: str) -> None:  # type: ignore[override]
-        """Give the signals back."""
+    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Give the signals back, before Lightning gives back its own."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:  # type: ignore[override]
+        """Give the signals back after an error, too."""
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -32,7 +32,7 @@ class ProgressReport(Callback):
         self._written, self._start, self._first, self._line_at = -1, 0.0, 0, 0.0
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Draw the bar; report the evaluation of the untrained model."""
+        """Draw the bar."""
         self._start, self._first = time.perf_counter(), trainer.global_step
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
@@ -42,8 +42,12 @@ class ProgressReport(Callback):
             )  # fmt: skip
             self._bar.start()
             self._bar.add_task(self.name, total=self.max_steps, completed=self._first, **self._values)
-        if self._first == 0:
+
+    def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Report the evaluation of the untrained model."""
+        if trainer.global_step == 0:
             self._report(trainer, 0)
+            self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
         """Move the bar; report a new row."""
@@ -75,8 +79,15 @@ class ProgressReport(Callback):
             parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
         log.info(" · ".join(parts))
 
-    def teardown(self, trainer: Trainer, module: GPTModule, stage: str) -> None:  # type: ignore[override]
-        """Take the bar down, also after an error."""
+    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Take the bar down."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:  # type: ignore[override]
+        """Take the bar down after an error, too."""
+        self._close()
+
+    def _close(self) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None

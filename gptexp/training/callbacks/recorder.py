@@ -49,18 +49,24 @@ class Recorder(Callback):
         self._metrics: Metrics | None = None
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Open the files where the checkpoint left them; evaluate a new model."""
+        """Open the files where the checkpoint left them."""
         state, self._step = module.state, trainer.global_step
         fresh = self._step == 0
+        if state.status == "stopped_early":  # killed after its last step, before its results were written
+            trainer.should_stop = True
         if trainer.is_global_zero:
             self._metrics = Metrics(self.run.metrics_path, None if fresh else state.metrics_size)
             with self.run.samples_path.open("ab") as samples:
                 samples.truncate(0 if fresh else state.samples_size)
-        if fresh:
+        self._logged = state.tokens, state.seconds
+        self.restart_clock()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+        """Evaluate a new model; every callback has started by now, so signals are already looked after."""
+        if trainer.global_step == 0:
             self._evaluate(trainer, module, step=0)
             self._write(trainer, module, {"step": 0, "tokens": 0})
-        self._mark = time.perf_counter()
-        self._logged = state.tokens, state.seconds
+            self.restart_clock()
 
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, _: Any, batch: Batch, i: int) -> None:  # type: ignore[override]
         """After each optimizer step: record what is due."""
@@ -73,8 +79,9 @@ class Recorder(Callback):
         last = step == c.max_steps
         evaluate = last or step % c.eval_interval == 0
         log = evaluate or step % c.log_interval == 0
-        # On a GPU every look at a number waits for the device, so there the check comes with the rows.
-        if (log or module.device.type == "cpu") and self._diverged(module):
+        # On a GPU every look at a number waits for the device, so there the check comes with rows and checkpoints.
+        check = log or step % (c.checkpoint_interval or c.eval_interval) == 0 or module.device.type == "cpu"
+        if check and self._diverged(trainer, module):
             state.status, log, evaluate = "diverged", True, False
             trainer.should_stop = True
         if not log:
@@ -84,6 +91,10 @@ class Recorder(Callback):
         if evaluate:
             self._evaluate(trainer, module, step)
         self._write(trainer, module, row)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step: it went into evaluating or saving."""
         self._mark = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
@@ -96,11 +107,10 @@ class Recorder(Callback):
         module.state.seconds += now - self._mark
         self._mark = now
 
-    def _diverged(self, module: GPTModule) -> bool:
+    def _diverged(self, trainer: Trainer, module: GPTModule) -> bool:
         # Every rank sees the same gradient norm, so all stop together. A loss scaler meets infinite gradients in
         # the normal course of things.
-        scaled = self.config.hardware.precision == "16-mixed"
-        return not scaled and not math.isfinite(float(module.grad_norm))
+        return trainer.precision != "16-mixed" and not math.isfinite(float(module.grad_norm))
 
     def _train_row(self, trainer: Trainer, module: GPTModule, step: int) -> dict[str, float]:
         state = module.state
@@ -128,15 +138,13 @@ class Recorder(Callback):
         start, state, c = time.perf_counter(), module.state, self.config
         if state.status == "diverged":
             return
-        whole = c.eval_windows is None or step == c.max_steps
-        values = module.evaluate(self.val_batches(whole))
+        values = module.evaluate(self.val_batches(c.eval_windows is None))
         self._judge(trainer, module, values["loss"], step)
-        if not whole:
+        if c.eval_windows is not None:
             self.row["val/loss_windows"] = values["loss"]
-            if state.status == "stopped_early":
-                values, whole = module.evaluate(self.val_batches(True)), True
-        if whole:
-            self.row |= {f"val/{k}": v for k, v in values.items()}
+            last = step == c.max_steps or state.status == "stopped_early"
+            values = module.evaluate(self.val_batches(True)) if last else {}
+        self.row |= {f"val/{k}": v for k, v in values.items()}
         if self.sample and state.status != "diverged":
             self.text = self.sample(module)
         state.eval_seconds += time.perf_counter() - start
