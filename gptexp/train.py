@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -225,11 +224,11 @@ def start(run: "Run") -> float:
     from gptexp.training.worker import launch
 
     with run.lock():  # refuses a run that is being trained; the first worker takes the lock over
-        run.update(status="running", error=None)
+        run.update(error=None)
     code = launch(run, device_count(config))
     info = run.info
-    if info["status"] == "interrupted":
-        raise Interrupted(code - 128 if code > 128 else signal.SIGTERM)
+    if info["status"] == "interrupted" and code > 128:
+        raise Interrupted(code - 128)
     if code:
         message = info.get("error") or f"a process ended with status {code}"
         if info["status"] == "running" and code != 2:  # killed before it could say so

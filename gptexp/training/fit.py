@@ -213,16 +213,18 @@ def _status(run: Run) -> Iterator[None]:
                 run.finish("interrupted")
             raise
         except BaseException as error:
-            # A mistake that is found before training leaves a run that can be resumed as it was.
-            if not (isinstance(error, UserError) and run.info.get("resumable")):
-                _try_to_finish(run, error)
+            _try_to_finish(run, error)
             raise
 
 
 def _try_to_finish(run: Run, error: BaseException) -> None:
     try:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        run.finish("failed", error=text)
+        # A mistake that is found before training leaves a run that can be resumed as it was.
+        if isinstance(error, UserError) and run.info.get("resumable"):
+            run.update(error=text)
+        else:
+            run.finish("failed", error=text)
     except OSError:  # a full disk: the error itself is what the user must see
         log.warning("%s: cannot write run.json", run.path)
 

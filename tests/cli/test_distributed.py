@@ -19,7 +19,7 @@ def check_close(one: Run, two: Run) -> None:
             assert x.get(column, 0) == pytest.approx(y.get(column, 0), abs=1e-4), (x["step"], column)
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+@pytest.mark.parametrize("norm", [pytest.param("layernorm", marks=pytest.mark.slow), "batchnorm"])
 def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -> None:
     common = [*TINY, *LONGER, f"data.path={corpus}", f"norm={norm}"]
     for name, hardware in (("one", "cpu"), ("two", "ddp_cpu")):
@@ -48,6 +48,7 @@ def test_multirun_has_one_directory_a_job(corpus: Path, tmp_path: Path) -> None:
     assert "2 jobs, best val/loss first" in out
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(corpus: Path, tmp_path: Path) -> None:
     from tests.cli.test_interruption import wait_for_rows
 
@@ -72,6 +73,7 @@ def test_interrupted_and_resumed(corpus: Path, tmp_path: Path) -> None:
     check_close(run, Run.open(unbroken))
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_their_parent(corpus: Path, tmp_path: Path) -> None:
     from tests.cli.test_interruption import wait_for_rows
 

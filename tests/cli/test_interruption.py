@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptexp.runs import Run
 from tests.conftest import TINY, finish, spawn, timeless
@@ -47,7 +48,7 @@ def check_same(run: Run, unbroken: Run) -> None:
     assert {k: run.result[k] for k in keep} == {k: unbroken.result[k] for k in keep}
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
 def test_killed_and_resumed_is_as_unbroken(seed: int, corpus: Path, tmp_path: Path, unbroken: Run) -> None:
     draw, folder = random.Random(seed), tmp_path / "run"
     process = begin(corpus, folder)
@@ -61,7 +62,9 @@ def test_killed_and_resumed_is_as_unbroken(seed: int, corpus: Path, tmp_path: Pa
     check_same(Run.open(folder), unbroken)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_resume_auto_goes_on(
     number: int, status: int, corpus: Path, tmp_path: Path, unbroken: Run
 ) -> None:
@@ -84,6 +87,7 @@ def test_signals_save_and_resume_auto_goes_on(
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_signal_between_micro_batches_is_saved_too(corpus: Path, tmp_path: Path) -> None:
     cut = ["gradient_accumulation_steps=4", "max_steps=200"]
     unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
@@ -142,8 +146,9 @@ def test_a_full_disk_costs_no_checkpoint(corpus: Path, tmp_path: Path, unbroken:
     run = Run.open(folder)
     assert run.info["status"] == "failed"
     assert "Traceback" in run.log_path.read_text()
-    assert not list(run.checkpoint("last").parent.iterdir())  # no half-written file is left
-    assert not run.info.get("resumable")
+    # The untrained model, which fitted, is whole; of the checkpoint that did not, nothing is left.
+    assert sorted(p.name for p in run.checkpoint("last").parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(run.checkpoint("last"), weights_only=True)["global_step"] == 0
     code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))  # with room on the disk again
     assert code == 0, err
     check_same(run, unbroken)
