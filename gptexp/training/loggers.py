@@ -122,10 +122,8 @@ def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: st
     for metric in ("loss", "perplexity", "bpc"):
         experiment.define_metric(f"val/{metric}", step_metric="step", summary="min,last")
     experiment.define_metric("val/accuracy", step_metric="step", summary="max,last")
-    if experiment.disabled:
-        pass
-    elif experiment.offline:
+    if experiment.offline:
         log.info("W&B: offline; upload it later with: wandb sync %s", Path(experiment.dir).parent)
-    else:
+    elif not experiment.disabled:
         log.info("W&B: %s", experiment.url)
     return WandbLogger(experiment=experiment, save_dir=str(run.path))
