@@ -40,7 +40,7 @@ def check(config: DataConfig) -> list[str]:
     """
     problems = []
     if config.name == "file" and not config.path:
-        problems.append(f"data.path={config.path}: data.name=file needs data.path, a UTF-8 text file")
+        problems.append(f"data.path={config.path or 'null'}: data.name=file needs data.path, a UTF-8 text file")
     if config.name != "file" and config.path is not None:
         problems.append(f"data.path={config.path}: has no effect with data.name={config.name}; allowed: data.name=file")
     if len(config.terminator) != 1 or "\ud800" <= config.terminator <= "\udfff":

@@ -22,7 +22,7 @@ def test_settings_that_go_together(config):
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (DataConfig(name="file"), "data.path=None: data.name=file needs"),
+        (DataConfig(name="file"), "data.path=null: data.name=file needs"),
         (DataConfig(path="a.txt"), "data.path=a.txt: has no effect"),
         (DataConfig(terminator="."), "data.terminator='.': has no effect with data.documents=false"),
         (DataConfig(documents=True, terminator=""), "data.terminator='': allowed: exactly one"),
