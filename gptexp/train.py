@@ -212,6 +212,9 @@ def start(run: "Run") -> float:
     """
     config = run.config
     if config.hardware.strategy == "auto":
+        from gptexp.training.startup import import_lightning
+
+        import_lightning()
         from gptexp.training.fit import fit
 
         try:

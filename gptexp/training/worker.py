@@ -77,6 +77,9 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Train the run directory that the command line names, as the rank that the environment names."""
+    from gptexp.training.startup import import_lightning
+
+    import_lightning()
     from gptexp.training.fit import fit
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
