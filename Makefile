@@ -10,10 +10,10 @@ train: $(VENV)/train
 	$(BIN)/python -m gptexp.train $(ARGS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
