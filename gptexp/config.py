@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from gptexp.data.settings import DataConfig
 from gptexp.data.settings import check as check_data
 from gptexp.errors import UserError
-from gptexp.models.settings import NORMS, GPTConfig, check_gpt, default_norms
+from gptexp.models.registry import NORMS, default_norms
+from gptexp.models.settings import GPTConfig, ModelConfig
 from gptexp.training import settings as training
 from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
 from gptexp.validation import Tree, nearest, read_fields, show
@@ -39,6 +40,7 @@ class Config:
         eval_windows: evaluate on this many evenly spaced windows instead of all, but for the last time.
         eval_batch_size: sequences of an evaluation batch on each device.
         log_interval: steps between rows of training metrics.
+        diagnostics_interval: steps between measurements of every layer; None measures none.
         checkpoint_interval: steps between checkpoints; None is `eval_interval`.
         early_stop_patience: stop after this many evaluations without a lower val/loss; None never stops.
         sample_tokens: length of the text sampled at each evaluation; 0 samples none.
@@ -47,7 +49,7 @@ class Config:
         resume: a run directory to go on with, or "auto"; never stored.
     """
 
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: ModelConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=training.AdamWConfig)
     schedule: ScheduleConfig = field(default_factory=training.CosineConfig)
@@ -62,6 +64,7 @@ class Config:
     eval_windows: Annotated[int, Ge(1)] | None = None
     eval_batch_size: Annotated[int, Ge(1)] = 64
     log_interval: Annotated[int, Ge(1)] = 10
+    diagnostics_interval: Annotated[int, Ge(1)] | None = None
     checkpoint_interval: Annotated[int, Ge(1)] | None = None
     early_stop_patience: Annotated[int, Ge(1)] | None = None
     sample_tokens: Annotated[int, Ge(0)] = 200
@@ -72,10 +75,9 @@ class Config:
     @property
     def variant(self) -> str:
         """The readable name of this variant and seed, such as `rmsnorm-pre-h4-s1337`."""
-        m = self.model
-        return f"{m.norm}-{m.placement}-h{m.n_head}-s{self.seed}"
+        return f"{self.model.label}-s{self.seed}"
 
-    def sized(self, vocab_size: int) -> GPTConfig:
+    def sized(self, vocab_size: int) -> ModelConfig:
         """The model's configuration for a tokenizer of `vocab_size` symbols."""
         return replace(self.model, vocab_size=vocab_size)
 
@@ -86,16 +88,16 @@ class Config:
         return tree
 
     def fingerprint(self) -> str:
-        """SHA-256 over every setting that can change a result; names, paths and loggers cannot."""
+        """SHA-256 over every setting that can change a result; names, paths, loggers and diagnostics cannot."""
         tree = self.tree()
-        tree["model"]["norms"] = tree["model"]["norms"].get(self.model.norm, {})
-        for key in ("output_dir", "name", "logger"):
+        tree["model"] = self.model.tree()
+        for key in ("output_dir", "name", "logger", "diagnostics_interval"):
             del tree[key]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 _SECTIONS: dict[str, tuple[type, ...]] = {
-    "model": (GPTConfig,),
+    "model": get_args(ModelConfig),
     "data": (DataConfig,),
     "optimizer": get_args(OptimizerConfig),
     "schedule": get_args(ScheduleConfig),
@@ -190,10 +192,10 @@ def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: lis
         cls = by_name[choice]
     before = len(problems)
     norms = {}
-    if cls is GPTConfig:  # the tokenizer says vocab_size; the norms' settings are dataclasses of their own
+    if "norms" in (f.name for f in fields(cls)):  # each norm's settings are a dataclass of their own
         norms = {"norms": _read_norms(tree.get("norms", {}), problems)}
         tree = {k: v for k, v in tree.items() if k != "norms"}
-    values = read_fields(cls, f"{name}.", tree, problems, skip={"vocab_size", "norms"})
+    values = read_fields(cls, f"{name}.", tree, problems, skip={"vocab_size", "norms"})  # the tokenizer says vocab_size
     return None if values is None or len(problems) > before else cls(**values, **norms)
 
 
@@ -220,18 +222,34 @@ def _cross_check(values: Tree) -> list[str]:
     """Problems between settings, as far as the settings involved are themselves valid."""
     problems: list[str] = []
     model, data, hardware = values.get("model"), values.get("data"), values.get("hardware")
-    problems += check_gpt(model) if model else []
+    problems += model.problems() if model else []
     problems += check_data(data) if data else []
     batch_size = values.get("batch_size", Config.batch_size)
     accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
     problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
-    if model and model.norm == "batchnorm" and sorted(model.norms["batchnorm"]["stats"]) == ["batch"]:
-        micro = batch_size // accumulation
-        if micro < 2:
-            problems.append(
-                f"batch_size={batch_size}: model.norms.batchnorm.stats=[batch] needs at least 2 sequences in a "
-                f"micro-batch (batch_size / gradient_accumulation_steps = {micro})")
+    problems += _check_diagnostics(values.get("diagnostics_interval"), hardware)
+    micro = batch_size // accumulation
+    if model and micro < model.min_sequences:
+        problems.append(
+            f"batch_size={batch_size}: model.norm={model.norm} as it is set needs at least {model.min_sequences} "
+            f"sequences in a micro-batch (batch_size / gradient_accumulation_steps = {micro})")
     return problems
+
+
+def _check_diagnostics(interval: int | None, hardware: HardwareConfig | None) -> list[str]:
+    if interval is None or hardware is None:
+        return []
+    opaque = {"hardware.compile=true": hardware.compile, "hardware.strategy=fsdp": hardware.strategy == "fsdp"}
+    return [f"diagnostics_interval={interval}: sees no layer of a model with {k}" for k, used in opaque.items() if used]
+
+
+def norm_hint(key: str) -> str:
+    """For an unknown setting of a norm, such as model.norms.rmsnorm.momentum: the settings that the norm has."""
+    name = key.removeprefix("model.norms.").partition(".")[0]
+    if not key.startswith("model.norms.") or name not in NORMS:
+        return ""
+    settings = ", ".join(f.name for f in fields(NORMS[name].settings))
+    return f"; the settings of {name} are {settings}" if settings else f"; {name} has no settings"
 
 
 def known_keys() -> list[str]:

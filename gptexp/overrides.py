@@ -8,15 +8,16 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptexp.config import flatten, known_keys, plain, read_config
+from gptexp.config import Config, flatten, known_keys, norm_hint, plain, read_config
 from gptexp.errors import UserError
-from gptexp.models.settings import NORMS, default_norms
+from gptexp.models.registry import NORMS, PLACEMENTS, default_norms
 from gptexp.validation import Tree, nearest, show
 
 VERSION_BASE = "1.3"
@@ -29,13 +30,14 @@ def conf_dir() -> str:
     return str(inside if inside.is_dir() else beside)
 
 
-def register_norms() -> None:
-    """Give Hydra the table of every norm's settings, and a choice norm=NAME for norms without a file in conf/."""
+def register_choices() -> None:
+    """Give Hydra the table of all norms' settings, and a choice for each norm and placement without a file in conf/."""
     store = ConfigStore.instance()
     store.store(group="norms", name="defaults", node=default_norms())
-    for name in NORMS:
-        if not (Path(conf_dir()) / "norm" / f"{name}.yaml").exists():
-            store.store(group="norm", name=name, node={"model": {"norm": name}}, package="_global_")
+    for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
+        for name in names:
+            if not (Path(conf_dir()) / group / f"{name}.yaml").exists():
+                store.store(group=group, name=name, node={"model": {group: name}}, package="_global_")
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -64,13 +66,15 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 continue
             if override.is_sweep_override() and not multirun:
                 problems.append(f"{override.input_line}: several values need --multirun (-m)")
+            elif override.is_delete():
+                passed.append(override.input_line or "")
             elif override.is_add() and _is_group(override.key_or_group):
                 plainly = str(override.input_line).lstrip("+")
                 problems.append(f"{override.input_line}: this group has a choice already; write {plainly}")
             elif _is_group(override.key_or_group):
                 problems += _check_group(override, bool(config_dir))
                 groups.append(override)
-            elif override.is_add() or override.is_delete() or override.is_force_add():
+            elif override.is_add() or override.is_force_add():
                 passed += [] if override.is_sweep_override() else [override.input_line or ""]
             else:
                 values.append(override)
@@ -94,6 +98,20 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 except UserError as error:
                     problems += error.problems
     return _unique(problems)
+
+
+def compose_config(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line of overrides stands for.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    register_choices()
+    problems = check(arguments, multirun=False)
+    if problems:
+        raise UserError(problems)
+    with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
+        return read_config(plain(compose("config", list(arguments))))
 
 
 def requested(arguments: Sequence[str]) -> Tree:
@@ -138,7 +156,10 @@ def _keys_of(group: str, choice: str) -> set[str]:
 def _check_group(override: Override, more_folders: bool) -> list[str]:
     """A problem for each choice that its group does not have."""
     group = override.key_or_group
-    options = [o for o in GlobalHydra.instance().config_loader().get_group_options(group) if o != "defaults"]
+    loader = GlobalHydra.instance().config_loader()
+    options = [o for o in loader.get_group_options(group) if o != "defaults"]
+    for folder in loader.get_group_options(group, results_filter=ObjectType.GROUP):
+        options += [f"{folder}/{o}" for o in loader.get_group_options(f"{group}/{folder}")]
     problems = []
     for text in _texts(override):
         if text != "null" and not more_folders and not _repository().config_exists(f"{group}/{text}"):
@@ -153,7 +174,7 @@ def _check_values(base: DictConfig, values: list[Override], cross_check: bool) -
     for override in values:
         key = override.key_or_group
         if key not in known and OmegaConf.select(base, key, default=_MISSING) is _MISSING:
-            problems.append(f"{override.input_line}: unknown key{nearest(key, known)}")
+            problems.append(f"{override.input_line}: unknown key{norm_hint(key) or nearest(key, known)}")
         else:
             settable.append(override)
     for override in settable:

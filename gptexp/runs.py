@@ -1,26 +1,29 @@
 """A run directory as one object; the only code that knows its layout.
 
 config.yaml (fully resolved) · run.json (status, fingerprints, versions, device, times) · metrics.csv ·
-result.json · checkpoints/{best,last}.ckpt · samples.txt · train.log
+result.json · checkpoints/{best,last}.ckpt · samples.txt · train.log · diagnostics.csv
 """
 
 import csv
 import hashlib
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
 
 from gptexp.config import Config, flatten, load_config
 from gptexp.errors import UserError
+from gptexp.models.registry import NORMS
 from gptexp.validation import show
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
@@ -33,6 +36,23 @@ METRICS = (
 """Columns of metrics.csv. The last three are times and differ from machine to machine; nothing else does."""
 
 TIMES = METRICS[-3:]
+
+
+class Measurement(NamedTuple):
+    """A row of diagnostics.csv.
+
+    Attributes:
+        step: optimizer steps done before.
+        layer: name of the module in the model, "embedding" for what enters the first layer.
+        quantity: what was measured; see `gptexp.training.callbacks.diagnostics`.
+        value: of it.
+    """
+
+    step: int
+    layer: str
+    quantity: str
+    value: float
+
 
 _FREE = ("output_dir", "name", "resume")  # say nothing of what a run computes
 
@@ -126,6 +146,11 @@ class Run:
         return self.path / "checkpoints" / f"{name}.ckpt"
 
     @property
+    def sees_later_tokens(self) -> bool:
+        """Whether the training loss of this variant sees what it is to predict, as batch norm's does."""
+        return bool(self.info.get("train_loss", {}).get("sees_later_tokens"))
+
+    @property
     def log_path(self) -> Path:
         """train.log: what was printed, and the traceback of an error."""
         return self.path / "train.log"
@@ -144,6 +169,16 @@ class Run:
     def curves_path(self) -> Path:
         """curves.png: the loss over the steps."""
         return self.path / "curves.png"
+
+    @property
+    def diagnostics_path(self) -> Path:
+        """diagnostics.csv: what was measured inside the model."""
+        return self.path / "diagnostics.csv"
+
+    @property
+    def heat_maps_path(self) -> Path:
+        """diagnostics.png: the same, layers by steps."""
+        return self.path / "diagnostics.png"
 
     def check_resumable(self, requested: Mapping[str, Any]) -> None:
         """Refuse to go on where that would change what was begun.
@@ -185,12 +220,16 @@ class Run:
             lock.release()
 
 
-def code_fingerprint() -> str:
-    """SHA-256 over the program's own source files."""
+def code_fingerprint(config: Config) -> str:
+    """SHA-256 over the program's own source files, and over those of other packages' norms that the model uses."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in getattr(config.model, "used_norms", {}):
+        module = NORMS[name].target.partition(":")[0]
+        if not module.startswith("gptexp."):
+            digest.update(inspect.getsource(import_module(module)).encode())
     return digest.hexdigest()
 
 
@@ -211,23 +250,25 @@ def unfinished(folder: Path, fingerprint: str) -> Run | None:
 
 
 class Metrics:
-    """The writer of metrics.csv: one row a step, only ever appended.
+    """The writer of metrics.csv, or of a table with other columns: rows are only ever appended.
 
     A resumed run cuts the file back to where it stood at the checkpoint, so it ends as an unbroken run's would.
     """
 
-    def __init__(self, path: Path, size: int | None) -> None:
+    def __init__(self, path: Path, size: int | None, columns: Sequence[str] = METRICS) -> None:
         """Open the file at `size` bytes, or anew when size is None."""
+        self.columns = columns
         self._file = path.open("r+b" if size is not None else "wb")
         if size is None:
-            self._line(METRICS)
+            self._line(columns)
         else:
             self._file.truncate(size)
             self._file.seek(size)
 
-    def append(self, row: Mapping[str, float]) -> None:
+    def append(self, row: Mapping[str, float | str]) -> None:
         """Write a row; columns that it lacks stay empty."""
-        self._line([repr(row[c]) if c in row else "" for c in METRICS])
+        cells = (row.get(c, "") for c in self.columns)
+        self._line([cell if isinstance(cell, str) else repr(cell) for cell in cells])
 
     def _line(self, cells: Any) -> None:
         self._file.write((",".join(cells) + "\n").encode())
@@ -244,12 +285,20 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.csv; each holds the columns that have a value in it. A half-written row is left out."""
+    header, rows = _read_table(path)
+    return [{k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows]
+
+
+def read_diagnostics(path: Path) -> list[Measurement]:
+    """The rows of a diagnostics.csv, oldest first. A half-written row is left out."""
+    return [Measurement(int(step), layer, name, float(value)) for step, layer, name, value in _read_table(path)[1]]
+
+
+def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     header = rows[0] if rows else []
-    return [
-        {k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows[1:] if len(row) == len(header)
-    ]
+    return header, [row for row in rows[1:] if len(row) == len(header)]
 
 
 def append_sample(path: Path, step: int, text: str) -> int:

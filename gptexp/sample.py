@@ -169,12 +169,12 @@ def load_model(run: Any, checkpoint: Literal["best", "last"], vocab_size: int) -
     """
     import torch
 
-    from gptexp.models.gpt import GPT
+    from gptexp.models.settings import build_model
     from gptexp.training.checkpoint import read_checkpoint
 
     path = run.checkpoint(checkpoint)
     weights = read_checkpoint(path, f"run={run.path}")["state_dict"]
-    model = GPT(run.config.sized(vocab_size))
+    model = build_model(run.config.sized(vocab_size))
     try:
         model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
     except RuntimeError as error:

@@ -39,9 +39,9 @@ def main() -> None:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
-        from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_norms
+        from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_choices
 
-        register_norms()
+        register_choices()
         flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
         sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
         args = get_args_parser().parse_args()
@@ -169,7 +169,7 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
         "fingerprints": {
             "config": config.fingerprint(),
             "data": encoded.fingerprint,
-            "code": code_fingerprint(),
+            "code": code_fingerprint(config),
         },
         "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
                  "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
@@ -267,9 +267,11 @@ def job_name(config: "Config", swept: str) -> str:
         config: the job's configuration.
         swept: Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
     """
-    shown = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
+    named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
+    shown = {"experiment", "experiment/ladder"} if config.name else named
     pairs = [pair.partition("=") for pair in swept.split("|") if pair]
-    extra = [f"{key.rpartition('.')[2]}_{value}" for key, _, value in pairs if key not in shown]
+    extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
+             for key, _, value in pairs if key not in shown]  # fmt: skip
     return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 

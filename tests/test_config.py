@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config
 from gptexp.errors import UserError
-from gptexp.models.settings import NORMS, PLACEMENTS
-from gptexp.overrides import VERSION_BASE, conf_dir, register_norms
+from gptexp.models.registry import NORMS, PLACEMENTS
+from gptexp.overrides import VERSION_BASE, conf_dir, register_choices
 from gptexp.training.settings import AdamWConfig, CosineConfig, LoggerConfig, OptimizerConfig, ScheduleConfig
 from gptexp.validation import nearest
 
@@ -21,7 +21,7 @@ CONF = Path(conf_dir())
 
 
 def composed(*overrides: str) -> dict:  # type: ignore[type-arg]
-    register_norms()
+    register_choices()
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE):
         return plain(compose("config", list(overrides)))
 
@@ -45,7 +45,7 @@ def test_every_choice_has_a_file_with_its_defaults(section: str, classes: tuple)
 
 @pytest.mark.parametrize("group", ["model", "norm", "placement", "heads", "data", "hardware", "experiment"])
 def test_every_file_composes_into_a_valid_configuration(group: str) -> None:
-    files = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+    files = sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
     assert files
     for name in files:
         extra = {"file": ["data.path=x"], "h6": ["model.n_embd=96"], "h12": ["model.n_embd=96"]}.get(name, [])

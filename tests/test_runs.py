@@ -118,5 +118,5 @@ def test_result_is_json(tmp_path: Path) -> None:
 
 
 def test_the_code_has_a_fingerprint() -> None:
-    assert code_fingerprint() == code_fingerprint()
-    assert len(code_fingerprint()) == 64
+    assert code_fingerprint(Config()) == code_fingerprint(Config())
+    assert len(code_fingerprint(Config())) == 64

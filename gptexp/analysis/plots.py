@@ -6,19 +6,22 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 
-def plot_curves(rows: Sequence[dict[str, float]], title: str, path: Path) -> None:
+def plot_curves(rows: Sequence[dict[str, float]], title: str, path: Path, sees_later_tokens: bool = False) -> None:
     """Draw training and validation loss, in nats a token, over the steps.
 
     Args:
         rows: of metrics.csv; each holds the columns that have a value.
         title: the run's name.
         path: of the PNG to write.
+        sees_later_tokens: say so of the training loss.
     """
     figure, axes = _axes(title)
-    _line(axes, rows, "train/loss", label="train/loss (batch)", linewidth=0.8, alpha=0.6)
+    what = "sees later tokens" if sees_later_tokens else "batch"
+    _line(axes, rows, "train/loss", label=f"train/loss ({what})", linewidth=0.8, alpha=0.6)
     _line(axes, rows, "val/loss", label="val/loss", marker="o", markersize=4)
     _line(axes, rows, "val/loss_windows", label="val/loss (some windows)", marker=".", linestyle=":")
     _save(figure, axes, path)
@@ -35,6 +38,33 @@ def plot_runs(runs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> Non
     for name, rows in runs.items():
         _line(axes, rows, "val/loss", label=name, marker="o", markersize=3)
     _save(figure, axes, path)
+
+
+def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw how strongly each prediction depends on each token, a row of panels for each mode.
+
+    Args:
+        maps: by mode ("train", "eval"), "own" and "others": (L, L) arrays of |d logits_t / d x_s|, within a sequence
+            and across the batch.
+        title: the variant's name.
+        path: of the PNG to write.
+    """
+    rows = max(1, len(maps))
+    figure = Figure(figsize=(9, 0.9 + 4 * rows))
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, above the diagonal lies the future")
+    figure.subplots_adjust(left=0.07, right=0.9, bottom=0.14 / rows, top=1 - 0.2 / rows, wspace=0.2, hspace=0.3)
+    top = max((float(m.max()) for pair in maps.values() for m in pair.values()), default=1.0) or 1.0
+    panels: Any = figure.subplots(len(maps), 2, squeeze=False) if maps else []
+    kinds = (("own", "the same sequence"), ("others", "the other sequences"))
+    image: Any = None
+    for row, (mode, pair) in zip(panels, maps.items(), strict=True):
+        for axes, (kind, words) in zip(row, kinds, strict=True):
+            image = axes.imshow(pair[kind], norm=LogNorm(top * 1e-6, top, clip=False), cmap="viridis")
+            axes.set(title=f"{mode} mode, {words}", xlabel="token s", ylabel="prediction t")
+    if image is not None:
+        figure.colorbar(image, cax=figure.add_axes((0.92, 0.25, 0.02, 0.5)))
+    figure.savefig(path, dpi=100)
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptexp.models.norms import build_norm
+from gptexp.models.registry import NormShape
 from gptexp.models.settings import GPTConfig
 
 
@@ -39,21 +41,48 @@ def _angles(length: int, channels: int) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(D), causal) v for H heads of size D = C / H, then a projection back to C."""
+    """softmax(q k^T / sqrt(D), causal) v for H heads of size D = C / H, then a projection back to C.
+
+    qk_norm normalises queries and keys by RMSNorm: "head" each head's D channels (Henry et al. 2020; Qwen 3), "full"
+    all C channels (OLMo 2). attention_scale=false leaves out the root; projection=false the last layer.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.scale = config.head_dim**-0.5 if config.attention_scale else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.per_head = config.qk_norm == "head"
+        shape = NormShape(config.head_dim if self.per_head else config.n_embd, config.block_size)
+        normed, settings = config.qk_norm != "none", config.norm_settings("rmsnorm")
+        self.q_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
+        self.k_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias) if config.projection else None
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (N, H, L, D) of x (N, L, C), normalised and rotated."""
+        N, L, C = x.shape
+        q, k, v = self.qkv(x).view(N, L, 3, C).unbind(2)  # each (N, L, C)
+        shape = N, L, self.n_head, C // self.n_head
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (
+                norm(part.view(shape) if self.per_head else part) for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
+
+    def logits(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the softmax of the attention sees: (N, H, L, L), -inf at later positions."""
+        q, k, _ = self.heads(x, rope)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return (q @ k.transpose(-2, -1) * self.scale).masked_fill(later, -math.inf)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(N, L, C) to (N, L, C); rope holds cosines and sines, (L, D) each."""
-        N, L, C = x.shape
-        qkv = self.qkv(x).view(N, L, 3, self.n_head, C // self.n_head)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (N, H, L, D)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = self.heads(x, rope)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return F.dropout(self.proj(y.transpose(1, 2).reshape(N, L, C)), self.dropout, self.training)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        y = y.transpose(1, 2).reshape(x.shape)
+        return F.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)

@@ -1,75 +1,62 @@
-"""What a model can be made of: the registries of its parts and the dataclass that selects among them.
-
-Nothing here imports torch, so a configuration is checked in a fraction of a second. A new norm is one
-class in `norms.py` and one line in `NORMS`; its settings become `model.norms.<name>.*`.
-"""
+"""The models, each configured by its own dataclass. Nothing here imports torch."""
 
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, Predicate
+from annotated_types import Ge, Gt, Lt, Predicate
 
+from gptexp.models.registry import NORMS, PLACEMENTS, NormSettings, NormShape, Placement, default_norms
 
-@dataclass(frozen=True)
-class LayerNormSettings:
-    """eps is added to the variance."""
-
-    eps: Annotated[float, Gt(0)] = 1e-5
-
-
-@dataclass(frozen=True)
-class RMSNormSettings:
-    """eps is added to the mean square."""
-
-    eps: Annotated[float, Gt(0)] = 1e-6
-
-
-@dataclass(frozen=True)
-class BatchNormSettings:
-    """eps is added to the variance; momentum moves the running averages; stats is what statistics run over."""
-
-    eps: Annotated[float, Gt(0)] = 1e-5
-    momentum: Annotated[float, Gt(0), Le(1)] = 0.1
-    stats: list[Literal["batch", "time"]] = field(default_factory=lambda: ["batch", "time"])
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """A norm without settings."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A registered norm: where its class is, and the dataclass of its settings."""
-
-    target: str  # "module:class"; the class is built as cls(settings, GPTConfig)
-    settings: type
-
-    def load(self) -> Any:
-        """The norm's class."""
-        module, name = self.target.split(":")
-        return getattr(import_module(module), name)
-
-
-NORMS: dict[str, Norm] = {
-    "layernorm": Norm("gptexp.models.norms:LayerNorm", LayerNormSettings),
-    "rmsnorm": Norm("gptexp.models.norms:RMSNorm", RMSNormSettings),
-    "batchnorm": Norm("gptexp.models.norms:BatchNorm", BatchNormSettings),
-    "none": Norm("gptexp.models.norms:Identity", NoSettings),
-}
-PLACEMENTS = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu")
 POSITIONS = ("learned", "sinusoidal", "rope", "none")
 
 
-def default_norms() -> dict[str, dict[str, Any]]:
-    """The table `model.norms`: the default settings of every registered norm."""
-    return {name: asdict(norm.settings()) for name, norm in NORMS.items()}
+@dataclass(frozen=True)
+class _Normed:
+    """The settings of models that have norms.
+
+    Attributes:
+        norm: a key of `NORMS`.
+        norms: settings of each norm, by its name; only the used norms' have an effect.
+    """
+
+    norm: Annotated[str, Predicate(NORMS.__contains__)] = "layernorm"
+    norms: dict[str, Any] = field(default_factory=default_norms)
+
+    def norm_settings(self, name: str) -> NormSettings:
+        """The settings of the norm `name`."""
+        return NORMS[name].settings(**self.norms.get(name, {}))
+
+    @property
+    def used_norms(self) -> dict[str, NormShape]:
+        """The norms that the model has, each with the shape it is made for."""
+        raise NotImplementedError
+
+    @property
+    def min_sequences(self) -> int:
+        """The fewest sequences that a training batch must have."""
+        return max((self.norm_settings(name).min_sequences for name in self.used_norms), default=1)
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting that has an effect."""
+        tree = asdict(self)
+        tree["norms"] = {name: tree["norms"].get(name, {}) for name in sorted(self.used_norms)}
+        return tree
+
+    def _norm_problems(self) -> list[str]:
+        """Those of the used norms, and of any other whose settings are not the default ones."""
+        shape = self.used_norms[self.norm]
+        changed = [n for n, norm in NORMS.items() if n in self.norms and self.norm_settings(n) != norm.settings()]
+        shapes = dict.fromkeys(changed, shape) | self.used_norms
+        return [
+            f"model.norms.{name}.{problem}" for name, shape in shapes.items()
+            for problem in self.norm_settings(name).problems(shape)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(_Normed):
     """A decoder-only transformer.
 
     Attributes:
@@ -78,31 +65,47 @@ class GPTConfig:
         n_layer: number of blocks, each an attention and a feed-forward sub-layer.
         n_head: attention heads; must divide n_embd.
         n_embd: channels C of the residual stream.
+        n_inner: width of the feed-forward layer; None is 4 n_embd (8/3 n_embd for swiglu; n_embd without
+            `projection`), 0 leaves it out.
         dropout: probability of dropping an embedding, an attention weight or a sub-layer's output.
         bias: give linear layers, layernorm and an untied head a bias.
         qkv_bias: the bias of the query, key and value projections alone; None follows `bias`.
         norm: a key of `NORMS`.
-        norms: settings of each norm, by its name; only the chosen norm's are used.
-        placement: "pre" is x + f(norm(x)) with a final norm; "post" is norm(x + f(x)) without one.
+        norms: settings of each norm, by its name; only the used norms' have an effect.
+        placement: a key of `PLACEMENTS`.
+        final_norm: a norm before the head; None follows the placement.
+        qk_norm: RMSNorm of queries and keys: "head" of each head by itself, "full" of all heads together.
+        attention_scale: divide the attention's logits by the square root of the head size.
+        residual: add each sub-layer's input to its output.
+        projection: a linear layer at the end of each sub-layer.
         activation: non-linearity of the feed-forward layer.
         tie_weights: share the token embedding with the output head.
         position: how positions are told apart.
+        init: initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm), or "torch", as torch's own layers.
     """
 
+    target: ClassVar[str] = "gptexp.models.gpt:GPT"
+
+    name: Literal["gpt"] = "gpt"
     vocab_size: Annotated[int, Ge(1)] = 65
     block_size: Annotated[int, Ge(1)] = 64
-    n_layer: Annotated[int, Ge(1)] = 4
+    n_layer: Annotated[int, Ge(0)] = 4
     n_head: Annotated[int, Ge(1)] = 4
     n_embd: Annotated[int, Ge(1)] = 128
+    n_inner: Annotated[int, Ge(0)] | None = None
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     bias: bool = False
     qkv_bias: bool | None = None
-    norm: Annotated[str, Predicate(NORMS.__contains__)] = "layernorm"
-    norms: dict[str, Any] = field(default_factory=default_norms)
     placement: Annotated[str, Predicate(PLACEMENTS.__contains__)] = "pre"
+    final_norm: bool | None = None
+    qk_norm: Literal["none", "head", "full"] = "none"
+    attention_scale: bool = True
+    residual: bool = True
+    projection: bool = True
     activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
     tie_weights: bool = True
     position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
+    init: Literal["gpt2", "torch"] = "gpt2"
 
     @property
     def head_dim(self) -> int:
@@ -110,34 +113,159 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def inner_dim(self) -> int:
+        """Width of the feed-forward layer; 0 for none."""
+        if self.n_inner is not None:
+            return self.n_inner
+        if not self.projection:
+            return self.n_embd
+        return -(-self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether the query, key and value projections have a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
-    def norm_settings(self) -> Any:
-        """The chosen norm's settings, an instance of its settings dataclass."""
-        return NORMS[self.norm].settings(**self.norms.get(self.norm, {}))
+    def place(self) -> Placement:
+        """Where the norms stand."""
+        return PLACEMENTS[self.placement]
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm stands before the head."""
+        return self.place.final if self.final_norm is None else self.final_norm
+
+    @property
+    def used_norms(self) -> dict[str, NormShape]:
+        """The norms that the model has, each with the shape it is made for."""
+        shape = NormShape(self.n_embd, self.block_size, self.bias)
+        queries = NormShape(self.head_dim if self.qk_norm == "head" else self.n_embd, self.block_size)
+        return ({"rmsnorm": queries} if self.qk_norm != "none" else {}) | {self.norm: shape}
+
+    @property
+    def label(self) -> str:
+        """The readable name of this variant, such as `rmsnorm-pre-h4`."""
+        return f"{self.norm}-{self.placement}-h{self.n_head}"
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which a dashboard finds this variant."""
+        return [self.norm, self.placement, f"h{self.n_head}"]
+
+    def problems(self) -> list[str]:
+        """Problems between settings that are each valid alone; one line a problem."""
+        problems = []
+        if self.n_embd % self.n_head:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            nearest = sorted(divisors, key=lambda n: abs(n - self.n_head))[:3]
+            problems.append(
+                f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}; "
+                f"nearest: {', '.join(map(str, sorted(nearest)))}"
+            )
+        elif self.position == "rope" and self.head_dim % 2:
+            problems.append(
+                f"model.position=rope: needs an even head size, but model.n_embd={self.n_embd} / "
+                f"model.n_head={self.n_head} = {self.head_dim}"
+            )
+        elif self.position == "sinusoidal" and self.n_embd % 2:
+            problems.append(f"model.position=sinusoidal: needs an even model.n_embd, not {self.n_embd}")
+        if not self.residual and self.place.alpha:
+            problems.append(f"model.residual=false: model.placement={self.placement} weighs the residual connection")
+        if not self.projection and self.inner_dim not in (0, self.n_embd):
+            problems.append(
+                f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false")
+        if self.final_norm and self.norm == "none":
+            problems.append("model.final_norm=true: has no effect with model.norm=none")
+        if self.init == "torch" and self.place.beta:
+            problems.append(f"model.init=torch: model.placement={self.placement} has initial weights of its own")
+        return problems + self._norm_problems()
 
 
-def check_gpt(config: GPTConfig) -> list[str]:
-    """Problems between settings that are each valid alone; one line a problem."""
-    problems = []
-    if config.n_embd % config.n_head:
-        divisors = [n for n in range(1, config.n_embd + 1) if config.n_embd % n == 0]
-        nearest = sorted(divisors, key=lambda n: abs(n - config.n_head))[:3]
-        problems.append(
-            f"model.n_head={config.n_head}: must divide model.n_embd={config.n_embd}; "
-            f"nearest: {', '.join(map(str, sorted(nearest)))}"
-        )
-    elif config.position == "rope" and config.head_dim % 2:
-        problems.append(
-            f"model.position=rope: needs an even head size, but model.n_embd={config.n_embd} / "
-            f"model.n_head={config.n_head} = {config.head_dim}"
-        )
-    elif config.position == "sinusoidal" and config.n_embd % 2:
-        problems.append(f"model.position=sinusoidal: needs an even model.n_embd, not {config.n_embd}")
-    stats = config.norms.get("batchnorm", {}).get("stats")
-    if stats is not None and sorted(stats) not in (["batch"], ["batch", "time"]):
-        problems.append(f"model.norms.batchnorm.stats=[{','.join(stats)}]: must be [batch,time] or [batch]")
-    return problems
+@dataclass(frozen=True)
+class BigramConfig:
+    """A table of logits, one row for each symbol: the next symbol depends on the last one alone.
+
+    Attributes:
+        vocab_size: number of symbols V; taken from the tokenizer, never set by the user.
+        block_size: targets of one row of a batch.
+        init: "gpt2" draws with a deviation of 0.02, "torch" with 1, as `nn.Embedding` does.
+    """
+
+    target: ClassVar[str] = "gptexp.models.baselines:Bigram"
+    min_sequences: ClassVar[int] = 1
+    label: ClassVar[str] = "bigram"
+    tags: ClassVar[list[str]] = ["bigram"]
+
+    name: Literal["bigram"] = "bigram"
+    vocab_size: Annotated[int, Ge(1)] = 65
+    block_size: Annotated[int, Ge(1)] = 64
+    init: Literal["gpt2", "torch"] = "gpt2"
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting that has an effect."""
+        return asdict(self)
+
+    def problems(self) -> list[str]:
+        """Problems between settings: there are none."""
+        return []
+
+
+@dataclass(frozen=True)
+class MLPConfig(_Normed):
+    """The last `context` symbols, embedded, through hidden layers: Bengio et al. 2003.
+
+    Attributes:
+        vocab_size: number of symbols V; taken from the tokenizer, never set by the user.
+        block_size: targets of one row of a batch.
+        context: symbols that the model sees.
+        n_embd: channels of a symbol's embedding.
+        n_hidden: width of the hidden layers.
+        n_layer: number of hidden layers.
+        residual: add each hidden layer's input to its output, from the second layer on.
+        norm: a key of `NORMS`; it stands between a hidden layer's linear map and its tanh.
+        norms: settings of each norm, by its name; only the used norms' have an effect.
+    """
+
+    target: ClassVar[str] = "gptexp.models.baselines:MLP"
+
+    name: Literal["mlp"] = "mlp"
+    vocab_size: Annotated[int, Ge(1)] = 65
+    block_size: Annotated[int, Ge(1)] = 64
+    context: Annotated[int, Ge(1)] = 3
+    n_embd: Annotated[int, Ge(1)] = 16
+    n_hidden: Annotated[int, Gt(0)] = 256
+    n_layer: Annotated[int, Ge(1)] = 1
+    residual: bool = False
+    norm: Annotated[str, Predicate(NORMS.__contains__)] = "none"
+
+    @property
+    def used_norms(self) -> dict[str, NormShape]:
+        """The norms that the model has, each with the shape it is made for."""
+        return {self.norm: NormShape(self.n_hidden, self.block_size, bias=True)}
+
+    @property
+    def label(self) -> str:
+        """The readable name of this variant, such as `mlp-batchnorm`."""
+        return f"mlp-{self.norm}"
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which a dashboard finds this variant."""
+        return ["mlp", self.norm]
+
+    def problems(self) -> list[str]:
+        """Problems between settings that are each valid alone; one line a problem."""
+        problems = []
+        if self.residual and self.n_layer == 1:
+            problems.append("model.residual=true: has no effect with model.n_layer=1")
+        return problems + self._norm_problems()
+
+
+ModelConfig = GPTConfig | BigramConfig | MLPConfig
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Any:
+    """A new model; its initial weights are a function of the seed and of each parameter's name and shape."""
+    module, name = config.target.split(":")
+    return getattr(import_module(module), name)(config, seed)

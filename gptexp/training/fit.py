@@ -21,9 +21,12 @@ from gptexp.data.datamodule import CharDataModule
 from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Interrupted, UserError
-from gptexp.models.gpt import GPT
+from gptexp.models.influence import train_mode
+from gptexp.models.language_model import LanguageModel
+from gptexp.models.settings import build_model
 from gptexp.runs import Run, read_samples
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
+from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.checkpoint import read_checkpoint
@@ -61,7 +64,7 @@ def _fit(run: Run, config: Config, first: bool) -> float:
         torch.set_num_threads(config.hardware.threads)
     resuming = _checkpoint_to_resume(run, config)
 
-    model = GPT(config.sized(encoded.tokenizer.vocab_size), config.seed)
+    model: LanguageModel = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
     module = GPTModule(model, config, val.chars_per_token)
     if config.hardware.compile:
         model.compile()
@@ -77,11 +80,18 @@ def _fit(run: Run, config: Config, first: bool) -> float:
     device = describe_device(config, devices)
     name = run.info["name"]
     if first:
-        run.update(status="running", error=None, device=device, versions=versions(), parameters=model.n_params)
+        share = train_mode(model.config)
+        run.update(
+            status="running", error=None, device=device, versions=versions(), parameters=model.n_params,
+            train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
+        )  # fmt: skip
         log.info(
             "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
             run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
         )  # fmt: skip
+        if share.looks_ahead:
+            log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
+                        config.model.label)  # fmt: skip
     flops = peak_flops(config, devices) if first else math.inf
     loggers = build_loggers(run, config, name, run.info["group"]) if first else []
     samples = Samples(loggers, read_samples(run.samples_path))
@@ -96,6 +106,7 @@ def _fit(run: Run, config: Config, first: bool) -> float:
     )
     interruption = Interruption(config)
     checkpoints = Checkpoints(run, config, recorder)
+    inside = [Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []
     succeeded, best = False, math.nan
     try:
         trainer = Trainer(
@@ -104,7 +115,9 @@ def _fit(run: Run, config: Config, first: bool) -> float:
             max_epochs=-1,
             accumulate_grad_batches=config.gradient_accumulation_steps,
             logger=loggers or False,
-            callbacks=[recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console())],
+            callbacks=[
+                *inside, recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console()),
+            ],
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
@@ -145,7 +158,7 @@ def load_data(run: Run, config: Config) -> Encoded:
 
 
 def _sampler(
-    model: GPT, config: Config, tokenizer: Tokenizer, documents: bool
+    model: LanguageModel, config: Config, tokenizer: Tokenizer, documents: bool
 ) -> Callable[[GPTModule], str] | None:
     """A function that samples a text: one long one, or ten documents."""
     if not config.sample_tokens:

@@ -93,7 +93,6 @@ def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: st
         mode = "offline"
     identity = run.info.get("wandb_id") or uuid.uuid4().hex[:12]
     run.update(wandb_id=identity)
-    m = config.model
     options: dict[str, Any] = {
         "project": settings.project,
         "entity": settings.entity,
@@ -102,7 +101,7 @@ def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: st
         "group": settings.group or group,
         "job_type": settings.job_type,
         "notes": settings.notes,
-        "tags": [m.norm, m.placement, f"h{m.n_head}", run.info["data"]["corpus"], *settings.tags],
+        "tags": [*config.model.tags, run.info["data"]["corpus"], *settings.tags],
         "config": config.tree(),
         "dir": str(run.path),
         "reinit": "finish_previous",

@@ -35,6 +35,7 @@ class TrainState:
         since_best: evaluations since then.
         metrics_size: bytes of metrics.csv at the checkpoint.
         samples_size: bytes of samples.txt at the checkpoint.
+        diagnostics_size: bytes of diagnostics.csv at the checkpoint.
     """
 
     status: str = "running"
@@ -46,6 +47,7 @@ class TrainState:
     since_best: int = 0
     metrics_size: int = 0
     samples_size: int = 0
+    diagnostics_size: int = 0
 
 
 class GPTModule(LightningModule):
@@ -62,6 +64,7 @@ class GPTModule(LightningModule):
         self.model, self.config = model, config
         self.state = TrainState()
         self.chars_per_token = chars_per_token
+        self.penalised: list[Any] = [m for m in model.modules() if hasattr(m, "penalty")]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
         self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
         self.grad_norm = torch.zeros(())  # before clipping
@@ -86,12 +89,15 @@ class GPTModule(LightningModule):
                 group["lr"] = self.learning_rate
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact."""
+        """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact.
+
+        What is returned to be minimised has the penalties of regularised norms in it; the reported loss has not.
+        """
         loss = summed_loss(self.model(batch.x, batch.mask), batch.y) / batch.tokens
         share = loss.detach() / self.config.gradient_accumulation_steps
         self.step_loss = share if self._micro_batch == 0 else self.step_loss + share
         self._micro_batch += 1
-        return loss
+        return loss + sum(norm.penalty for norm in self.penalised) if self.penalised else loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Measure the gradient's norm and scale it down to `grad_clip`."""

@@ -9,8 +9,9 @@ import lightning
 import numpy as np
 import torch
 
+from gptexp.analysis.layers import plot_diagnostics
 from gptexp.analysis.plots import plot_curves
-from gptexp.runs import Run, read_metrics, read_samples
+from gptexp.runs import Run, read_diagnostics, read_metrics, read_samples
 from gptexp.training.loggers import summarise
 from gptexp.training.module import GPTModule
 
@@ -53,9 +54,11 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
     summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
     run.finish(status)
     try:
-        plot_curves(rows, run.info["name"], run.curves_path)
-    except Exception as error:  # the run is whole without its picture
-        log.warning("%s: no picture (%s)", run.curves_path, error)
+        plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
+        if module.config.diagnostics_interval:
+            plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)
+    except Exception as error:  # the run is whole without its pictures
+        log.warning("%s: no picture (%s)", run.path, error)
     match status:
         case "interrupted":
             log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
@@ -69,6 +72,8 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
             _show_sample(run)
             prompt = "" if documents else ' prompt="The "'
             log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
+    if run.heat_maps_path.exists():
+        log.info("picture: %s", run.heat_maps_path)
     return best["val/loss"]
 
 

@@ -15,21 +15,22 @@ WRONG: dict[str, list[str]] = {
     "model.nrom=rmsnorm": ["model.nrom=rmsnorm: unknown key; did you mean model.norm?"],
     "n_head=8": ["n_head=8: unknown key; did you mean model.n_head?"],
     "bathc_size=8": ["bathc_size=8: unknown key; did you mean batch_size?"],
-    "norm=rmsnrom": ["norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, layernorm, none, rmsnorm"],
+    "norm=rmsnrom": ["norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, causal_batchnorm, dyt, "],
     "model.norm=rmsnrom": [
-        "model.norm=rmsnrom: must be one of layernorm, rmsnorm, batchnorm, none; did you mean rmsnorm?"],
-    "model.placement=mid": ["model.placement=mid: must be one of pre, post"],
+        "model.norm=rmsnrom: must be one of layernorm, rmsnorm, prmsnorm, scalenorm, dyt, groupnorm, batchnorm, "
+        "rbn, causal_batchnorm, powernorm, none; did you mean rmsnorm?"],
+    "model.placement=mid": ["model.placement=mid: must be one of pre, post, sandwich, output, deepnorm"],
     "model.n_head=3": ["model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
     "model.n_embd=-16": ["model.n_embd=-16: must be an integer of at least 1"],
-    "model.n_layer=two": ["model.n_layer=two: must be an integer of at least 1"],
-    "model.n_layer=2.5": ["model.n_layer=2.5: must be an integer of at least 1"],
-    "model.n_layer=true": ["model.n_layer=true: must be an integer of at least 1"],
+    "model.n_layer=two": ["model.n_layer=two: must be an integer of at least 0"],
+    "model.n_layer=2.5": ["model.n_layer=2.5: must be an integer of at least 0"],
+    "model.n_layer=true": ["model.n_layer=true: must be an integer of at least 0"],
     "model.dropout=1": ["model.dropout=1: must be a number of at least 0 and less than 1"],
     "optimizer.learning_rate=nan": ["optimizer.learning_rate=NaN: must be a number greater than 0"],
     "optimizer.momentum=0.9": ["optimizer.momentum=0.9: unknown key of optimizer.name=adamw"],
     "schedule.decay_fraction=0.5": ["schedule.decay_fraction=0.5: unknown key of schedule.name=cosine"],
     "model.norms.rmsnorm.epsilon=1e-6": [
-        "model.norms.rmsnorm.epsilon=1e-6: unknown key; did you mean model.norms.rmsnorm.eps?"],
+        "model.norms.rmsnorm.epsilon=1e-6: unknown key; the settings of rmsnorm are eps"],
     "model.norms.batchnorm.stats=[time]": [
         "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],
@@ -46,11 +47,17 @@ WRONG: dict[str, list[str]] = {
     "+norm=rmsnorm": ["+norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],
     "resume=nowhere": ["resume=nowhere: there is no such directory"],
     "resume=.": ["resume=.: is not a run directory"],
-    "experiment=nanogpt": ["experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: nanogpt_cpu, nanogpt_gpu"],
+    "experiment=nanogpt": ["experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: nanogpt_cpu, "],
+    "norm=groupnorm model.norms.groupnorm.groups=3": ["model.norms.groupnorm.groups=3: must divide the 16 channels"],
+    "placement=deepnorm model.residual=false": ["model.residual=false: model.placement=deepnorm weighs the residual"],
+    "model=bigram norm=rmsnorm": [
+        f"model.{setting}: unknown key of model.name=bigram"
+        for setting in ("norm=rmsnorm", "n_head=2", "n_layer=1", "n_embd=16")],
+    "model.projection=false model.n_inner=24": ["model.n_inner=24: must be 0 or model.n_embd=16"],
     "rmsnorm": ["rmsnorm: cannot be read as a setting; a setting is written key=value"],
     "model.norm=[": ["model.norm=[: cannot be read as a setting; quote special characters"],
     "batch_size=1 norm=batchnorm model.norms.batchnorm.stats=[batch]": [
-        "batch_size=1: model.norms.batchnorm.stats=[batch] needs at least 2 sequences"],
+        "batch_size=1: model.norm=batchnorm as it is set needs at least 2 sequences"],
     "model.nrom=x model.n_embd=0 norm=rms bogus optimizer.beta1=2 seed=-1": [
         "bogus: cannot be read", "norm=rms: unknown; did you mean rmsnorm?", "model.nrom=x: unknown key",
         "model.n_embd=0: must be", "optimizer.beta1=2: must be", "seed=-1: must be"],
@@ -102,11 +109,11 @@ def test_unwritable_folder(
 def test_a_sweep_is_checked_before_its_first_job(
     command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ["-m", "norm=layernorm,rmsnrom", "model.n_layer=1,0", "seed=range(0,3)"]
+    sweep = ["-m", "norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
     assert command(*TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}", *sweep) == 2
     err = capfd.readouterr().err
     assert "norm=rmsnrom: unknown" in err
-    assert "model.n_layer=0: must be an integer of at least 1" in err
+    assert "model.n_layer=-1: must be an integer of at least 0" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gptexp.models.gpt import GPT
-from gptexp.models.settings import GPTConfig, default_norms
+from gptexp.models.registry import default_norms
+from gptexp.models.settings import GPTConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -20,16 +21,16 @@ def one_thread() -> Iterator[None]:
 
 def small_config(**changes: Any) -> GPTConfig:
     norms = default_norms()
-    if changes.get("norm") == "batchnorm[batch]":
-        changes["norm"] = "batchnorm"
-        norms["batchnorm"]["stats"] = ["batch"]
-    sizes = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "norms": norms}
+    name, _, stats = changes.pop("norm", "layernorm").rstrip("]").partition("[")
+    if stats:
+        norms[name]["stats"] = stats.split(",") if isinstance(norms[name]["stats"], list) else stats
+    sizes = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "norm": name, "norms": norms}
     return GPTConfig(**{**sizes, **changes})
 
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., GPTConfig]:
-    """small(**changes): a tiny GPTConfig. norm="batchnorm[batch]" is batchnorm with stats=[batch]."""
+    """small(**changes): a tiny GPTConfig. norm="batchnorm[batch]" is batchnorm with stats=[batch], and so on."""
     return small_config
 
 

@@ -1,6 +1,7 @@
 """Attention against a loop that can be read off the paper, and the position encodings against their formulas."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,43 +11,114 @@ from gptexp.models.attention import CausalSelfAttention, apply_rope, rope_table,
 from gptexp.models.gpt import GPT
 from gptexp.models.settings import GPTConfig
 
+EPS = 1e-2  # of the norm of queries and keys; large, so that it shows
+Rope = tuple[Tensor, Tensor]
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def naive_attention(attn: CausalSelfAttention, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def naive_attention(config: GPTConfig, attn: CausalSelfAttention, x: Tensor, rope: Rope | None) -> Tensor:
     """One sequence, one head, one query and one key at a time."""
     N, L, C = x.shape
-    D = C // attn.n_head
-    w, b = attn.qkv.weight, attn.qkv.bias if attn.qkv.bias is not None else torch.zeros(3 * C, dtype=x.dtype)
+    D = C // config.n_head
+    divisor = math.sqrt(D) if config.attention_scale else 1.0
+
+    def projected(n: int, i: int) -> Tensor:
+        part = slice(i * C, (i + 1) * C)
+        return x[n] @ attn.qkv.weight[part].T + (attn.qkv.bias[part] if attn.qkv.bias is not None else 0.0)  # (L, C)
+
+    def normed(v: Tensor, weight: Tensor) -> Tensor:
+        return v / torch.sqrt((v * v).sum(-1, keepdim=True) / v.shape[-1] + EPS) * weight
+
     y = torch.zeros_like(x)
     for n in range(N):
-        for h in range(attn.n_head):
+        q_all, k_all, v_all = (projected(n, i) for i in range(3))
+        if config.qk_norm == "full":
+            q_all, k_all = normed(q_all, attn.q_norm.weight), normed(k_all, attn.k_norm.weight)
+        for h in range(config.n_head):
             part = slice(h * D, (h + 1) * D)
-            q, k, v = (x[n] @ w[i * C : (i + 1) * C][part].T + b[i * C : (i + 1) * C][part] for i in range(3))
+            q, k, v = q_all[:, part], k_all[:, part], v_all[:, part]
+            if config.qk_norm == "head":
+                q, k = normed(q, attn.q_norm.weight), normed(k, attn.k_norm.weight)
             if rope is not None:
                 q, k = apply_rope(q, *rope), apply_rope(k, *rope)
             for t in range(L):
-                scores = torch.stack([q[t] @ k[s] / math.sqrt(D) for s in range(t + 1)])
+                scores = torch.stack([q[t] @ k[s] / divisor for s in range(t + 1)])
                 weights = scores.exp() / scores.exp().sum()
                 y[n, t, part] = sum(weights[s] * v[s] for s in range(t + 1))
+    if not config.projection:
+        return y
     return y @ attn.proj.weight.T + (attn.proj.bias if attn.proj.bias is not None else 0.0)
+
+
+def random_attention(**settings: Any) -> tuple[GPTConfig, CausalSelfAttention]:
+    config = GPTConfig(n_embd=16, norms={"rmsnorm": {"eps": EPS}}, **settings)
+    attn = CausalSelfAttention(config).double()
+    with torch.no_grad():
+        for i, p in enumerate(attn.parameters()):
+            p.copy_(random(*p.shape, seed=i + 1) / 2 + float(p.ndim == 1) / 2)
+    return config, attn
+
+
+def double_rope(length: int, head_dim: int) -> Rope:
+    cos, sin = rope_table(length, head_dim)
+    return cos.double(), sin.double()
+
+
+rotated = pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rope"])
 
 
 @pytest.mark.parametrize("n_head", [1, 2, 4])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rope"])
+@rotated
 def test_attention_is_its_formula(n_head: int, bias: bool, rotate: bool) -> None:
-    N, L, C = 2, 5, 16
-    attn = CausalSelfAttention(GPTConfig(n_head=n_head, n_embd=C, bias=bias)).double()
-    with torch.no_grad():
-        for i, p in enumerate(attn.parameters()):
-            p.copy_(random(*p.shape, seed=i + 1))
-    cos, sin = rope_table(L, C // n_head)
-    rope = (cos.double(), sin.double()) if rotate else None
-    x = random(N, L, C)
-    torch.testing.assert_close(attn(x, rope), naive_attention(attn, x, rope))
+    config, attn = random_attention(n_head=n_head, bias=bias)
+    rope = double_rope(5, 16 // n_head) if rotate else None
+    x = random(2, 5, 16)
+    torch.testing.assert_close(attn(x, rope), naive_attention(config, attn, x, rope))
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+@pytest.mark.parametrize("changes", [{}, {"attention_scale": False}, {"projection": False}], ids=str)
+@rotated
+def test_variants_of_attention_are_their_formulas(qk_norm: str, changes: dict, rotate: bool) -> None:
+    config, attn = random_attention(n_head=2, qk_norm=qk_norm, **changes)
+    rope = double_rope(5, 8) if rotate else None
+    x = random(2, 5, 16)
+    torch.testing.assert_close(attn(x, rope), naive_attention(config, attn, x, rope))
+    shapes = {"none": None, "head": (8,), "full": (16,)}
+    for norm in (attn.q_norm, attn.k_norm):
+        assert (None if norm is None else norm.weight.shape) == shapes[qk_norm]
+    assert (attn.proj is None) == (not config.projection)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "head"}, {"qk_norm": "full", "attention_scale": False}], ids=str)
+@rotated
+def test_logits_are_what_the_softmax_sees(changes: dict, rotate: bool) -> None:
+    _, attn = random_attention(n_head=2, **changes)
+    rope = double_rope(5, 8) if rotate else None
+    x = random(3, 5, 16)
+    logits, (_, _, v) = attn.logits(x, rope), attn.heads(x, rope)
+    assert logits.shape == (3, 2, 5, 5)
+    later = torch.arange(5) > torch.arange(5)[:, None]
+    assert bool((logits[..., later] == -math.inf).all())
+    assert bool(logits[..., ~later].isfinite().all())
+    y = torch.cat([(logits.softmax(-1) @ v)[:, h] for h in range(2)], -1)  # (N, L, C)
+    torch.testing.assert_close(attn(x, rope), y @ attn.proj.weight.T)
+
+
+def test_the_scale_of_queries_and_keys_is_lost_in_their_norm() -> None:
+    """Only eps remembers it: with 100 times the weights, the logits are nearly those of the unit vectors."""
+    for qk_norm, equal in (("none", False), ("head", True), ("full", True)):
+        _, attn = random_attention(n_head=2, qk_norm=qk_norm)
+        x = random(2, 5, 16)
+        before = attn.logits(x * 1e3)
+        with torch.no_grad():
+            attn.qkv.weight.mul_(100)
+        kept = before.isfinite()
+        assert torch.allclose(attn.logits(x * 1e3)[kept], before[kept], rtol=1e-4, atol=1e-4) == equal
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Batch norm: its formula, torch's own layer, and padding, which must leave no trace."""
+"""Batch norm, with and without penalty: its formula, torch's own layer, and padding, which must leave no trace."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.norms import BatchNorm
-from gptexp.models.settings import BatchNormSettings, GPTConfig
+from gptexp.models.batchnorms import BatchNorm
+from gptexp.models.norms import build_norm
+from gptexp.models.registry import NORMS, NormShape
 
 N, L, C, BLOCK = 4, 5, 6, 7
 BATCH_TIME, BATCH = ["batch", "time"], ["batch"]
 both_stats = pytest.mark.parametrize("stats", [BATCH_TIME, BATCH], ids=["batch-time", "batch"])
+both_norms = pytest.mark.parametrize("name", ["batchnorm", "rbn"])
 # Every position is reached by two sequences or more, except the last one, which none reaches.
 MASK = torch.arange(L) < torch.tensor([[4], [4], [3], [2]])
 
@@ -20,8 +22,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
 
 
-def batchnorm(stats: list[str], eps: float = 1e-5, momentum: float = 0.1) -> BatchNorm:
-    norm = BatchNorm(BatchNormSettings(eps, momentum, stats), GPTConfig(n_embd=C, block_size=BLOCK)).double()
+def batchnorm(stats: list[str], eps: float = 1e-5, momentum: float = 0.1, name: str = "batchnorm") -> BatchNorm:
+    norm = build_norm(name, NORMS[name].settings(eps, momentum, stats), NormShape(C, BLOCK)).double()
     with torch.no_grad():
         norm.weight.copy_(random(C, seed=11))
         norm.bias.copy_(random(C, seed=12))
@@ -39,10 +41,11 @@ def run(norm: nn.Module, x: Tensor, mask: Tensor | None = None) -> dict[str, Ten
             "bias.grad": norm.bias.grad.clone(), "mean": norm.running_mean.clone(), "var": norm.running_var.clone()}
 
 
+@both_norms
 @both_stats
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "all-true mask"])
-def test_batchnorm_is_its_formula(stats: list[str], masked: bool) -> None:
-    norm, x = batchnorm(stats, eps=1e-3, momentum=0.3), random(N, L, C)
+def test_batchnorm_is_its_formula(name: str, stats: list[str], masked: bool) -> None:
+    norm, x = batchnorm(stats, 1e-3, 0.3, name), random(N, L, C)
     y = norm(x, torch.ones(N, L, dtype=torch.bool) if masked else None).detach().numpy()
 
     a, axes = x.numpy(), ((0, 1) if stats == BATCH_TIME else (0,))
@@ -69,7 +72,7 @@ class TorchBatchNorm(nn.Module):
 
     def __init__(self, ours: BatchNorm) -> None:
         super().__init__()
-        self.over_time = ours.over_time
+        self.over_time = not ours.per_position
         self.inner = nn.BatchNorm1d(C if self.over_time else L * C, affine=False).double()
         self.weight, self.bias = nn.Parameter(ours.weight.detach().clone()), nn.Parameter(ours.bias.detach().clone())
 
@@ -89,10 +92,11 @@ class TorchBatchNorm(nn.Module):
         return self.inner.running_var if self.over_time else self.inner.running_var.view(L, C)
 
 
+@both_norms
 @both_stats
 @pytest.mark.parametrize("mask", [None, torch.ones(N, L, dtype=torch.bool)], ids=["unmasked", "all-true mask"])
-def test_batchnorm_is_torch_batchnorm(stats: list[str], mask: Tensor | None) -> None:
-    ours = batchnorm(stats)
+def test_batchnorm_is_torch_batchnorm(name: str, stats: list[str], mask: Tensor | None) -> None:
+    ours = batchnorm(stats, name=name)
     theirs = TorchBatchNorm(ours)
     for step in range(4):
         mine, other = run(ours, random(N, L, C, seed=step), mask), run(theirs, random(N, L, C, seed=step))
@@ -111,8 +115,9 @@ def test_batchnorm_over_time_is_torch_batchnorm_with_its_own_gain_and_bias() -> 
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2))
 
 
-def test_padding_is_as_if_absent_with_statistics_over_batch_and_time() -> None:
-    x, masked, plain = random(N, L, C), batchnorm(BATCH_TIME), batchnorm(BATCH_TIME)
+@both_norms
+def test_padding_is_as_if_absent_with_statistics_over_batch_and_time(name: str) -> None:
+    x, masked, plain = random(N, L, C), batchnorm(BATCH_TIME, name=name), batchnorm(BATCH_TIME, name=name)
     for _ in range(3):
         mine = run(masked, x, MASK)
         x_kept = x[MASK].unsqueeze(1).requires_grad_()  # the real rows alone, (rows, 1, C)
@@ -128,8 +133,9 @@ def test_padding_is_as_if_absent_with_statistics_over_batch_and_time() -> None:
     assert bool((mine["x.grad"][~MASK] == 0).all())
 
 
-def test_padding_is_as_if_absent_with_statistics_over_the_batch() -> None:
-    x, norm = random(N, L, C), batchnorm(BATCH)
+@both_norms
+def test_padding_is_as_if_absent_with_statistics_over_the_batch(name: str) -> None:
+    x, norm = random(N, L, C), batchnorm(BATCH, name=name)
     mean, var = torch.zeros(BLOCK, C, dtype=torch.float64), torch.ones(BLOCK, C, dtype=torch.float64)
     weight, bias = (p.detach().clone().requires_grad_() for p in (norm.weight, norm.bias))
     for _ in range(3):
@@ -148,8 +154,9 @@ def test_padding_is_as_if_absent_with_statistics_over_the_batch() -> None:
         torch.testing.assert_close(mine["var"], var)
 
 
-def test_a_position_that_no_sequence_reaches_keeps_its_running_statistics() -> None:
-    norm, mask = batchnorm(BATCH), torch.arange(L) < 3
+@both_norms
+def test_a_position_that_no_sequence_reaches_keeps_its_running_statistics(name: str) -> None:
+    norm, mask = batchnorm(BATCH, name=name), torch.arange(L) < 3
     norm(random(N, L, C))
     before = norm.running_mean.clone(), norm.running_var.clone()
     norm(random(N, L, C, seed=1), mask.expand(N, L))
@@ -158,8 +165,9 @@ def test_a_position_that_no_sequence_reaches_keeps_its_running_statistics() -> N
         assert bool((new[:3] != old[:3]).all())
 
 
-def test_a_position_that_one_sequence_reaches_is_normalised_as_in_evaluation() -> None:
-    norm, x = batchnorm(BATCH), random(N, L, C)
+@both_norms
+def test_a_position_that_one_sequence_reaches_is_normalised_as_in_evaluation(name: str) -> None:
+    norm, x = batchnorm(BATCH, name=name), random(N, L, C)
     norm.running_mean.copy_(random(BLOCK, C, seed=3))
     norm.running_var.copy_(random(BLOCK, C, seed=4).abs())
     before = norm.running_mean.clone(), norm.running_var.clone()
@@ -172,46 +180,51 @@ def test_a_position_that_one_sequence_reaches_is_normalised_as_in_evaluation() -
         assert not torch.equal(result[buffer][3], old[3])
 
 
+@both_norms
 @both_stats
 @pytest.mark.parametrize("content", [0.0, 1e3, 1e300, float("inf"), float("nan")])
-def test_the_content_of_padding_changes_nothing(stats: list[str], content: float) -> None:
+def test_the_content_of_padding_changes_nothing(name: str, stats: list[str], content: float) -> None:
     x = random(N, L, C)
     other = x.masked_fill(~MASK.unsqueeze(-1), content)
-    mine, changed = run(batchnorm(stats), x, MASK), run(batchnorm(stats), other, MASK)
+    mine, changed = run(batchnorm(stats, name=name), x, MASK), run(batchnorm(stats, name=name), other, MASK)
     for key, value in mine.items():
         assert torch.equal(changed[key], value), key
 
 
+@both_norms
 @both_stats
-def test_the_mask_matters(stats: list[str]) -> None:
+def test_the_mask_matters(name: str, stats: list[str]) -> None:
     x = random(N, L, C)
-    assert not torch.allclose(batchnorm(stats)(x, MASK)[MASK], batchnorm(stats)(x)[MASK])
+    assert not torch.allclose(batchnorm(stats, name=name)(x, MASK)[MASK], batchnorm(stats, name=name)(x)[MASK])
 
 
+@both_norms
 @both_stats
-def test_a_shorter_batch_uses_the_first_positions(stats: list[str]) -> None:
+def test_a_shorter_batch_uses_the_first_positions(name: str, stats: list[str]) -> None:
     """In evaluation, the first two positions come out the same with and without those that follow."""
-    norm, x = batchnorm(stats), random(N, BLOCK, C)
+    norm, x = batchnorm(stats, name=name), random(N, BLOCK, C)
     norm(x)
     norm.eval()
     torch.testing.assert_close(norm(x[:, :2]), norm(x)[:, :2])
 
 
+@both_norms
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_sequence_has_no_variance(masked: bool) -> None:
+def test_one_sequence_has_no_variance(name: str, masked: bool) -> None:
     """An error before anything is computed, so that the running statistics stay finite."""
     for stats, shape, word in ((BATCH, (1, L), "sequences"), (BATCH_TIME, (1, 1), "positions")):
-        norm, mask = batchnorm(stats), torch.ones(shape, dtype=torch.bool) if masked else None
+        norm, mask = batchnorm(stats, name=name), torch.ones(shape, dtype=torch.bool) if masked else None
         with pytest.raises(ValueError, match=rf"no variance over fewer than two .*{word}: use a larger batch_size"):
             norm(random(*shape, C), mask)
         assert bool((norm.running_mean == 0).all())
         assert bool((norm.running_var == 1).all())
         assert norm.eval()(random(*shape, C), mask).isfinite().all()  # evaluation needs no batch
-    assert batchnorm(BATCH_TIME)(random(1, L, C)).isfinite().all()
+    assert batchnorm(BATCH_TIME, name=name)(random(1, L, C)).isfinite().all()
 
 
+@both_norms
 @both_stats
-def test_running_statistics_are_state_but_not_parameters(stats: list[str]) -> None:
-    norm = batchnorm(stats)
+def test_running_statistics_are_state_but_not_parameters(name: str, stats: list[str]) -> None:
+    norm = batchnorm(stats, name=name)
     assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
     assert {name for name, _ in norm.named_parameters()} == {"weight", "bias"}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptexp.models.gpt import GPT, choose
-from gptexp.models.settings import NORMS
+from gptexp.models.gpt import GPT
+from gptexp.models.language_model import choose
+from gptexp.models.registry import NORMS, PLACEMENTS
 
 V, BLOCK = 11, 8
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0, 1, 2, 3, 4, 5]]  # the last is longer than the block
@@ -23,15 +24,29 @@ def greedy(model: GPT, prompt: list[int], n: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_greedy_is_a_loop_of_argmax(lively: Lively, norm: str, position: str) -> None:
+VARIANTS = [
+    *({"norm": norm} for norm in NORMS),
+    *({"norm": norm, "position": "rope"} for norm in ("layernorm", "rmsnorm", "batchnorm", "none")),
+    *({"norm": norm, "placement": p} for norm in ("layernorm", "batchnorm") for p in PLACEMENTS if p != "pre"),
+    {"norm": "batchnorm[batch]"},
+    {"norm": "powernorm[batch]"},
+    {"qk_norm": "head", "position": "rope"},
+    {"qk_norm": "full", "attention_scale": False},
+    {"residual": False},
+    {"projection": False},
+    {"n_inner": 0},
+    {"n_layer": 0},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_greedy_is_a_loop_of_argmax(lively: Lively, changes: dict) -> None:
     """Also past the block, where each step sees the last block_size tokens; and each row as if alone."""
-    model = lively(norm=norm, position=position, tie_weights=False)  # tied random weights repeat themselves
+    model = lively(tie_weights=False, **changes)  # tied random weights repeat themselves
     expected = [greedy(model, prompt, 15) for prompt in PROMPTS]
     assert model.generate(PROMPTS, 15, temperature=0) == expected
     assert [model.generate([prompt], 15, temperature=0)[0] for prompt in PROMPTS] == expected
-    if norm == "layernorm":
+    if changes.get("norm") == "layernorm":
         assert len({tuple(row) for row in expected}) == 3  # not one and the same text
 
 
@@ -82,9 +97,13 @@ def test_a_stop_sequence_is_looked_for_in_the_new_text_alone(lively: Lively) -> 
     assert model.generate([prompt], 10, stop=[text[0]])[0] == text[:1]
 
 
+crossing = pytest.mark.parametrize("norm", ["batchnorm", "rbn", "causal_batchnorm", "powernorm"])
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored(lively: Lively, training: bool) -> None:
-    model = lively(dropout=0.5, norm="batchnorm").train(training)
+@crossing
+def test_the_mode_is_restored(lively: Lively, norm: str, training: bool) -> None:
+    model = lively(dropout=0.5, norm=norm).train(training)
     before = {name: b.clone() for name, b in model.named_buffers()}
 
     def modes() -> set[bool]:
@@ -104,11 +123,12 @@ def test_the_mode_is_restored(lively: Lively, training: bool) -> None:
         model.generate([[1], [V]], 2)  # no such symbol
     assert modes() == {training}
     for name, b in model.named_buffers():
-        assert torch.equal(b, before[name])  # and batch norm has learned nothing
+        assert torch.equal(b, before[name])  # and the norms have learned nothing
 
 
-def test_a_model_in_training_samples_as_in_evaluation(lively: Lively) -> None:
-    model = lively(dropout=0.5, norm="batchnorm")
+@crossing
+def test_a_model_in_training_samples_as_in_evaluation(lively: Lively, norm: str) -> None:
+    model = lively(dropout=0.5, norm=norm)
     assert model.train().generate(PROMPTS, 8, seed=1) == model.eval().generate(PROMPTS, 8, seed=1)
 
 

@@ -4,23 +4,33 @@ Every parameter is random, biases and norm weights too, so that nothing agrees b
 float64, where two right implementations agree to many more digits than two that differ in an epsilon.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from gptexp.models.gpt import GPT
-from gptexp.models.settings import GPTConfig, default_norms
+from gptexp.models.registry import default_norms
+from gptexp.models.settings import GPTConfig
 
 V, BLOCK, LAYERS, HEADS, C = 29, 16, 3, 4, 32
 SIZES = {"vocab_size": V, "block_size": BLOCK, "n_layer": LAYERS, "n_head": HEADS, "n_embd": C}
@@ -49,11 +59,21 @@ def loaded(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     return model
 
 
-def blocks_of_gpt(blocks: nn.ModuleList) -> dict[str, Tensor]:
+@dataclass
+class Pair:
+    """Our model and theirs, their token embedding, and what our embedding is of theirs."""
+
+    ours: GPT
+    theirs: nn.Module
+    embedding: nn.Module
+    scale: float = 1.0
+
+
+def blocks_of_gpt(blocks: nn.ModuleList, norm: str) -> dict[str, Tensor]:
     """The blocks of GPT and GPT-2. Their linear layers are Conv1D, whose weight is (in, out): ours transposed."""
     weights = {}
     for i, theirs in enumerate(blocks):
-        for ours, part in {"norm1": theirs.ln_1, "norm2": theirs.ln_2}.items():
+        for ours, part in {f"residual1.{norm}": theirs.ln_1, f"residual2.{norm}": theirs.ln_2}.items():
             weights |= {f"blocks.{i}.{ours}.weight": part.weight, f"blocks.{i}.{ours}.bias": part.bias}
         linear = {"attn.qkv": theirs.attn.c_attn, "attn.proj": theirs.attn.c_proj,
                   "mlp.fc": theirs.mlp.c_fc, "mlp.proj": theirs.mlp.c_proj}  # fmt: skip
@@ -62,19 +82,19 @@ def blocks_of_gpt(blocks: nn.ModuleList) -> dict[str, Tensor]:
     return weights
 
 
-def gpt2() -> tuple[GPT, nn.Module, nn.Module]:
-    """Ours, theirs, and their token embedding. GPT-2 is pre-norm, its gelu is the tanh form ("gelu_new")."""
+def gpt2() -> Pair:
+    """GPT-2 is pre-norm, its gelu is the tanh form ("gelu_new")."""
     config = GPT2Config(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C,
                         bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
     theirs = randomised(GPT2LMHeadModel(config))
     body = theirs.transformer
     weights = {"wte.weight": body.wte.weight, "wpe.weight": body.wpe.weight, "head.weight": body.wte.weight,
                "norm_f.weight": body.ln_f.weight, "norm_f.bias": body.ln_f.bias}  # fmt: skip
-    ours = loaded(GPTConfig(**SIZES, bias=True, activation="gelu_tanh"), weights | blocks_of_gpt(body.h))
-    return ours, theirs, body.wte
+    ours = loaded(GPTConfig(**SIZES, bias=True, activation="gelu_tanh"), weights | blocks_of_gpt(body.h, "before"))
+    return Pair(ours, theirs, body.wte)
 
 
-def gpt1() -> tuple[GPT, nn.Module, nn.Module]:
+def gpt1() -> Pair:
     """The first GPT is post-norm, without a final norm. What its configuration calls "gelu" is the tanh form, too."""
     config = OpenAIGPTConfig(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C, afn="gelu")
     theirs = randomised(OpenAIGPTLMHeadModel(config))
@@ -82,36 +102,83 @@ def gpt1() -> tuple[GPT, nn.Module, nn.Module]:
     weights = {"wte.weight": body.tokens_embed.weight, "wpe.weight": body.positions_embed.weight,
                "head.weight": body.tokens_embed.weight}  # fmt: skip
     config = GPTConfig(**SIZES, bias=True, activation="gelu_tanh", placement="post")
-    return loaded(config, weights | blocks_of_gpt(body.h)), theirs, body.tokens_embed
+    return Pair(loaded(config, weights | blocks_of_gpt(body.h, "around")), theirs, body.tokens_embed)
 
 
-def llama() -> tuple[GPT, nn.Module, nn.Module]:
-    """Llama: RMSNorm, rotary positions, a gated feed-forward layer, no bias, and a head of its own."""
-    norms = default_norms()
-    ours = GPTConfig(**SIZES, norm="rmsnorm", norms=norms, activation="swiglu", position="rope", tie_weights=False)
-    config = LlamaConfig(vocab_size=V, max_position_embeddings=BLOCK, num_hidden_layers=LAYERS, hidden_size=C,
-                         num_attention_heads=HEADS, intermediate_size=88,  # 8/3 of 32, rounded up to a multiple of 8
-                         rms_norm_eps=norms["rmsnorm"]["eps"], tie_word_embeddings=False,
-                         bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
-    theirs = randomised(LlamaForCausalLM(config))
-    body = theirs.model
-    weights = {"wte.weight": body.embed_tokens.weight, "norm_f.weight": body.norm.weight,
+EPS = default_norms()["rmsnorm"]["eps"]
+THEIR_SIZES = {
+    "vocab_size": V, "max_position_embeddings": BLOCK, "num_hidden_layers": LAYERS, "hidden_size": C,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+    "intermediate_size": 88,  # 8/3 of 32, rounded up to a multiple of 8
+    "rms_norm_eps": EPS, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def llama_like(theirs: nn.Module, norms: dict[str, str], plus: float = 0.0, scale: float = 1.0, **changes: Any) -> Pair:
+    """Llama and its kin: RMSNorm, rotary positions, a gated feed-forward layer, no bias, and a head of its own.
+
+    Args:
+        theirs: its parameters are set here.
+        norms: our names of a block's norms, and theirs.
+        plus: added to the weights of their norms.
+        scale: of their token embeddings.
+        changes: of our configuration.
+    """
+    body = randomised(theirs).model
+    weights = {"wte.weight": scale * body.embed_tokens.weight, "norm_f.weight": plus + body.norm.weight,
                "head.weight": theirs.lm_head.weight}  # fmt: skip
     for i, layer in enumerate(body.layers):
         a, m = layer.self_attn, layer.mlp
-        parts = {"norm1": layer.input_layernorm.weight, "norm2": layer.post_attention_layernorm.weight,
-                 "attn.qkv": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
+        parts = {"attn.qkv": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]),
                  "attn.proj": a.o_proj.weight, "mlp.gate": m.gate_proj.weight, "mlp.fc": m.up_proj.weight,
                  "mlp.proj": m.down_proj.weight}  # fmt: skip
+        parts |= {ours: plus + layer.get_submodule(other).weight for ours, other in norms.items()}
         weights |= {f"blocks.{i}.{name}.weight": w for name, w in parts.items()}
-    return loaded(ours, weights), theirs, body.embed_tokens
+    config = GPTConfig(**SIZES, norm="rmsnorm", activation="swiglu", position="rope", tie_weights=False, **changes)
+    return Pair(loaded(config, weights), theirs, body.embed_tokens, scale)
 
 
-# Llama's rotary table and norms are float32 in transformers, whatever the weights are.
-every_model = pytest.mark.parametrize(
-    ("build", "tolerance"), [(gpt2, 1e-10), (gpt1, 1e-10), (llama, 1e-5)], ids=["gpt2", "gpt1", "llama"]
-)
-Build = Callable[[], tuple[GPT, nn.Module, nn.Module]]
+PRE = {"residual1.before": "input_layernorm", "residual2.before": "post_attention_layernorm"}
+OF_HEADS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+
+
+def llama() -> Pair:
+    return llama_like(LlamaForCausalLM(LlamaConfig(**THEIR_SIZES)), PRE)
+
+
+def qwen3() -> Pair:
+    """Llama with a norm of each head's queries and keys."""
+    theirs = Qwen3ForCausalLM(Qwen3Config(**THEIR_SIZES, head_dim=C // HEADS))
+    return llama_like(theirs, PRE | OF_HEADS, qk_norm="head")
+
+
+def olmo2() -> Pair:
+    """Norms of the sub-layers' outputs, and of all queries and all keys together."""
+    theirs = Olmo2ForCausalLM(Olmo2Config(**THEIR_SIZES))
+    output = {"residual1.after": "post_attention_layernorm", "residual2.after": "post_feedforward_layernorm"}
+    return llama_like(theirs, output | OF_HEADS, placement="output", qk_norm="full")
+
+
+def gemma2() -> Pair:
+    """Norms of the sub-layers' inputs and outputs.
+
+    Its norms multiply by 1 + weight, and its embeddings by sqrt(C). What else it has is turned off: soft caps of the
+    logits and sliding windows.
+    """
+    config = Gemma2Config(**THEIR_SIZES, head_dim=C // HEADS, query_pre_attn_scalar=C // HEADS, sliding_window=BLOCK,
+                          layer_types=["full_attention"] * LAYERS, hidden_activation="silu",
+                          attn_logit_softcapping=None, final_logit_softcapping=None)  # fmt: skip
+    sandwich = {"residual1.before": "input_layernorm", "residual1.after": "post_attention_layernorm",
+                "residual2.before": "pre_feedforward_layernorm",
+                "residual2.after": "post_feedforward_layernorm"}  # fmt: skip
+    return llama_like(Gemma2ForCausalLM(config), sandwich, plus=1.0, scale=math.sqrt(C), placement="sandwich")
+
+
+# The rotary tables and norms of Llama and its kin are float32 in transformers, whatever the weights are.
+MODELS = {gpt2: 1e-10, gpt1: 1e-10, llama: 1e-5, qwen3: 1e-5, olmo2: 1e-5, gemma2: 1e-5}
+Build = Callable[[], Pair]
+every_model = pytest.mark.parametrize(("build", "tolerance"), MODELS.items(), ids=[m.__name__ for m in MODELS])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +188,8 @@ def ids() -> Tensor:
 
 @every_model
 def test_logits_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
-    ours, theirs, _ = build()
+    pair = build()
+    ours, theirs = pair.ours, pair.theirs
     assert ours.n_params == sum(p.numel() for p in theirs.parameters())
     for length in (1, 5, BLOCK):
         with torch.no_grad():
@@ -132,29 +200,31 @@ def test_logits_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
 
 @every_model
 def test_logits_are_equal_to_1e_4_in_float32(build: Build, tolerance: float, ids: Tensor) -> None:
-    ours, theirs, _ = build()
+    pair = build()
     with torch.no_grad():
-        torch.testing.assert_close(ours.float()(ids), theirs.float()(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(pair.ours.float()(ids), pair.theirs.float()(ids).logits, rtol=0, atol=1e-4)
 
 
 @every_model
 def test_gradients_of_the_loss_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
     """With respect to the token embedding, which is the farthest from the loss (and, when tied, the nearest)."""
-    ours, theirs, embedding = build()
+    pair = build()
     mine, other = (
         F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        for logits in (ours(ids[:, :-1]), theirs(ids[:, :-1]).logits)
+        for logits in (pair.ours(ids[:, :-1]), pair.theirs(ids[:, :-1]).logits)
     )
     torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
     mine.backward()
     other.backward()
-    assert float(embedding.weight.grad.abs().max()) > 1e-3
-    torch.testing.assert_close(ours.wte.weight.grad, embedding.weight.grad, rtol=tolerance, atol=tolerance)
+    grad = pair.embedding.weight.grad
+    assert float(grad.abs().max()) > 1e-3
+    torch.testing.assert_close(pair.ours.wte.weight.grad * pair.scale, grad, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.parametrize("build", [gpt2, llama, qwen3, olmo2, gemma2])
 def test_greedy_text_is_that_of_transformers(build: Build, ids: Tensor) -> None:
-    ours, theirs, _ = build()
+    pair = build()
+    ours, theirs = pair.ours, pair.theirs
     prompts = ids[:, :4]
     text = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=12)
     assert ours.generate(prompts.tolist(), 12, temperature=0) == text[:, 4:].tolist()

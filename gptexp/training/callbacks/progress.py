@@ -27,6 +27,7 @@ class ProgressReport(Callback):
 
     def __init__(self, name: str, config: Config, recorder: Recorder, console: Console) -> None:
         self.name, self.max_steps, self.recorder, self.console = name, config.max_steps, recorder, console
+        self.loss = "loss that sees later tokens" if recorder.run.sees_later_tokens else "loss"
         self._bar: Progress | None = None
         self._values: dict[str, Any] = {"loss": "-", "val": "-", "rate": "-"}
         self._written, self._start, self._first, self._line_at = -1, 0.0, 0, 0.0
@@ -37,7 +38,7 @@ class ProgressReport(Callback):
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]} · val {task.fields[val]} · {task.fields[rate]} tok/s ·"),
+                TextColumn(self.loss + " {task.fields[loss]} · val {task.fields[val]} · {task.fields[rate]} tok/s ·"),
                 TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self._bar.start()
@@ -71,7 +72,7 @@ class ProgressReport(Callback):
             return
         self._line_at = now
         parts = [f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"]
-        parts += [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
+        parts += [f"{self.loss} {row['train/loss']:.4f}"] if "train/loss" in row else []
         parts += [f"val loss {loss:.4f}"] if loss is not None else []
         parts += [f"{self._values['rate']} tok/s"] if "train/loss" in row else []
         if step > self._first and step < self.max_steps:

@@ -1,0 +1,210 @@
+"""Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR`.
+
+NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads or attention_scale; SWEEP_DIR is what the sweep on that
+page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`.
+"""
+
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gptexp.runs import Run, read_diagnostics, read_metrics
+
+Group = dict[Any, list[Run]]
+
+
+def runs_of(folder: Path, key: Callable[[Run], Any]) -> Group:
+    """The runs of a sweep by a key, each list in order of the seed."""
+    groups: Group = defaultdict(list)
+    for path in sorted(p for p in folder.iterdir() if (p / "run.json").exists()):
+        groups[key(Run(path))].append(Run(path))
+    return {k: sorted(v, key=lambda run: run.config.seed) for k, v in sorted(groups.items())}
+
+
+def final(run: Run) -> float:
+    """The last loss over the whole validation split, in nats a token; nan for a run that diverged."""
+    result = run.result or {}
+    return float(result.get("final", {}).get("val/loss", math.nan)) if result.get("status") == "done" else math.nan
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    numbers = list(values)
+    return f"{mean(numbers):.4f} ± {stdev(numbers):.4f}"
+
+
+def at_start(run: Run, quantity: str) -> list[float]:
+    """What was measured in each layer before the first step, in the order of the layers."""
+    return [m.value for m in read_diagnostics(run.diagnostics_path) if m.quantity == quantity and m.step == 0]
+
+
+def gradients(run: Run, part: str) -> list[float]:
+    """The norm of the first gradient of one part, block by block."""
+    rows = read_diagnostics(run.diagnostics_path)
+    return [m.value for m in rows if m.quantity == "grad_norm" and m.step == 0 and m.layer.endswith(part)]
+
+
+def figure(columns: int) -> tuple[Figure, Any]:
+    """A figure with a row of panels."""
+    new = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    FigureCanvasAgg(new)
+    panels = new.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return new, panels
+
+
+def curve(axes: Any, runs: list[Run], column: str, **style: Any) -> None:
+    """The mean over the seeds of a column of metrics.csv."""
+    points: dict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        for row in read_metrics(run.metrics_path):
+            if column in row:
+                points[row["step"]].append(row[column])
+    axes.plot(list(points), [mean(v) for v in points.values()], **style)
+
+
+def warmup(folder: Path) -> tuple[list[str], Figure]:
+    """Gradients at initialisation, and what warm-up does, in pre- and post-norm."""
+    groups = runs_of(folder, lambda r: (r.config.model.placement, r.config.schedule.warmup_steps))
+    new, (left, right) = figure(2)
+    lines = ["| placement | warm-up | first gradient of the feed-forward layers, first to last block | val/loss |",
+             "|---|---|---|---|"]  # fmt: skip
+    for (placement, steps), runs in groups.items():
+        profile = [mean(block) for block in zip(*(gradients(r, ".mlp") for r in runs), strict=True)]
+        ends = f"{profile[0]:.3f} ... {profile[-1]:.3f} (x {profile[-1] / profile[0]:.1f})"
+        lines.append(f"| {placement} | {steps} | {ends} | {spread(map(final, runs))} |")
+        if steps:
+            left.plot(range(1, len(profile) + 1), profile, marker="o", label=placement)
+        curve(right, runs, "val/loss_windows", marker=".", label=f"{placement}, warm-up {steps}")
+    left.set(xlabel="block", ylabel="gradient norm of the feed-forward layer", yscale="log")
+    left.set_title("before the first step")
+    right.set(xlabel="step", ylabel="val/loss (nats a token)", title="training")
+    left.legend()
+    right.legend()
+    return lines, new
+
+
+def batchnorm(folder: Path) -> tuple[list[str], Figure]:
+    """Training and validation loss of batch norm and its relatives."""
+    groups = runs_of(folder, lambda r: (r.config.batch_size, r.config.model.norm))
+    sizes = sorted({size for size, _ in groups})
+    new, panels = figure(len(sizes))
+    lines = ["| batch_size | norm | train/loss, last 100 steps | val/loss | val - train | largest drift of deviations"
+             " |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for i, ((size, norm), runs) in enumerate(groups.items()):
+        train = [mean(row["train/loss"] for row in read_metrics(run.metrics_path)[-10:]) for run in runs]
+        val = [final(run) for run in runs]
+        drifts = [m.value for run in runs for m in read_diagnostics(run.diagnostics_path)
+                  if m.quantity == "std_drift" and m.step == 500]  # fmt: skip
+        gap = spread(v - t for v, t in zip(val, train, strict=True))
+        ahead = " (sees later tokens)" if runs[0].sees_later_tokens else ""
+        lines.append(f"| {size} | {norm} | {mean(train):.3f}{ahead} | {spread(val)} | {gap} |"
+                     f" {f'{max(drifts):.2f}' if drifts else '-'} |")  # fmt: skip
+        axes, color = panels[sizes.index(size)], f"C{i % (len(groups) // len(sizes))}"
+        curve(axes, runs, "train/loss", color=color, alpha=0.35, linewidth=0.8)
+        curve(axes, runs, "val/loss_windows", color=color, marker="o", markersize=4, label=norm)
+        axes.set(xlabel="step", ylabel="nats a token", ylim=(1.9, 3.6))
+        axes.set_title(f"batch_size {size}: val (dots), train (thin)")
+    panels[0].legend()
+    return lines, new
+
+
+def rmsnorm(folder: Path) -> tuple[list[str], Figure]:
+    """The paired difference between RMS norm and layer norm, and the time of each."""
+    groups = runs_of(folder, lambda r: r.config.model.norm)
+    pairs = list(zip(map(final, groups["rmsnorm"]), map(final, groups["layernorm"]), strict=True))
+    differences = [rms - layer for rms, layer in pairs]
+    half = 2.776 * stdev(differences) / math.sqrt(len(differences))  # Student's t, 4 degrees of freedom, 95 %
+    new, (left,) = figure(1)
+    left.plot(differences, "o", label="one seed")
+    left.axhspan(mean(differences) - half, mean(differences) + half, alpha=0.2, label="mean, 95 % interval")
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(xlabel="seed", ylabel="val/loss, RMS norm - layer norm", xticks=range(len(differences)),
+             xticklabels=[r.config.seed for r in groups["rmsnorm"]])  # fmt: skip
+    left.legend()
+    lines = ["| norm | val/loss | ms a step |", "|---|---|---|"]
+    for norm, runs in groups.items():
+        step = [1000 * (r.result or {})["seconds"] / r.config.max_steps for r in runs]
+        lines.append(f"| {norm} | {spread(map(final, runs))} | {mean(step):.1f} ± {stdev(step):.1f} |")
+    return [*lines, "", f"Paired difference: {mean(differences):+.4f} ± {half:.4f} (95 %, 5 seeds)."], new
+
+
+def heads(folder: Path) -> tuple[list[str], Figure]:
+    """The validation loss by the number of heads."""
+    groups = runs_of(folder, lambda r: r.config.model.n_head)
+    new, (left,) = figure(1)
+    for n, runs in groups.items():
+        left.plot([n] * len(runs), [final(r) for r in runs], "o", color="C0", alpha=0.6)
+    left.plot(list(groups), [mean(map(final, runs)) for runs in groups.values()], color="C0", label="mean over seeds")
+    left.set(xlabel="heads", ylabel="val/loss (nats a token)", xscale="log")
+    left.set_xticks(list(groups), list(groups))
+    left.minorticks_off()
+    left.legend()
+    rows = [f"| {n} | {runs[0].config.model.head_dim} | {spread(map(final, runs))} |" for n, runs in groups.items()]
+    return ["| heads | head size | val/loss |", "|---|---|---|", *rows], new
+
+
+def attention_scale(folder: Path) -> tuple[list[str], Figure]:
+    """The entropy of attention before the first step, and the loss, with and without the scale."""
+    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_dim))
+    length = next(iter(groups.values()))[0].config.model.block_size
+    uniform = mean(math.log(t) for t in range(1, length + 1))
+    new, (left, right) = figure(2)
+    lines = ["| divided by the root | head size | entropy before the first step (nats) | val/loss |",
+             "|---|---|---|---|"]  # fmt: skip
+    for scaled in (True, False):
+        points = {d: runs for (s, d), runs in groups.items() if s == scaled}
+        entropy = {d: mean(mean(at_start(r, "attention_entropy")) for r in runs) for d, runs in points.items()}
+        label = "divided by the root of the head size" if scaled else "not divided"
+        left.plot(list(entropy), list(entropy.values()), marker="o", label=label)
+        right.plot(list(points), [mean(map(final, runs)) for runs in points.values()], marker="o", label=label)
+        lines += [f"| {'yes' if scaled else 'no'} | {d} | {entropy[d]:.3f} | {spread(map(final, runs))} |"
+                  for d, runs in points.items()]  # fmt: skip
+    left.axhline(uniform, color="black", linewidth=0.8, linestyle=":", label="uniform attention")
+    for axes in (left, right):
+        axes.set(xlabel="head size", xscale="log", xticks=list(points), xticklabels=list(points))
+        axes.minorticks_off()
+    left.set(ylabel="entropy of attention (nats)", title="before the first step")
+    right.set(ylabel="val/loss (nats a token)", title="after 300 steps")
+    left.legend(fontsize="small")
+    return [*lines, "", f"Uniform attention: {uniform:.3f} nats."], new
+
+
+PUBLISHED = {
+    "ladder-1-bigram": 2.5, "ladder-2-head": 2.4, "ladder-3-heads": 2.28, "ladder-4-feed-forward": 2.24,
+    "ladder-5-blocks": 2.08, "ladder-6-layernorm": 2.06, "ladder-7-scaled": 1.48,
+}  # fmt: skip
+
+
+def ladder(folder: Path) -> tuple[list[str], Figure]:
+    """The validation loss of each rung beside the published one."""
+    groups = runs_of(folder, lambda r: r.config.name)
+    new, (left,) = figure(1)
+    lines = ["| rung | parameters | published | ours | difference | seconds of training |", "|---|---|---|---|---|---|"]
+    for name, runs in groups.items():
+        losses, results = [final(r) for r in runs], [r.result or {} for r in runs]
+        lines.append(f"| {name.removeprefix('ladder-')} | {results[0]['parameters']:,} | {PUBLISHED[name]} |"
+                     f" {spread(losses)} | {mean(losses) - PUBLISHED[name]:+.3f} |"
+                     f" {mean(r['seconds'] for r in results):.0f} |")  # fmt: skip
+        curve(left, runs, "val/loss", marker=".", label=f"{name.removeprefix('ladder-')}: {mean(losses):.3f}")
+    left.set(xlabel="step", ylabel="val/loss (nats a token)", ylim=(1.95, 3.0))
+    left.legend(fontsize="small")
+    return lines, new
+
+
+PAGES = {f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder)}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in PAGES:
+        sys.exit(str(__doc__))
+    table, picture = PAGES[sys.argv[1]](Path(sys.argv[2]))
+    print("\n".join(table))
+    picture.savefig(Path(__file__).with_name(f"{sys.argv[1]}.png"), dpi=110)

@@ -1,0 +1,177 @@
+"""What does a variant's loss see? `python -m gptexp.audit norm=batchnorm`, or `python -m gptexp.audit run=DIR`.
+
+Measured in train mode and in eval mode, by gradients through the real model in float64: whether a prediction depends
+on later tokens, whether it depends on other sequences of the batch, by how much and in which layers; and how far
+train mode and eval mode lie apart. Leaves a table, audit.json and audit.png, for a run in its own directory.
+
+    any settings of gptexp.train     audit a new model of this configuration, or
+    run=DIR checkpoint=best|last     audit a trained one
+    audit_dir=DIR                    where the files go instead
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptexp.console import report_errors
+from gptexp.errors import UserError
+
+if TYPE_CHECKING:
+    from gptexp.config import Config
+
+log = logging.getLogger("gptexp")
+
+SEQUENCES, POSITIONS = 4, 64  # of the batch that gradients are measured on
+BATCHES = 4  # of batch_size rows, that losses are measured on
+
+
+def main() -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    with report_errors():
+        audit(sys.argv[1:])
+
+
+def audit(arguments: Sequence[str]) -> dict[str, Any]:
+    """Audit what a command line names; print the table, write the files and return what audit.json holds.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    config, run, checkpoint, folder = _parse(arguments)
+    from gptexp.analysis.plots import plot_influence
+    from gptexp.runs import write_atomically
+
+    report, maps = _measure(config, run, checkpoint)
+    _show(report)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "audit.json", (json.dumps(report, indent=2) + "\n").encode())
+        plot_influence(maps, report["model"], folder / "audit.png")
+    except OSError as error:
+        raise UserError(f"audit_dir={folder}: cannot be written ({error.strerror})") from error
+    log.info("\n%s\npicture: %s", folder / "audit.json", folder / "audit.png")
+    return report
+
+
+def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
+    from gptexp.overrides import compose_config
+    from gptexp.runs import Run
+
+    own = {k: v for k, _, v in (a.partition("=") for a in arguments) if k in ("run", "checkpoint", "audit_dir")}
+    others = [a for a in arguments if a.partition("=")[0] not in own]
+    problems = []
+    if "run" in own:
+        problems += [f"{a}: has no effect with run={own['run']}, whose configuration is complete" for a in others]
+    elif "checkpoint" in own:
+        problems.append(f"checkpoint={own['checkpoint']}: has no effect without run=DIR")
+    checkpoint = own.get("checkpoint", "best")
+    if checkpoint not in ("best", "last"):
+        problems.append(f"checkpoint={checkpoint}: must be one of best, last")
+    if problems:
+        raise UserError(problems)
+    if "run" in own:
+        run = Run.open(own["run"])
+        if not run.checkpoint(checkpoint).exists():  # type: ignore[arg-type]
+            raise UserError(f"run={run.path}: holds no checkpoint {checkpoint}.ckpt")
+        return run.config, run, checkpoint, Path(own.get("audit_dir", run.path))
+    config = compose_config(others)
+    folder = Path(own.get("audit_dir", Path(config.output_dir) / "audits" / config.variant))
+    return config, None, checkpoint, folder
+
+
+def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What audit.json holds, and the maps to draw, by mode."""
+    import numpy as np
+    import torch
+
+    from gptexp.data.batches import split_corpus
+    from gptexp.data.corpora import find_corpus
+    from gptexp.data.encoded import encode_corpus
+    from gptexp.models.discrepancy import between_modes
+    from gptexp.models.influence import measure
+    from gptexp.models.settings import build_model
+
+    if run is None:
+        encoded = encode_corpus(find_corpus(config.data), config.data)
+        model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
+    else:
+        from gptexp.sample import load_model
+        from gptexp.training.fit import load_data
+
+        encoded = load_data(run, config)
+        model = load_model(run, checkpoint, encoded.tokenizer.vocab_size)  # type: ignore[arg-type]
+    _, split = split_corpus(encoded, config.data, config.model.block_size)
+    device = next(model.parameters()).device
+    n = max(1, split.n_rows // config.batch_size) if split.n_rows >= SEQUENCES else 1
+    starts = np.arange(min(n, BATCHES) * config.batch_size) * split.n_rows // (min(n, BATCHES) * config.batch_size)
+    batches: list[Any] = [
+        tuple(None if a is None else torch.from_numpy(a).to(device) for a in (rows.x, rows.y, rows.mask))
+        for rows in (split.rows(part) for part in np.split(starts, min(n, BATCHES)))
+    ]
+    probe = torch.from_numpy(split.rows(np.arange(SEQUENCES) * split.n_rows // SEQUENCES).x)[:, :POSITIONS].to(device)
+    report: dict[str, Any] = {
+        "model": config.model.label, "run": str(run.path) if run else None, "batch": list(probe.shape), "modes": {},
+    }  # fmt: skip
+    maps: dict[str, Any] = {}
+    for mode in ("train", "eval"):
+        try:
+            found = measure(model, probe, mode == "train")
+        except ValueError as error:
+            report["modes"][mode] = {"impossible": str(error)}
+            continue
+        layers = [asdict(part) for part in found.parts if part.looks_ahead or part.couples]
+        report["modes"][mode] = {
+            "looks_ahead": found.model.looks_ahead, "future": found.model.future,
+            "couples": found.model.couples, "others": found.model.others, "layers": layers,
+        }  # fmt: skip
+        maps[mode] = {"own": found.map.numpy(), "others": found.others.numpy()}
+    report |= between_modes(model, batches, prompt=probe[:, :16])
+    return report, maps
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "train mode", "eval mode", title=f"{report['model']}: what a prediction depends on")
+    modes = report["modes"]
+
+    def row(title: str, words: Any) -> None:
+        table.add_row(title, *(m["impossible"] if "impossible" in m else words(m) for m in modes.values()))
+
+    row("later tokens", lambda m: f"YES, {m['future']:.2%} of the gradient" if m["looks_ahead"] else "no (causal)")
+    row("other sequences", lambda m: f"YES, {m['others']:.2%} of the gradient" if m["couples"] else "no")
+    row("layers that do", lambda m: f"{len(m['layers'])}: {_span(m['layers'])}" if m["layers"] else "none")
+    loss, text = report["loss"], report["generation"]
+    table.add_row("loss, nats a token", *(_number(loss[mode]) for mode in modes))
+    table.add_row("greedy text alone and in a batch", *(_same(text[mode]) for mode in modes))
+    if report["discrepancy"] and report["run"]:  # the running averages of a new model are not of anything yet
+        worst = max(report["discrepancy"], key=lambda d: max(d.get("mean_drift", 0.0), d["std_drift"]))
+        mean = f"mean {worst['mean_drift']:.3f}, " if "mean_drift" in worst else ""
+        table.add_row("largest distance of batch statistics from running ones",
+                      f"{mean}deviation {worst['std_drift']:.3f} in {worst['layer']}", "")  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _span(layers: list[dict[str, Any]]) -> str:
+    names = [layer["part"] for layer in layers]
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} ... {names[-1]}"
+
+
+def _number(loss: float | str) -> str:
+    return loss if isinstance(loss, str) else f"{loss:.4f}"
+
+
+def _same(first: int | str | None) -> str:
+    return first if isinstance(first, str) else "the same" if first is None else f"differ from token {first + 1}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What a model's output depends on, measured by gradients through the model itself in float64.
+
+Two questions of any variant: does the output at position t depend on a later token (then a training loss that is
+computed so sees what it is to predict), and does it depend on another sequence of the batch?
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gptexp.models.gpt import Block, Residual
+from gptexp.models.language_model import LanguageModel
+from gptexp.models.settings import build_model
+
+NEGLIGIBLE = 1e-9
+"""A share of the gradient below this is rounding."""
+
+_CONTAINERS = (LanguageModel, nn.ModuleList, Block, Residual)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the gradient of one part's output at the first positions of one sequence goes, as shares of its norm.
+
+    Attributes:
+        part: name of the layer, or "model".
+        future: to later positions of the same sequence.
+        others: to the other sequences of the batch.
+    """
+
+    part: str
+    future: float
+    others: float
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the output depends on later positions of its own sequence."""
+        return self.future > NEGLIGIBLE
+
+    @property
+    def couples(self) -> bool:
+        """Whether the output depends on other sequences of the batch."""
+        return self.others > NEGLIGIBLE
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How far each token reaches.
+
+    Attributes:
+        map: (L, L), about |d logits[0, t] / d x[0, s]| at row t and column s, with x the embedded tokens.
+        others: (L, L), the same for |d logits[0, t] / d x[n, s]|, over all other sequences n.
+        model: the whole model's shares.
+        parts: those of its layers, in the order in which data meets them.
+    """
+
+    map: Tensor
+    others: Tensor
+    model: Share
+    parts: list[Share]
+
+
+def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:
+    """Measure a model in train mode or in eval mode, without dropout; the model itself stays as it is.
+
+    |J| of each Jacobian J is estimated by one random direction v of the logits: |v J|^2 has the mean |J|^2.
+
+    Args:
+        model: on any device, in any precision.
+        ids: (N, L) int64, N at least 2.
+        training: measure train mode.
+
+    Raises:
+        ValueError: when the model cannot be trained on such a batch.
+    """
+    model = prepared(model, training)
+    N, L = ids.shape
+    x, logits, inner = _trace(model, ids.to(model.wte.weight.device))
+    directions = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions = directions.to(logits.device)
+    own, others = torch.zeros(L, L, dtype=torch.float64), torch.zeros(L, L, dtype=torch.float64)
+    for t in range(L):
+        (grad,) = torch.autograd.grad(logits[0, t] @ directions[t], x, retain_graph=True)
+        reach = grad[1:].view(N, L, -1).square().sum(-1).cpu()  # (N, L); the first row of x is nobody's token
+        own[t], others[t] = reach[0].sqrt(), reach[1:].sum(0).sqrt()
+    total = (own.square().sum() + others.square().sum()).sqrt().clamp(min=1e-300)
+    whole = Share("model", float(own.triu(1).norm() / total), float(others.norm() / total))
+    return Influence(own, others, whole, [_share(name, a, y) for name, a, y in inner])
+
+
+def train_mode(config: Any) -> Share:
+    """What the training loss of this model's configuration depends on, told from a model of its first two layers."""
+    small = replace(config, n_layer=min(2, config.n_layer)) if hasattr(config, "n_layer") else config
+    model = prepared(build_model(small), training=True)
+    L = min(8, config.block_size)
+    ids = torch.randint(config.vocab_size, (4, L), generator=torch.Generator().manual_seed(0))
+    x, logits, _ = _trace(model, ids)
+    return _share("model", x[1:].view(4, L, -1), logits, x)
+
+
+def prepared(model: LanguageModel, training: bool) -> Any:
+    """A copy in float64 without dropout and approximate gradients, in train or in eval mode."""
+    model = copy.deepcopy(model).double().train(training)
+    for module in model.modules():
+        if hasattr(module, "exact_gradient"):
+            module.exact_gradient = True  # type: ignore[assignment]
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+    if hasattr(model.config, "dropout"):
+        model.config = replace(model.config, dropout=0.0)
+    return model
+
+
+def _trace(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, Tensor, Tensor]]]:
+    """A forward pass in which every token has an embedding of its own, and a name, input and output for each layer.
+
+    Returns:
+        those embeddings (1 + N L, C), after a first row that is no token's; logits (N, L, V); the layers.
+    """
+    N, L = ids.shape
+    weight = model.wte.weight.detach()
+    x = torch.cat([weight[:1], weight[ids.flatten()]]).requires_grad_()
+    numbers = torch.arange(1, N * L + 1, device=ids.device).view(N, L)
+    with _layers(model) as inner:
+        # A tied head keeps the true embedding.
+        logits = functional_call(model, {"wte.weight": x}, (numbers,), tie_weights=False)
+    return x, logits, inner
+
+
+@contextmanager
+def _layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            seen.append((name, args[0], y))
+
+        return hook
+
+    hooks = [m.register_forward_hook(note(name)) for name, m in named_layers(model) if not isinstance(m, nn.Embedding)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Norms, sub-layers and linear maps, however deep in containers."""
+    for name, child in module.named_children():
+        if isinstance(child, _CONTAINERS):
+            yield from named_layers(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+def _share(name: str, x: Tensor, y: Tensor, source: Tensor | None = None) -> Share:
+    """Shares of the gradient of y[0, :L/2], in one random direction, with respect to x (N, L, C)."""
+    half = max(1, y.shape[1] // 2)
+    direction = torch.randn(y[0, :half].shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    scalar = (y[0, :half] * direction.to(y.device)).sum()
+    (grad,) = torch.autograd.grad(scalar, x if source is None else source, retain_graph=True)
+    grad = grad if source is None else grad[1:].view(x.shape)
+    total = grad.norm().clamp(min=1e-300)
+    return Share(name, float(grad[0, half:].norm() / total), float(grad[1:].norm() / total))

@@ -1,0 +1,155 @@
+"""What every model of this laboratory is: token ids in, logits out; and how text is drawn from one."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LanguageModel(nn.Module):
+    """Token ids (N, L) to logits (N, L, V), called as model(ids, mask).
+
+    Attributes:
+        config: the architecture, with block_size, the most positions L.
+        wte: embeds the tokens.
+    """
+
+    config: Any
+    wte: nn.Embedding
+
+    @property
+    def n_params(self) -> int:
+        """Number of trainable parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of one training step (forward and backward) for each token.
+
+        6 for each weight of a linear layer: Kaplan et al. 2020, section 2.1.
+        """
+        linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        return 6.0 * sum(m.weight.numel() for m in linear)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
+        """Continue every prompt; see `stream` for the options. Returns the new ids of each, without the prompt."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream(prompts, max_new_tokens, **options):  # type: ignore[arg-type]
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[int] = (),
+        seed: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """Sample one token a step for every prompt, in evaluation mode.
+
+        A row's text depends on the seed, its index and its prompt, not on the other rows. Each step sees the last
+        `block_size` tokens of its row.
+
+        Args:
+            prompts: one or more prompts of any lengths, at least one token each.
+            max_new_tokens: tokens to add to each.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: keep the k likeliest tokens.
+            top_p: keep the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020).
+            stop: a row ends once its new tokens end with this sequence.
+
+        Yields:
+            a list with each row's new token, None for a row that has ended.
+        """
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("every prompt needs at least one token")
+        was_training, device = self.training, next(self.parameters()).device
+        self.eval()
+        try:
+            rows = [list(p) for p in prompts]
+            starts = [len(r) for r in rows]
+            done = [False] * len(rows)
+            chances = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, f"row {i}"))
+                                   for i in range(len(rows))])  # (N, max_new_tokens)
+            for t in range(max_new_tokens):
+                # Rows of unequal lengths are padded at the right, where causal attention never looks from the left.
+                context = [r[-self.config.block_size:] for r in rows]
+                lengths = torch.tensor([len(c) for c in context])
+                ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+                for i, c in enumerate(context):
+                    ids[i, : len(c)] = torch.tensor(c)
+                logits = self(ids.to(device))[torch.arange(len(rows)), lengths - 1].float().cpu()  # (N, V)
+                tokens = choose(logits, chances[:, t], temperature, top_k, top_p).tolist()
+                yield [None if done[i] else tokens[i] for i in range(len(rows))]
+                for i, row in enumerate(rows):
+                    row.append(tokens[i])
+                    tail = row[starts[i]:][-len(stop):] if stop else []
+                    done[i] = done[i] or (bool(stop) and tail == list(stop))
+                if all(done):
+                    return
+        finally:
+            self.train(was_training)
+
+
+def choose(logits: Tensor, chance: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Pick one id a row from logits (N, V) with the uniform numbers chance (N,) in [0, 1). Returns (N,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = torch.sort((logits / temperature).softmax(-1), dim=-1, descending=True, stable=True)
+    total = probs.cumsum(-1)
+    keep = torch.ones_like(probs, dtype=torch.bool)
+    if top_k is not None:
+        keep[:, top_k:] = False
+    if top_p is not None:
+        keep &= total - probs < top_p  # a token stays while those before it do not reach p
+    keep[:, 0] = True
+    total = (probs * keep).cumsum(-1)
+    pick = torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True)
+    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)
+    return order.gather(-1, pick).squeeze(-1)
+
+
+def initialise(model: nn.Module, seed: int, deviation: Callable[[str], float | Tensor]) -> None:
+    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape); biases are 0.
+
+    The constants that norms start with stay as they are.
+
+    Args:
+        model: whose parameters are set, in place.
+        seed: any integer.
+        deviation: of a weight's normal distribution around 0, by the parameter's name.
+    """
+    drawn = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters(recurse=False)}
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # a tied parameter appears once, under its first name
+            if p in drawn and name.endswith("bias"):
+                p.zero_()
+            elif p in drawn:
+                p.copy_(torch.empty(p.shape).normal_(generator=_generator(seed, name)) * deviation(name))
+
+
+def initialise_as_torch(model: nn.Module, seed: int) -> None:
+    """As `initialise`, with the distributions of torch's own layers: normal embeddings, uniform linear layers."""
+    tied = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    with torch.no_grad():
+        for prefix, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(generator=_generator(seed, f"{prefix}.weight"))
+            elif isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                for name, p in module.named_parameters(recurse=False):
+                    if p not in tied:
+                        p.uniform_(-bound, bound, generator=_generator(seed, f"{prefix}.{name}"))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,139 @@
+"""What the models' settings say of themselves, without a model: problems between them, and what has an effect."""
+
+from collections.abc import Callable
+
+import pytest
+
+from gptexp.models.registry import NORMS, PLACEMENTS, NormShape
+from gptexp.models.settings import POSITIONS, BigramConfig, GPTConfig, MLPConfig
+
+NORM_VARIANTS = [*NORMS, "batchnorm[batch]", "rbn[batch]", "powernorm[batch]"]
+Small = Callable[..., GPTConfig]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"n_head": 3}, "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"),
+        ({"n_head": 16, "position": "rope"}, "model.position=rope: needs an even head size"),
+        ({"n_embd": 15, "n_head": 3, "position": "sinusoidal"}, "model.position=sinusoidal: needs an even"),
+        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "model.norms.batchnorm.stats=[time]"),
+        (
+            {"norm": "rbn", "norms": {"rbn": {"stats": ["time"]}}},
+            "model.norms.rbn.stats=[time]: must be [batch,time] or [batch]",
+        ),
+        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": []}}}, "model.norms.batchnorm.stats=[]: must be"),
+        ({"norm": "groupnorm", "norms": {"groupnorm": {"groups": 3}}},
+         "model.norms.groupnorm.groups=3: must divide the 16 channels"),
+        ({"norm": "groupnorm", "n_embd": 18}, "model.norms.groupnorm.groups=4: must divide the 18 channels"),
+        (
+            {"norms": {"layernorm": {"affine": False, "bias": True}}},
+            "model.norms.layernorm.bias=true: has no effect with affine=false",
+        ),
+        (
+            {"placement": "deepnorm", "residual": False},
+            "model.residual=false: model.placement=deepnorm weighs the residual connection",
+        ),
+        (
+            {"n_inner": 32, "projection": False},
+            "model.n_inner=32: must be 0 or model.n_embd=16 with model.projection=false",
+        ),
+        ({"final_norm": True, "norm": "none"}, "model.final_norm=true: has no effect with model.norm=none"),
+        (
+            {"init": "torch", "placement": "deepnorm"},
+            "model.init=torch: model.placement=deepnorm has initial weights of its own",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_combinations_that_cannot_work_are_named(small: Small, changes: dict, problem: str) -> None:
+    (line,) = small(**changes).problems()
+    assert line.startswith(problem)
+
+
+@pytest.mark.parametrize("norm", NORM_VARIANTS)
+def test_combinations_that_work_pass(small: Small, norm: str) -> None:
+    for position in POSITIONS:
+        assert small(norm=norm, position=position).problems() == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"placement": placement} for placement in PLACEMENTS),
+        {"n_layer": 0},
+        {"residual": False},
+        {"projection": False},
+        {"projection": False, "n_inner": 0},
+        {"projection": False, "n_inner": 16},
+        {"n_inner": 0},
+        {"n_inner": 24, "activation": "swiglu"},
+        {"final_norm": False, "norm": "none"},
+        {"final_norm": True, "placement": "deepnorm"},
+        {"init": "torch"},
+        {"qk_norm": "head"},
+        {"qk_norm": "full", "attention_scale": False},
+        {"norms": {"layernorm": {"affine": False}}, "bias": True},
+        {"norms": {"layernorm": {"bias": True}}},
+        {"n_embd": 18},  # four groups, the default of groupnorm, would not divide it, but it is not used
+    ],
+    ids=str,
+)
+def test_settings_that_work_pass(small: Small, changes: dict) -> None:
+    assert small(**changes).problems() == []
+
+
+def test_all_problems_are_named_at_once(small: Small) -> None:
+    config = small(n_head=3, placement="deepnorm", residual=False, projection=False, n_inner=8, init="torch",
+                   norm="groupnorm", norms={"groupnorm": {"groups": 5}})  # fmt: skip
+    assert [line.partition("=")[0] for line in config.problems()] == [
+        "model.n_head", "model.residual", "model.n_inner", "model.init", "model.norms.groupnorm.groups",
+    ]  # fmt: skip
+
+
+def test_settings_that_were_changed_are_checked_though_their_norm_is_not_used(small: Small) -> None:
+    config = small(norms={"batchnorm": {"stats": ["time"]}, "groupnorm": {"groups": 3}})
+    assert sorted(line.partition(":")[0] for line in config.problems()) == [
+        "model.norms.batchnorm.stats=[time]", "model.norms.groupnorm.groups=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "problems"),
+    [
+        (BigramConfig(), []),
+        (MLPConfig(), []),
+        (MLPConfig(residual=True, n_layer=2, norm="batchnorm"), []),
+        (MLPConfig(residual=True), ["model.residual=true: has no effect with model.n_layer=1"]),
+        (MLPConfig(norm="groupnorm", n_hidden=30), ["model.norms.groupnorm.groups=4: must divide the 30 channels"]),
+    ],
+    ids=str,
+)
+def test_problems_of_the_baselines(config: BigramConfig | MLPConfig, problems: list[str]) -> None:
+    assert config.problems() == problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"layernorm": NormShape(16, 8, False)}),
+        ({"bias": True, "norm": "dyt"}, {"dyt": NormShape(16, 8, True)}),
+        ({"qk_norm": "head"}, {"rmsnorm": NormShape(8, 8, False), "layernorm": NormShape(16, 8, False)}),
+        ({"qk_norm": "full", "bias": True}, {"rmsnorm": NormShape(16, 8, False), "layernorm": NormShape(16, 8, True)}),
+        ({"qk_norm": "head", "norm": "rmsnorm"}, {"rmsnorm": NormShape(16, 8, False)}),
+    ],
+    ids=str,
+)
+def test_used_norms_are_the_only_ones_in_the_tree(small: Small, changes: dict, expected: dict) -> None:
+    config = small(**changes)
+    assert config.used_norms == expected
+    assert config.tree()["norms"] == {name: config.norms[name] for name in expected}
+
+
+@pytest.mark.parametrize("norm", NORM_VARIANTS)
+def test_only_statistics_over_the_batch_alone_need_two_sequences(small: Small, norm: str) -> None:
+    expected = 2 if norm in ("batchnorm[batch]", "rbn[batch]") else 1
+    config = small(norm=norm)
+    assert config.min_sequences == expected
+    assert MLPConfig(norm=config.norm, norms=config.norms).min_sequences == expected
+    assert BigramConfig().min_sequences == 1
