@@ -177,8 +177,10 @@ class CausalBatchNorm(_Running):
 
     def statistics(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each of shape (L, C); the count (L, 1)."""
-        # Sums of squares lose digits where the mean is large; the running mean, which all ranks share, is near it.
-        shift = self.running_mean[0].to(x.dtype).clone()
+        # Sums of squares lose digits where the mean is large; that of the first position, which all may see, is near it.
+        with torch.no_grad():
+            first = _sum_over_ranks(weight[:, 0].sum(0)).clamp(min=1)
+            shift = _sum_over_ranks((x[:, 0] * weight[:, 0]).sum(0)) / first
         x = (x - shift) * weight
         count = _sum_over_ranks(weight.sum(0)).cumsum(0)
         divisor = count.clamp(min=1)

@@ -97,10 +97,10 @@ class GroupNormSettings(_Eps):
     groups: Annotated[int, Ge(1)] = 4
 
     def problems(self, shape: NormShape) -> list[str]:
-        """The groups must be of equal size."""
-        if shape.channels % self.groups == 0:
-            return []
-        return [f"groups={self.groups}: must divide the {shape.channels} channels"]
+        """The groups must be of equal size, and of more than one channel."""
+        if shape.channels % self.groups:
+            return [f"groups={self.groups}: must divide the {shape.channels} channels"]
+        return [f"groups={self.groups}: a group of one channel is always 0"] if self.groups == shape.channels else []
 
 
 @dataclass(frozen=True)
