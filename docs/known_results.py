@@ -100,7 +100,7 @@ def batchnorm(folder: Path) -> tuple[list[str], Figure]:
     lines = ["| batch_size | norm | train/loss, last 100 steps | val/loss | val - train | largest drift of deviations"
              " |", "|---|---|---|---|---|---|"]  # fmt: skip
     for i, ((size, norm), runs) in enumerate(groups.items()):
-        train = [mean(row["train/loss"] for row in read_metrics(run.metrics_path)[-10:]) for run in runs]
+        train = [mean(row["train/loss"] for row in read_metrics(run.metrics_path)[1:][-10:]) for run in runs]
         val = [final(run) for run in runs]
         drifts = [m.value for run in runs for m in read_diagnostics(run.diagnostics_path)
                   if m.quantity == "std_drift" and m.step == 500]  # fmt: skip

@@ -177,7 +177,7 @@ class CausalBatchNorm(_Running):
 
     def statistics(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each of shape (L, C); the count (L, 1)."""
-        # Sums of squares lose digits where the mean is large; that of the first position, which all may see, is near it.
+        # Sums of squares lose digits where the mean is large; the first position's, which all may see, is near it.
         with torch.no_grad():
             first = _sum_over_ranks(weight[:, 0].sum(0)).clamp(min=1)
             shift = _sum_over_ranks((x[:, 0] * weight[:, 0]).sum(0)) / first

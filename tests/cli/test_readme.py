@@ -11,13 +11,17 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-SHORT = (
-    "max_steps=4 eval_interval=2 eval_windows=2 sample_tokens=5 schedule.warmup_steps=1 "
-    "model.n_layer=1 model.n_embd=96"
-)
-COMMANDS = re.findall(r"^\$ (.+)$", (REPOSITORY / "README.md").read_text(), flags=re.MULTILINE)
-MAKE = [c for c in COMMANDS if c.startswith("make ")]
-OTHERS = [c for c in COMMANDS if c not in MAKE]
+README = (REPOSITORY / "README.md").read_text()
+TRAINING = "max_steps=4 eval_interval=2 eval_windows=2 sample_tokens=5 schedule.warmup_steps=1"
+SMALL = "model.n_layer=1 model.n_embd=96"
+
+
+def commands(text: str) -> list[str]:
+    return re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE)
+
+
+SECTIONS = {s.partition("\n")[0]: commands(s) for s in README.split("\n## ") if commands(s)}
+MAKE = SECTIONS.pop("# gptexp")
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,19 +32,23 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 
 def test_the_readme_has_commands_and_its_links_exist() -> None:
     assert MAKE == ["make train", "make test"]
-    assert len(OTHERS) > 15
-    for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / "README.md").read_text()):
+    assert sum(map(len, SECTIONS.values())) > 20
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (REPOSITORY / target).exists(), target
 
 
 @pytest.mark.slow
-def test_every_command(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_command(section: str, tmp_path: Path, corpus: Path) -> None:
     shutil.copy(corpus, tmp_path / "mytext.txt")
+    (norm,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    (tmp_path / "mynorm.py").write_text(norm)
     failures = []
-    for command in OTHERS:
-        trains = "gptexp.train" in command and "--cfg" not in command
+    for command in SECTIONS[section]:
+        trains = "gptexp.train" in command and "--cfg" not in command and "n_heads" not in command
         # pydocs needs no network; a corpus named in the command stays.
-        short = [SHORT, "data.offline_fallback=pydocs"] if trains and "n_heads" not in command else []
+        short = [TRAINING, "data.offline_fallback=pydocs"] if trains else []
+        short += [SMALL] if trains and "ladder" not in command else []  # the ladder's sizes are its own
         done = shell(" ".join([command, *short]), tmp_path)
         expected = 2 if "n_heads" in command else 0
         if done.returncode != expected:
@@ -49,8 +57,7 @@ def test_every_command(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_the_printed_mistakes_are_the_real_ones(tmp_path: Path) -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    command, printed = re.findall(r"^\$ (.+)\n((?:error: .+\n)+)", text, flags=re.MULTILINE)[0]
+    command, printed = re.findall(r"^\$ (.+)\n((?:error: .+\n)+)", README, flags=re.MULTILINE)[0]
     done = shell(command, tmp_path)
     assert done.returncode == 2
     assert done.stderr == printed
@@ -62,7 +69,7 @@ def test_make_train_in_a_fresh_clone(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
     hidden = {"GPTEXP_DATA": "", "GPTEXP_CACHE": str(tmp_path / "cache"), "VIRTUAL_ENV": ""}
-    done = shell(f"make train ARGS='{SHORT}'", clone, **hidden)
+    done = shell(f"make train ARGS='{TRAINING} {SMALL}'", clone, **hidden)
     assert done.returncode == 0, done.stderr
     (run,) = (clone / "outputs" / "runs").iterdir()
     assert f"results: outputs/runs/{run.name}" in done.stdout
