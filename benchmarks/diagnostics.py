@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = measure(arguments.pairs, arguments.steps, arguments.settings)
 
-    table = Table("diagnostics_interval", "ms a step (median)", "ratio (median)", "lowest", "highest",
+    table = Table("interval", "ms a step (median)", "ratio (median)", "lowest", "highest",
                   title=f"{arguments.pairs} rounds of {arguments.steps} steps")  # fmt: skip
     for interval in map(str, INTERVALS):
         step = statistics.median(r[interval] for r in report["seconds"]) / arguments.steps * 1000

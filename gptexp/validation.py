@@ -113,5 +113,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as the user would type it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value as the user would type it, on one line."""
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)

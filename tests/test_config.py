@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config
@@ -127,6 +127,7 @@ def test_a_misspelt_key_finds_a_near_one(key: str, at: int, letter: str) -> None
     st.sampled_from(["seed", "max_steps", "batch_size", "grad_clip", "bogus", "model", "optimizer", "eval_windows"]),
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=3), st.lists(st.integers())),
 ))  # fmt: skip
+@example({"seed": "\n"})
 def test_any_tree_is_a_configuration_or_a_user_error(tree: dict) -> None:  # type: ignore[type-arg]
     try:
         config = read_config(tree)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gptexp.runs import Measurement
@@ -86,14 +87,16 @@ def _heat_map(axes: Axes, name: str, layers: list[str], steps: list[int], values
     axes.set_xlabel("step", fontsize=8, labelpad=1)
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.tick_params(axis="x", labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
     assert axes.figure is not None
     x, y, w, h = axes.get_position().bounds
     bar = axes.figure.add_axes((x + w * 1.03, y, w * 0.03, h))
-    ticks = [float(t) for t in norm.inverse(np.array([0.0, 0.5, 1.0]))]
+    ticks = sorted({float(t) for t in norm.inverse(np.array([0.0, 0.5, 1.0]))})
+    labels = next(words for n in range(2, 18) if len(set(words := [f"{t:.{n}g}" for t in ticks])) == len(ticks))
     axes.figure.colorbar(image, cax=bar, ticks=ticks)
     bar.minorticks_off()
-    bar.set_yticklabels([f"{t:.2g}" for t in ticks], fontsize=7)
+    bar.set_yticklabels(labels, fontsize=7)
     bar.set_ylabel(UNITS[name] + (" (log)" if isinstance(norm, LogNorm) else ""), fontsize=8)
 
 

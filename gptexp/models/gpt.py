@@ -124,15 +124,18 @@ class GPT(LanguageModel):
         """GPT-2's initial weights, or those of the placement.
 
         GPT-2 (Radford et al. 2019, section 2.3): 0.02, and for the projections back to the residual stream
-        0.02 / sqrt(2 n_layer). DeepNet: sqrt(2 / (inputs + outputs)), times beta but for queries and keys.
+        0.02 / sqrt(2 n_layer). Xavier (Glorot, Bengio 2010): sqrt(2 / (inputs + outputs)), and for embeddings the
+        root of 1 / n_embd. DeepNet: as Xavier within the blocks, times beta but for queries and keys.
         """
         c, in_block = self.config, name.startswith("blocks.")
-        if in_block and c.place.beta is not None:
+        if in_block and (c.place.beta or c.init == "xavier"):
             rows, columns = self.get_parameter(name).shape
-            beta = c.place.beta(c.n_layer)
+            beta = c.place.beta(c.n_layer) if c.place.beta else 1.0
             if name.endswith("qkv.weight"):
                 return torch.tensor([1.0, 1.0, beta]).repeat_interleave(c.n_embd)[:, None] * c.n_embd**-0.5
             return beta * math.sqrt(2 / (rows + columns))
+        if c.init == "xavier":
+            return c.n_embd**-0.5 if name != "head.weight" else math.sqrt(2 / (c.n_embd + c.vocab_size))
         return 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
 
     def flops_per_token(self) -> float:

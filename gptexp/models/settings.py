@@ -81,7 +81,8 @@ class GPTConfig(_Normed):
         activation: non-linearity of the feed-forward layer.
         tie_weights: share the token embedding with the output head.
         position: how positions are told apart.
-        init: initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm), or "torch", as torch's own layers.
+        init: initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm); "xavier", as the first
+            Transformer's; or "torch", as torch's own layers.
     """
 
     target: ClassVar[str] = "gptexp.models.gpt:GPT"
@@ -105,7 +106,7 @@ class GPTConfig(_Normed):
     activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
     tie_weights: bool = True
     position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
-    init: Literal["gpt2", "torch"] = "gpt2"
+    init: Literal["gpt2", "xavier", "torch"] = "gpt2"
 
     @property
     def head_dim(self) -> int:
@@ -177,8 +178,8 @@ class GPTConfig(_Normed):
                 f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false")
         if self.final_norm and self.norm == "none":
             problems.append("model.final_norm=true: has no effect with model.norm=none")
-        if self.init == "torch" and self.place.beta:
-            problems.append(f"model.init=torch: model.placement={self.placement} has initial weights of its own")
+        if self.init != "gpt2" and self.place.beta:
+            problems.append(f"model.init={self.init}: model.placement={self.placement} has initial weights of its own")
         return problems + self._norm_problems()
 
 

@@ -51,7 +51,8 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
         "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
     }
     run.write_result(result)
-    summarise(module.trainer.loggers, {"status": status, "parameters": n_params})
+    seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}
+    summarise(module.trainer.loggers, {"status": status, "parameters": n_params, **seen})
     run.finish(status)
     try:
         plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,14 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def read_run(path: Path) -> Record:
-    """Everything of interest in a run file."""
+    """Everything of interest in the file of a run that has ended: W&B's own process writes it a moment later."""
+    deadline = time.monotonic() + 30
+    while (found := _read(path)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _read(path: Path) -> Record:
     found, names = Record(), {}
     for content in records(path):
         record = wandb_internal_pb2.Record()

@@ -1,7 +1,6 @@
 """What is measured inside a model, against independent computations; and that measuring changes nothing."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,8 +347,6 @@ def test_the_loggers_hold_what_is_in_the_file(
 
     run = tiny("wandb", "diagnostics_interval=3", "logger.name=wandb")
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
-    while read_run(file).exit_code is None:  # W&B's own process writes it, a moment after the run
-        time.sleep(0.05)
     history = [h for h in read_run(file).history if any(key.startswith("diagnostics/") for key in h)]
     assert [h["step"] for h in history] == [0, 3, 6]
     logged = {(h["step"], key): value for h in history for key, value in h.items() if key.startswith("diagnostics/")}
@@ -369,7 +366,7 @@ def test_two_processes(tiny: Tiny) -> None:
         assert a.keys() == b.keys()
         shared = [k for k in a if k[1] in ("grad_norm", "update_ratio", "mean_drift", "std_drift")]
         # The first micro-batch is the same four rows' first half, whichever rank holds which of them.
-        assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, rel=2e-2)
+        assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, rel=1e-3)
 
 
 @pytest.mark.parametrize("values", [[1e-5, 1.0, 3.0], [-1.0, math.nan, 2.0], [0.5], [math.inf], [0.0, 0.0], []])
