@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from gptexp.runs import Run, read_diagnostics, read_metrics
 
 Group = dict[Any, list[Run]]
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Student's t, two-sided 95 %, by the number of values."""
 
 
 def runs_of(folder: Path, key: Callable[[Run], Any]) -> Group:
@@ -102,8 +104,8 @@ def batchnorm(folder: Path) -> tuple[list[str], Figure]:
     for i, ((size, norm), runs) in enumerate(groups.items()):
         train = [mean(row["train/loss"] for row in read_metrics(run.metrics_path)[1:][-10:]) for run in runs]
         val = [final(run) for run in runs]
-        drifts = [m.value for run in runs for m in read_diagnostics(run.diagnostics_path)
-                  if m.quantity == "std_drift" and m.step == 500]  # fmt: skip
+        measured = [m for run in runs for m in read_diagnostics(run.diagnostics_path) if m.quantity == "std_drift"]
+        drifts = [m.value for m in measured if m.step == max(m.step for m in measured)]
         gap = spread(v - t for v, t in zip(val, train, strict=True))
         ahead = " (sees later tokens)" if runs[0].sees_later_tokens else ""
         lines.append(f"| {size} | {norm} | {mean(train):.3f}{ahead} | {spread(val)} | {gap} |"
@@ -111,7 +113,7 @@ def batchnorm(folder: Path) -> tuple[list[str], Figure]:
         axes, color = panels[sizes.index(size)], f"C{i % (len(groups) // len(sizes))}"
         curve(axes, runs, "train/loss", color=color, alpha=0.35, linewidth=0.8)
         curve(axes, runs, "val/loss_windows", color=color, marker="o", markersize=4, label=norm)
-        axes.set(xlabel="step", ylabel="nats a token", ylim=(1.9, 3.6))
+        axes.set(xlabel="step", ylabel="nats a token", ylim=(0.8, 4.5))
         axes.set_title(f"batch_size {size}: val (dots), train (thin)")
     panels[0].legend()
     return lines, new
@@ -122,7 +124,7 @@ def rmsnorm(folder: Path) -> tuple[list[str], Figure]:
     groups = runs_of(folder, lambda r: r.config.model.norm)
     pairs = list(zip(map(final, groups["rmsnorm"]), map(final, groups["layernorm"]), strict=True))
     differences = [rms - layer for rms, layer in pairs]
-    half = 2.776 * stdev(differences) / math.sqrt(len(differences))  # Student's t, 4 degrees of freedom, 95 %
+    half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
     new, (left,) = figure(1)
     left.plot(differences, "o", label="one seed")
     left.axhspan(mean(differences) - half, mean(differences) + half, alpha=0.2, label="mean, 95 % interval")
@@ -134,7 +136,8 @@ def rmsnorm(folder: Path) -> tuple[list[str], Figure]:
     for norm, runs in groups.items():
         step = [1000 * (r.result or {})["seconds"] / r.config.max_steps for r in runs]
         lines.append(f"| {norm} | {spread(map(final, runs))} | {mean(step):.1f} ± {stdev(step):.1f} |")
-    return [*lines, "", f"Paired difference: {mean(differences):+.4f} ± {half:.4f} (95 %, 5 seeds)."], new
+    n = len(differences)
+    return [*lines, "", f"Paired difference: {mean(differences):+.4f} ± {half:.4f} (95 %, {n} seeds)."], new
 
 
 def heads(folder: Path) -> tuple[list[str], Figure]:

@@ -84,6 +84,20 @@ def test_nanogpts_recipes() -> None:
         assert (config.max_steps, config.batch_size, config.grad_clip, config.eval_interval) == (steps, batch, 1.0, 250)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parameters"),
+    [
+        (["experiment=names_mlp"], 19_915), (["experiment=names_mlp", "norm=batchnorm"], 20_427),
+        (["experiment/ladder=1_bigram"], 4_225), (["experiment/ladder=7_scaled"], 10_788_929),
+    ],
+)  # fmt: skip
+def test_published_parameter_counts(overrides: list[str], parameters: int) -> None:
+    from gptexp.models.settings import build_model
+
+    config = read_config(composed(*overrides))
+    assert build_model(config.sized(27 if config.data.name == "names" else 65)).n_params == parameters
+
+
 def test_an_experiment_takes_another_optimizer_and_schedule() -> None:
     config = read_config(composed("experiment=nanogpt_cpu", "optimizer=sgd", "schedule=wsd"))
     assert (config.optimizer.name, config.schedule.name) == ("sgd", "wsd")

@@ -199,3 +199,21 @@ def test_with_init_torch_a_tied_head_is_the_normal_embedding(small: Small) -> No
     assert torch.equal(tied.wte.weight, untied.wte.weight)
     assert float(tied.wte.weight.detach().std()) == pytest.approx(1, rel=0.05)
     assert float(untied.head.weight.detach().abs().max()) <= 0.25  # 1/sqrt(16)
+
+
+def test_init_xavier_has_the_deviations_of_glorot_and_bengio() -> None:
+    C, V, n = 192, 400, 2
+    config = GPTConfig(n_layer=n, n_embd=C, vocab_size=V, n_head=4, init="xavier", bias=True, tie_weights=False)
+    deviations = {
+        "attn.qkv.weight": (1 / C) ** 0.5, "attn.proj.weight": (1 / C) ** 0.5,  # each of q, k and v is C x C
+        "mlp.fc.weight": (2 / (5 * C)) ** 0.5, "mlp.proj.weight": (2 / (5 * C)) ** 0.5,
+        "head.weight": (2 / (C + V)) ** 0.5, "wte.weight": C**-0.5, "wpe.weight": C**-0.5,
+    }  # fmt: skip
+    seen = set()
+    for name, p in GPT(config, seed=3).named_parameters():
+        for end, deviation in deviations.items():
+            if name.endswith(end):
+                seen.add(end)
+                assert float(p.std()) == pytest.approx(deviation, rel=0.03), name
+                assert float(p.mean().abs()) < 0.05 * deviation, name
+    assert seen == set(deviations)
