@@ -1,4 +1,4 @@
-"""Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR`.
+"""Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR ...`.
 
 NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads or attention_scale; SWEEP_DIR is what the sweep on that
 page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`.
@@ -73,18 +73,18 @@ def curve(axes: Any, runs: list[Run], column: str, **style: Any) -> None:
     axes.plot(list(points), [mean(v) for v in points.values()], **style)
 
 
-def warmup(folder: Path) -> tuple[list[str], Figure]:
+def warmup(folder: Path, gradient_folder: Path) -> tuple[list[str], Figure]:
     """Gradients at initialisation, and what warm-up does, in pre- and post-norm."""
-    groups = runs_of(folder, lambda r: (r.config.model.placement, r.config.schedule.warmup_steps))
     new, (left, right) = figure(2)
-    lines = ["| placement | warm-up | first gradient of the feed-forward layers, first to last block | val/loss |",
-             "|---|---|---|---|"]  # fmt: skip
-    for (placement, steps), runs in groups.items():
+    lines = ["| placement | first gradient of the feed-forward layers, first to last block | last / first |",
+             "|---|---|---|"]  # fmt: skip
+    for placement, runs in runs_of(gradient_folder, lambda r: r.config.model.placement).items():
         profile = [mean(block) for block in zip(*(gradients(r, ".mlp") for r in runs), strict=True)]
-        ends = f"{profile[0]:.3f} ... {profile[-1]:.3f} (x {profile[-1] / profile[0]:.1f})"
-        lines.append(f"| {placement} | {steps} | {ends} | {spread(map(final, runs))} |")
-        if steps:
-            left.plot(range(1, len(profile) + 1), profile, marker="o", label=placement)
+        lines.append(f"| {placement} | {profile[0]:.3f} ... {profile[-1]:.3f} | {profile[-1] / profile[0]:.1f} |")
+        left.plot(range(1, len(profile) + 1), profile, marker="o", label=placement)
+    lines += ["", "| placement | warm-up steps | val/loss |", "|---|---|---|"]
+    for (placement, steps), runs in runs_of(folder, _placement_and_warmup).items():
+        lines.append(f"| {placement} | {steps} | {spread(map(final, runs))} |")
         curve(right, runs, "val/loss_windows", marker=".", label=f"{placement}, warm-up {steps}")
     left.set(xlabel="block", ylabel="gradient norm of the feed-forward layer", yscale="log")
     left.set_title("before the first step")
@@ -92,6 +92,10 @@ def warmup(folder: Path) -> tuple[list[str], Figure]:
     left.legend()
     right.legend()
     return lines, new
+
+
+def _placement_and_warmup(run: Run) -> tuple[str, int]:
+    return run.config.model.placement, run.config.schedule.warmup_steps
 
 
 def batchnorm(folder: Path) -> tuple[list[str], Figure]:
@@ -113,7 +117,7 @@ def batchnorm(folder: Path) -> tuple[list[str], Figure]:
         axes, color = panels[sizes.index(size)], f"C{i % (len(groups) // len(sizes))}"
         curve(axes, runs, "train/loss", color=color, alpha=0.35, linewidth=0.8)
         curve(axes, runs, "val/loss_windows", color=color, marker="o", markersize=4, label=norm)
-        axes.set(xlabel="step", ylabel="nats a token", ylim=(0.8, 4.5))
+        axes.set(xlabel="step", ylabel="nats a token", ylim=(1.8, 4.5))
         axes.set_title(f"batch_size {size}: val (dots), train (thin)")
     panels[0].legend()
     return lines, new
@@ -203,11 +207,13 @@ def ladder(folder: Path) -> tuple[list[str], Figure]:
     return lines, new
 
 
-PAGES = {f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder)}
+PAGES: dict[str, Callable[..., tuple[list[str], Figure]]] = {
+    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder)
+}
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in PAGES:
+    if len(sys.argv) < 3 or sys.argv[1] not in PAGES:
         sys.exit(str(__doc__))
-    table, picture = PAGES[sys.argv[1]](Path(sys.argv[2]))
+    table, picture = PAGES[sys.argv[1]](*map(Path, sys.argv[2:]))
     print("\n".join(table))
     picture.savefig(Path(__file__).with_name(f"{sys.argv[1]}.png"), dpi=110)
