@@ -37,6 +37,7 @@ from gptexp.training.startup import import_lightning
 import_lightning()
 from torchmetrics.utilities.imports import _MATPLOTLIB_AVAILABLE
 import matplotlib.pyplot
-assert _MATPLOTLIB_AVAILABLE
+print(bool(_MATPLOTLIB_AVAILABLE))
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert out == "True\n"
