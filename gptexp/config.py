@@ -5,6 +5,7 @@ A plain tree of settings goes in; a `Config` comes out, or one `UserError` that 
 
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +23,14 @@ from gptexp.errors import UserError
 from gptexp.models.registry import NORMS, default_norms
 from gptexp.models.settings import GPTConfig, ModelConfig
 from gptexp.training import settings as training
-from gptexp.training.settings import HardwareConfig, LoggerConfig, OptimizerConfig, ScheduleConfig, check_hardware
+from gptexp.training.settings import (
+    HardwareConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SweepConfig,
+    check_hardware,
+)
 from gptexp.validation import Tree, nearest, read_fields, show
 
 
@@ -46,7 +54,7 @@ class Config:
         sample_tokens: length of the text sampled at each evaluation; 0 samples none.
         output_dir: folder of `runs/` and `sweeps/`.
         name: the run's name; None makes one from the variant.
-        resume: a run directory to go on with, or "auto"; never stored.
+        resume: a run directory to go on with, or "auto"; never stored, as `sweep` is not.
     """
 
     model: ModelConfig = field(default_factory=GPTConfig)
@@ -55,6 +63,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=training.CosineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     logger: LoggerConfig = field(default_factory=training.WandbConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     max_steps: Annotated[int, Ge(1)] = 2000
     batch_size: Annotated[int, Ge(1)] = 12
@@ -84,7 +93,7 @@ class Config:
     def tree(self) -> Tree:
         """The configuration as plain nested dictionaries, as it is stored with a run."""
         tree = asdict(self)
-        del tree["resume"], tree["model"]["vocab_size"]
+        del tree["resume"], tree["sweep"], tree["model"]["vocab_size"]
         return tree
 
     def fingerprint(self) -> str:
@@ -103,6 +112,7 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "schedule": get_args(ScheduleConfig),
     "hardware": (HardwareConfig,),
     "logger": get_args(LoggerConfig),
+    "sweep": (SweepConfig,),
 }
 
 
@@ -227,6 +237,9 @@ def _cross_check(values: Tree) -> list[str]:
     batch_size = values.get("batch_size", Config.batch_size)
     accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
     problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
+    name = values["sweep"].name if values.get("sweep") else None
+    if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        problems.append(f"sweep.name={show(name)}: must be letters, digits and any of _ . + -, for it names a directory")
     problems += _check_diagnostics(values.get("diagnostics_interval"), hardware)
     micro = batch_size // accumulation
     if model and micro < model.min_sequences:

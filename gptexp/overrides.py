@@ -1,5 +1,6 @@
 """Reads a Hydra command line before Hydra does, to report all of its mistakes at once, each in one line."""
 
+import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -98,6 +99,25 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 except UserError as error:
                     problems += error.problems
     return _unique(problems)
+
+
+def sweep_dir(arguments: Sequence[str], config_dir: str | None = None) -> Path:
+    """The directory of a multirun's sweep: named by `sweep.name`, or else by what varies and a digest of the command.
+
+    So the same command finds its sweep again; how and where it runs does not change the name.
+    """
+    overrides, _ = parse(arguments)
+    search = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    fixed = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
+        tree = compose("config", [*search, *fixed], return_hydra_config=True)
+    params = tree.hydra.sweeper.get("params") or {}
+    elsewhere = ("hydra", "logger", "output_dir", "sweep.")
+    asked = sorted({str(o.input_line) for o in overrides if not o.key_or_group.startswith(elsewhere)})
+    varied = [*params, *(o.key_or_group for o in overrides if o.is_sweep_override())]
+    words = dict.fromkeys(key.rpartition(".")[2].replace("/", "-") for key in varied)
+    digest = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:6]
+    return Path(str(tree.output_dir)) / "sweeps" / str(tree.sweep.name or "-".join([*words, digest]))
 
 
 def compose_config(arguments: Sequence[str]) -> Config:

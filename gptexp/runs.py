@@ -289,6 +289,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows]
 
 
+def last_row(path: Path) -> dict[str, float]:
+    """The last row of a metrics.csv, as far as it is written; empty while there is none."""
+    try:
+        with path.open("rb") as file:
+            header = file.readline().decode().rstrip("\n").split(",")
+            file.seek(max(file.tell(), path.stat().st_size - 1000))
+            rows = file.read().decode().splitlines(keepends=True)
+    except OSError:
+        return {}
+    whole = [cells for row in rows if row.endswith("\n") and len(cells := row.rstrip("\n").split(",")) == len(header)]
+    return {k: float(v) for k, v in zip(header, whole[-1], strict=True) if v} if whole else {}
+
+
 def read_diagnostics(path: Path) -> list[Measurement]:
     """The rows of a diagnostics.csv, oldest first. A half-written row is left out."""
     return [Measurement(int(step), layer, name, float(value)) for step, layer, name, value in _read_table(path)[1]]

@@ -5,14 +5,13 @@
     python -m gptexp.train resume=outputs/runs/NAME
 """
 
-import json
 import logging
 import math
 import os
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,14 +31,13 @@ log = logging.getLogger("gptexp")
 
 def main() -> None:
     """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
-    _jobs.clear()
     with report_errors():
         from hydra import main as hydra_main
         from hydra._internal.utils import get_args_parser
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
-        from gptexp.overrides import VERSION_BASE, check, conf_dir, parse, register_choices
+        from gptexp.overrides import VERSION_BASE, check, conf_dir, register_choices, sweep_dir
 
         register_choices()
         flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
@@ -51,10 +49,8 @@ def main() -> None:
             problems = check(args.overrides, args.multirun, args.config_dir)
             if problems:
                 raise UserError(problems)
-        if args.multirun:
-            # Only what varies belongs in a job's name.
-            fixed = [o.key_or_group for o in parse(args.overrides)[0] if not o.is_sweep_override()]
-            sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}")
+            if args.multirun and not any(o.startswith("hydra.sweep.dir=") for o in args.overrides):
+                sys.argv.append(f"hydra.sweep.dir={sweep_dir(args.overrides, args.config_dir)}")
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
         try:
             hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
@@ -62,21 +58,13 @@ def main() -> None:
             raise UserError(" ".join(str(error).split("\n")[:2])) from error
         except OSError as error:  # of Hydra's own folder; a run's errors do not come this way
             raise UserError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
-        if args.multirun and _jobs:
-            log.info("%s", summary(_jobs))
-            draw_sweep(_jobs)
-        failures = [job.error for job in _jobs if job.error]
-        if len(failures) > 1:
-            raise RunFailed(f"{len(failures)} of {len(_jobs)} jobs failed")
-        if failures:
-            raise failures[0]
 
 
-def job(tree: "DictConfig") -> float:
+def job(tree: "DictConfig") -> float | None:
     """One run of a composed configuration, in a directory of its own or in the one it resumes.
 
     Returns:
-        the lowest validation loss, in nats a token.
+        the lowest validation loss, in nats a token; None if another process is working on this job of a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -84,52 +72,45 @@ def job(tree: "DictConfig") -> float:
     from gptexp.config import plain, read_config
 
     hydra = HydraConfig.get()
-    sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-    name = str(hydra.job.override_dirname)
-    try:
-        config = read_config(plain(tree))
-        name = job_name(config, hydra.job.override_dirname if sweep else "")
-        if sweep is not None:
-            log.info("--- job %s: %s", hydra.job.num, name)
-        if sweep is not None:
-            path = sweep / name
-        elif hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
-            path = Path(hydra.run.dir)
-            with suppress(OSError):
-                path.rmdir()
-        else:
-            path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-        run = run_to_resume(config, list(hydra.overrides.task)) if config.resume else None
-        loss = start(run) if run else train(config, path, name, sweep.name if sweep else None)
-        _jobs.append(Job(name, loss, folder=sweep))
-        return loss
-    except Exception as error:
-        if not hydra.launcher._target_.endswith("BasicLauncher"):
-            raise  # the job runs elsewhere, and only an exception tells the launcher of its failure
-        if sweep is not None:
-            log.error("job %s failed: %s", name, error)
-        _jobs.append(Job(name, error=error))
-        return float("nan")
+    config = read_config(plain(tree))
+    if hydra.mode == RunMode.MULTIRUN:
+        local = hydra.launcher._target_.endswith("BasicLauncher")
+        name = config.sweep.job or job_name(config, hydra.job.override_dirname)
+        return sweep_job(config, Path(hydra.sweep.dir), name, alone=local)
+    run = run_to_resume(config, list(hydra.overrides.task)) if config.resume else None
+    if run:
+        return start(run)
+    name = job_name(config, "")
+    if hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
+        path = Path(hydra.run.dir)
+        with suppress(OSError):
+            path.rmdir()
+    else:
+        path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+    return train(config, path, name)
 
 
-@dataclass(frozen=True)
-class Job:
-    """How a job of this process ended.
+def sweep_job(config: "Config", folder: Path, name: str, alone: bool) -> float | None:
+    """Bring a job of a sweep to its end, or leave it to the process that has it.
 
-    Attributes:
-        name: the run's name.
-        loss: its lowest validation loss; nan if it failed or diverged.
-        error: what ended it early, or None.
-        folder: of its sweep, or None.
+    Args:
+        config: the job's configuration.
+        folder: the sweep's directory.
+        name: the job's.
+        alone: whether it has the machine's cores for itself.
+
+    Returns:
+        the lowest validation loss, in nats a token; None if another process has the job.
     """
+    from gptexp.sweeps import Busy, Sweep
 
-    name: str
-    loss: float = math.nan
-    error: Exception | None = None
-    folder: Path | None = None
-
-
-_jobs: list[Job] = []  # a job that fails does not stop those after it
+    hardware = config.hardware
+    if not alone and hardware.threads is None and hardware.accelerator in ("auto", "cpu"):
+        config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
+    try:
+        return Sweep(folder).work(name, config, lambda path: train(config, path, name, folder.name), start)
+    except Busy:
+        return None
 
 
 def train(config: "Config", path: Path, name: str, group: str | None = None) -> float:
@@ -241,25 +222,6 @@ def start(run: "Run") -> float:
     return math.nan if best is None else float(best)
 
 
-def summary(jobs: list[Job]) -> str:
-    """The jobs of a multirun with their lowest validation loss, best first; failed ones last."""
-    ended = sorted(jobs, key=lambda j: (j.error is not None, math.inf if math.isnan(j.loss) else j.loss))
-    words = ["failed" if j.error else "diverged" if math.isnan(j.loss) else f"{j.loss:.4f}" for j in ended]
-    lines = [f"  {word:>8}  {job.name}" for word, job in zip(words, ended, strict=True)]
-    return "\n".join([f"--- {len(jobs)} jobs, best val/loss first", *lines])
-
-
-def draw_sweep(jobs: list[Job]) -> None:
-    """Draw the validation loss of a multirun's jobs into its folder."""
-    from gptexp.analysis.plots import plot_runs
-    from gptexp.runs import Run, read_metrics
-
-    for folder in {job.folder for job in jobs if job.folder}:
-        runs = [Run(path) for path in sorted(folder.iterdir()) if Run(path).metrics_path.exists()]
-        plot_runs({run.path.name: read_metrics(run.metrics_path) for run in runs}, folder / "curves.png")
-        log.info("picture: %s", folder / "curves.png")
-
-
 def job_name(config: "Config", swept: str) -> str:
     """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
 
@@ -269,7 +231,7 @@ def job_name(config: "Config", swept: str) -> str:
     """
     named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
     shown = {"experiment", "experiment/ladder"} if config.name else named
-    pairs = [pair.partition("=") for pair in swept.split("|") if pair]
+    pairs = [pair.partition("=") for pair in swept.split("|") if pair]  # a value can hold a comma
     extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
              for key, _, value in pairs if key not in shown]  # fmt: skip
     return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it

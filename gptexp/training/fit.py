@@ -116,7 +116,7 @@ def _fit(run: Run, config: Config, first: bool) -> float:
             accumulate_grad_batches=config.gradient_accumulation_steps,
             logger=loggers or False,
             callbacks=[
-                *inside, recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console()),
+                *inside, recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console(quiet="GPTEXP_QUIET" in os.environ)),
             ],
             limit_val_batches=0,
             num_sanity_val_steps=0,

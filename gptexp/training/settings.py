@@ -94,6 +94,21 @@ class HardwareConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """How a multirun's jobs belong together.
+
+    Attributes:
+        name: of the sweep's directory; None makes one from what varies.
+        retries: a failed job is run again this many times, once each time that the command is given.
+        job: the job's name; the sweeper sets it.
+    """
+
+    name: str | None = None
+    retries: Annotated[int, Ge(0)] = 2
+    job: str | None = None
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases. mode "auto" is online where an API key is configured and offline elsewhere."""
 

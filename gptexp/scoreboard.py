@@ -1,0 +1,113 @@
+"""The state of a sweep while it runs: a live table in a terminal, a line for each job that ends elsewhere."""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gptexp.runs import Run, last_row
+from gptexp.sweeps import FINAL, Standing, Sweep
+
+BEST = 5  # jobs listed
+
+
+class Scoreboard:
+    """Reads the sweep's directory once a second, so it also sees the jobs of other processes and machines.
+
+    Args:
+        sweep: the sweep.
+        names: its jobs, in order.
+        console: where to.
+    """
+
+    def __init__(self, sweep: Sweep, names: Sequence[str], console: Console) -> None:
+        self.sweep, self.names, self.console = sweep, names, console
+        self.standings = {name: sweep.standing(name) for name in names}
+        self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
+        self._began, self._start = time.time(), time.perf_counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "Scoreboard":
+        if self._ended_before:
+            self.console.print(f"{self.sweep.folder}: {len(self._ended_before)} of {len(self.names)} jobs are done already",
+                               highlight=False, soft_wrap=True)  # fmt: skip
+        if self.console.is_terminal:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.console.is_terminal:
+            self._live.stop()
+        self._poll()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._poll()
+
+    def _poll(self) -> None:
+        for name, before in self.standings.items():
+            if before.state in FINAL:
+                continue
+            now = self.standings[name] = self.sweep.standing(name)
+            if now.state != before.state and now.state in (*FINAL, "failed") and not self.console.is_terminal:
+                self.console.print(self._line(now), highlight=False, soft_wrap=True)
+
+    def _line(self, job: Standing) -> str:
+        ended = [s for s in self.standings.values() if s.state in (*FINAL, "failed")]
+        value = f"val/loss {job.loss:.4f}" if math.isfinite(job.loss) else str(job.error or "")
+        return " · ".join(filter(None, [f"[{len(ended)}/{len(self.names)}] {job.state} {job.name}", value, self._best(),
+                                        self._left()]))  # fmt: skip
+
+    def _best(self) -> str:
+        finite = [s for s in self.standings.values() if math.isfinite(s.loss)]
+        best = min(finite, key=lambda s: s.loss, default=None)
+        return f"best {best.loss:.4f} {best.name}" if best else ""
+
+    def _left(self) -> str:
+        """The time left, from the jobs that have ended since this process began."""
+        ended = [n for n, s in self.standings.items() if s.state in (*FINAL, "failed") and n not in self._ended_before]
+        waiting = sum(s.state not in (*FINAL, "failed") for s in self.standings.values())
+        if not ended or not waiting:
+            return ""
+        left = (time.perf_counter() - self._start) / len(ended) * waiting
+        return f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
+
+    def render(self) -> Group:
+        """The table: counts, the jobs that run, the best so far."""
+        counts = {state: 0 for state in ("done", "running", "failed", "diverged", "pruned")}
+        for standing in self.standings.values():
+            if standing.state in counts:
+                counts[standing.state] += 1
+        running = [s for s in self.standings.values() if s.state == "running" and self._alive(s.name)]
+        counts["running"] = len(running)
+        words = [f"{n} {state}" for state, n in counts.items() if n or state in ("done", "running", "failed")]
+        head = Text(f"{self.sweep.folder.name}: {len(self.names)} jobs · " + " · ".join(filter(None, [*words, self._left()])))
+        table = Table(box=None, padding=(0, 1), show_header=False)
+        for standing in running:
+            run = Run(self.sweep.folder / standing.name)
+            row = last_row(run.metrics_path)
+            steps = run.config.max_steps
+            table.add_row(standing.name, ProgressBar(steps, row.get("step", 0), width=20), f"step {row.get('step', 0):.0f}/{steps}",
+                          f"loss {row['train/loss']:.4f}" if "train/loss" in row else "")  # fmt: skip
+        finite = sorted((s for s in self.standings.values() if math.isfinite(s.loss)), key=lambda s: s.loss)
+        for place, standing in enumerate(finite[:BEST], 1):
+            table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
+        return Group(head, table)
+
+    def _alive(self, name: str) -> bool:
+        """Whether a running job has moved since this process began: a killed one is "running", too."""
+        run = Run(self.sweep.folder / name)
+        times = [p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists()]
+        return bool(times) and max(times) >= self._began - 60

@@ -1,0 +1,242 @@
+"""A sweep as one object: a directory of runs, one a job, that can be stopped, continued and shared.
+
+sweep.json (settings, what varies, the jobs in their order) · .locks/ · a run directory for each job
+
+A job belongs to whichever process holds its lock. So the same command, given again, goes on where the sweep was
+stopped, and given twice at once, on one machine or on several with a shared disk, it shares the work.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from gptexp.config import Config, flatten
+from gptexp.errors import UserError
+from gptexp.runs import Run, now, write_atomically
+from gptexp.validation import show
+
+log = logging.getLogger("gptexp")
+
+State = Literal["waiting", "running", "interrupted", "done", "diverged", "pruned", "failed"]
+FINAL = ("done", "diverged", "pruned")
+FREE = ("output_dir", "name", "logger", "sweep", "hardware.threads")  # may differ between the processes of a sweep
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a job stands.
+
+    Attributes:
+        name: of the job, its run and its directory.
+        state: "waiting" has no directory yet; "running" is also what a killed process leaves.
+        loss: the lowest validation loss so far as result.json has it, nats a token; nan without one.
+        error: what ended it, or None.
+        attempts: times that it has failed.
+    """
+
+    name: str
+    state: State
+    loss: float = math.nan
+    error: str | None = None
+    attempts: int = 0
+
+
+class Busy(Exception):
+    """Another process works on this job."""
+
+
+class Sweep:
+    """A sweep's directory.
+
+    Attributes:
+        folder: the directory; its name is the sweep's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """sweep.json; empty while there is none."""
+        path = self.folder / "sweep.json"
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+
+    def join(
+        self, settings: Mapping[str, Any], swept: Sequence[str], varied: Sequence[str], jobs: Sequence[str],
+        command: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Begin the sweep or go on with it; further jobs, such as more seeds, come after those that it has.
+
+        Args:
+            settings: what all its jobs share, by dotted key.
+            swept: the dotted keys that differ among them.
+            varied: the overrides that make them differ, which stand in the jobs' names.
+            jobs: the names of the jobs, in order.
+            command: the command line.
+
+        Raises:
+            UserError: when the sweep of this name was begun with other settings, or the folder cannot be written.
+        """
+        try:
+            (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".locks" / ".sweep"):
+                info = self.info
+                merged = {
+                    "name": self.folder.name, "started": info.get("started", now()), "command": list(command),
+                    "settings": info.get("settings", dict(settings)), "swept": _union(info.get("swept", []), swept),
+                    "varied": _union(info.get("varied", []), varied), "jobs": _union(info.get("jobs", []), jobs),
+                }  # fmt: skip
+                self._check(merged["settings"], settings, merged["swept"])
+                write_atomically(self.folder / "sweep.json", (json.dumps(merged, indent=1) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {self.folder} ({error.strerror})") from error
+
+    def _check(self, old: Mapping[str, Any], new: Mapping[str, Any], vary: Sequence[str]) -> None:
+        keys = sorted(k for k in old.keys() | new.keys()
+                      if not k.startswith(FREE) and k not in vary and old.get(k) != new.get(k))  # fmt: skip
+        if keys:
+            raise UserError(
+                f"sweep.name={self.folder.name}: {k}={show(new.get(k))} differs from the sweep's {k}={show(old.get(k))}; "
+                "leave it out, or give the new sweep another name" for k in keys
+            )
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a job for this process; the system frees it if the process dies.
+
+        Raises:
+            Busy: when another process has it.
+        """
+        (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".locks" / name, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise Busy(name) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_busy(self, name: str) -> bool:
+        """Whether a process works on the job."""
+        try:
+            with self.lock(name):
+                return False
+        except Busy:
+            return True
+
+    def standing(self, name: str) -> Standing:
+        """How a job stands, as its directory tells."""
+        run = Run(self.folder / name)
+        try:
+            info, result = run.info, run.result or {}
+        except (OSError, ValueError):
+            return Standing(name, "waiting")
+        loss = result.get("best_val_loss")
+        return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
+                        int(info.get("attempts", 0)))  # fmt: skip
+
+    def work(
+        self, name: str, config: Config, begin: Callable[[Path], float], resume: Callable[[Run], float]
+    ) -> float:
+        """Bring a job to its end, from wherever it stands.
+
+        Args:
+            name: the job's.
+            config: its configuration.
+            begin: trains it in a new directory and returns the loss.
+            resume: goes on with the run and returns the loss.
+
+        Returns:
+            the lowest validation loss, nats a token; that of an earlier process if the job is at its end already.
+
+        Raises:
+            Busy: when another process works on it.
+            UserError: when its run has another configuration.
+            Exhausted: when it has failed more often than `sweep.retries` allows.
+        """
+        path = self.folder / name
+        with self.lock(name):
+            if path.is_dir() and not (path / "run.json").exists():
+                _remove_begun(path)
+            if not path.exists():
+                return self._attempt(name, lambda: begin(path))
+            run = Run.open(path, key="sweep")
+            _check_same(run, config)
+            standing = self.standing(name)
+            if standing.state in FINAL:
+                return standing.loss
+            if standing.state == "failed" and standing.attempts > config.sweep.retries:
+                raise Exhausted(standing)
+            return self._attempt(name, lambda: resume(run))
+
+    def _attempt(self, name: str, work: Callable[[], float]) -> float:
+        try:
+            return work()
+        except Exception:
+            if (self.folder / name / "run.json").exists():
+                run = Run(self.folder / name)
+                run.update(attempts=int(run.info.get("attempts", 0)) + 1)
+            raise
+
+
+def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> str:
+    """Jobs with their lowest validation loss, best first; those that did not come to an end last, with the reason."""
+    ended = sorted((s for s in standings if s.name not in errors), key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
+    lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}"
+             + (f": {s.error}" if s.state == "failed" else "") for s in ended]  # fmt: skip
+    lines += [f"  {'failed':>8}  {name}: {error}" for name, error in errors.items()]
+    return "\n".join([f"--- {len(lines)} jobs, best val/loss first", *lines])
+
+
+def draw(sweep: Sweep) -> None:
+    """Draw the validation losses of a sweep's runs into its directory."""
+    from gptexp.analysis.plots import plot_runs
+    from gptexp.runs import read_metrics
+
+    names = [name for name in sweep.info.get("jobs", []) if Run(sweep.folder / name).metrics_path.exists()]
+    if names:
+        path = sweep.folder / "curves.png"
+        plot_runs({name: read_metrics(Run(sweep.folder / name).metrics_path) for name in names}, path)
+        log.info("picture: %s", path)
+
+
+def _union(first: Sequence[str], more: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*first, *more]))
+
+
+def _remove_begun(path: Path) -> None:
+    """Remove a directory whose process was killed while it made it, before the run began."""
+    if any(p.is_file() and p.name != "config.yaml" and not p.name.startswith(".") for p in path.rglob("*")):
+        raise UserError(f"{path}: is in the way of a job, and is no run (it holds no run.json)")
+    shutil.rmtree(path)
+
+
+class Exhausted(Exception):
+    """A job has failed as often as it may."""
+
+    def __init__(self, standing: Standing) -> None:
+        super().__init__(f"failed {standing.attempts} times and is not tried again (sweep.retries): {standing.error}")
+
+
+def _check_same(run: Run, config: Config) -> None:
+    """Refuse to take a run for a job of another configuration. Threads may differ: they change the last bits alone."""
+    threads = run.config.hardware.threads
+    same = replace(config, hardware=replace(config.hardware, threads=threads))
+    if same.fingerprint() == run.info["fingerprints"]["config"]:
+        return
+    old, new = flatten(run.config.tree()), flatten(same.tree())
+    keys = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    raise UserError(
+        f"sweep job {run.path}: {k}={show(new.get(k))} differs from the run's {k}={show(old.get(k))}; "
+        "give the new sweep another sweep.name" for k in sorted(keys)
+    )
