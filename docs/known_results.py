@@ -8,8 +8,9 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,6 +41,12 @@ def spread(values: Iterable[float]) -> str:
     """Mean and standard deviation over the seeds."""
     numbers = list(values)
     return f"{mean(numbers):.4f} ± {stdev(numbers):.4f}"
+
+
+def step_time(run: Run) -> float:
+    """The median time of a training step, in milliseconds: moments at which the machine was busy do not count."""
+    rows = [row for row in read_metrics(run.metrics_path) if "seconds" in row]
+    return 1000 * median((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(rows))
 
 
 def at_start(run: Run, quantity: str) -> list[float]:
@@ -136,10 +143,11 @@ def rmsnorm(folder: Path) -> tuple[list[str], Figure]:
     left.set(xlabel="seed", ylabel="val/loss, RMS norm - layer norm", xticks=range(len(differences)),
              xticklabels=[r.config.seed for r in groups["rmsnorm"]])  # fmt: skip
     left.legend()
-    lines = ["| norm | val/loss | ms a step |", "|---|---|---|"]
+    lines = ["| norm | val/loss | ms a step, median (range of the seeds) |", "|---|---|---|"]
     for norm, runs in groups.items():
-        step = [1000 * (r.result or {})["seconds"] / r.config.max_steps for r in runs]
-        lines.append(f"| {norm} | {spread(map(final, runs))} | {mean(step):.1f} ± {stdev(step):.1f} |")
+        times = [step_time(r) for r in runs]
+        time = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+        lines.append(f"| {norm} | {spread(map(final, runs))} | {time} |")
     n = len(differences)
     return [*lines, "", f"Paired difference: {mean(differences):+.4f} ± {half:.4f} (95 %, {n} seeds)."], new
 

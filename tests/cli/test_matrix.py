@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gptexp import sample
 from gptexp.config import load_config, read_config
+from gptexp.errors import RunFailed
 from gptexp.models.influence import measure
 from gptexp.models.registry import PLACEMENTS
+from gptexp.overrides import compose_config
 from gptexp.runs import Run
 from gptexp.sample import load_model
+from gptexp.train import start, train
 from gptexp.training.callbacks.recorder import Recorder
-from tests.conftest import timeless
+from tests.conftest import TINY, timeless
 from tests.models.test_causality import VERDICTS
 
 FAST = [("rbn", "sandwich"), ("powernorm", "deepnorm")]
@@ -23,24 +27,25 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def settings_of(norm: str) -> list[str]:
-    """A key of VERDICTS as overrides."""
-    tables = VERDICTS[norm][0]
-    values = [
-        f"model.norms.{name}.{key}={str(value).lower() if isinstance(value, bool) else value}".replace("'", "")
-        for name, table in tables.items() for key, value in table.items()
-    ]  # fmt: skip
-    return [f"norm={norm.partition('[')[0]}", *values]
+@pytest.fixture(scope="module")
+def base(corpus: Path) -> dict[str, Any]:
+    """The settings that all pairs share, composed once: what a command line makes of norms is tested elsewhere."""
+    return compose_config(
+        [*TINY, f"data.path={corpus}", "max_steps=100", "eval_interval=50", "log_interval=10", "checkpoint_interval=30",
+         "model.dropout=0.1", "optimizer.learning_rate=3e-3"]
+    ).tree()  # fmt: skip
 
 
 @pytest.mark.parametrize(("norm", "placement"), PAIRS)
 def test_from_training_to_audit(
-    norm: str, placement: str, tiny: Callable[..., Run], command: Callable[..., int],
+    norm: str, placement: str, base: dict[str, Any], command: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
-    wanted = [*settings_of(norm), f"placement={placement}", "max_steps=100", "eval_interval=50", "log_interval=10",
-              "checkpoint_interval=30", "model.dropout=0.1", "optimizer.learning_rate=3e-3"]  # fmt: skip
-    unbroken = tiny("unbroken", *wanted)
+    tables, looks_ahead, couples = VERDICTS[norm]
+    changed = {"norm": norm.partition("[")[0], "placement": placement, "norms": base["model"]["norms"] | tables}
+    config = read_config(base | {"model": base["model"] | changed})
+    train(config, tmp_path / "unbroken", "unbroken")
+    unbroken = Run.open(tmp_path / "unbroken")
     rows = timeless(unbroken)
     assert rows[-1][0] == "100"
     result = unbroken.result
@@ -54,26 +59,23 @@ def test_from_training_to_audit(
             raise RuntimeError("in the middle")
         return train_row(self, trainer, module, step)
 
-    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "_train_row", fail)
-        with pytest.raises(AssertionError):
-            tiny("broken", *wanted)
-    assert command(f"resume={broken}") == 0
-    assert timeless(Run(broken)) == rows
+        with pytest.raises(RunFailed, match="in the middle"):
+            train(config, tmp_path / "broken", "broken")
+    broken = Run.open(tmp_path / "broken")
+    start(broken)
+    assert timeless(broken) == rows
 
     capfd.readouterr()
     assert command(f"run={unbroken.path}", "prompt=To be", "max_new_tokens=8", main=sample.main) == 0
     assert capfd.readouterr().out.startswith("To be")
 
-    config = load_config(unbroken.path / "config.yaml")
-    assert read_config(config.tree()) == config
-    assert (config.model.norm, config.model.placement) == (norm.partition("[")[0], placement)
+    assert load_config(unbroken.path / "config.yaml") == config
 
-    _, looks_ahead, couples = VERDICTS[norm]
     model = load_model(unbroken, "last", len(unbroken.info["tokenizer"]["symbols"]))
     ids = torch.randint(model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
-    train, evaluation = measure(model, ids, training=True).model, measure(model, ids, training=False).model
-    assert (train.looks_ahead, train.couples) == (looks_ahead, couples)
+    training, evaluation = measure(model, ids, training=True).model, measure(model, ids, training=False).model
+    assert (training.looks_ahead, training.couples) == (looks_ahead, couples)
     assert (evaluation.looks_ahead, evaluation.couples) == (False, False)
     assert unbroken.info["train_loss"] == {"sees_later_tokens": looks_ahead, "sees_other_sequences": couples}
