@@ -132,6 +132,9 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
         values[section] = _read_section(section, classes, tree.get(section, {}), problems)
     top = {k: v for k, v in tree.items() if k not in _SECTIONS}
     values |= read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
+    name = values["sweep"].name if values["sweep"] else None
+    if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        problems.append(f"sweep.name={show(name)}: must be letters, digits and any of _ . + -, for it names a directory")
     if cross_check:
         problems += _cross_check(values)
     if problems:
@@ -237,9 +240,6 @@ def _cross_check(values: Tree) -> list[str]:
     batch_size = values.get("batch_size", Config.batch_size)
     accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
     problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
-    name = values["sweep"].name if values.get("sweep") else None
-    if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
-        problems.append(f"sweep.name={show(name)}: must be letters, digits and any of _ . + -, for it names a directory")
     problems += _check_diagnostics(values.get("diagnostics_interval"), hardware)
     micro = batch_size // accumulation
     if model and micro < model.min_sequences:

@@ -65,7 +65,9 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
         for override in overrides:
             if override.key_or_group.partition(".")[0].partition("/")[0] == "hydra":
                 continue
-            if override.is_sweep_override() and not multirun:
+            if override.key_or_group == "resume" and multirun:
+                problems.append(f"{override.input_line}: a sweep goes on when its command is given again; leave it out")
+            elif override.is_sweep_override() and not multirun:
                 problems.append(f"{override.input_line}: several values need --multirun (-m)")
             elif override.is_delete():
                 passed.append(override.input_line or "")

@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import open_dict
 
 from gptexp.errors import RunFailed, UserError
 
@@ -98,7 +99,8 @@ class GridSweeper(BasicSweeper):
         job = Job(overrides)
         try:
             tree = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            del tree["hydra"]
+            with open_dict(tree):
+                del tree["hydra"]
             config = read_config(plain(tree))
         except UserError as error:
             job.error, job.name = error, " ".join(o for o in overrides if o.partition("=")[0] in varied)

@@ -1,0 +1,173 @@
+"""Sweeps that are stopped, continued, shared and repeated, with real runs."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptexp.runs import Run
+from gptexp.sweeps import Sweep
+from gptexp.training.callbacks.recorder import Recorder
+from tests.conftest import TINY, finish, spawn, timeless
+
+GRID = ["norm=layernorm,rmsnorm", "seed=1,2"]
+NAMES = [f"{norm}-pre-h2-s{seed}" for norm in ("layernorm", "rmsnorm") for seed in (1, 2)]
+
+
+@pytest.fixture
+def sweep(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[..., int]:
+    def run(*overrides: str) -> int:
+        return command("-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path}", *overrides)
+
+    return run
+
+
+def runs_of(folder: Path) -> dict[str, Run]:
+    return {p.name: Run.open(p) for p in sorted(folder.iterdir()) if (p / "run.json").exists()}
+
+
+def test_the_same_command_trains_nothing_twice(
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(*GRID) == 0
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    assert folder.name.startswith("norm-seed-")
+    assert json.loads((folder / "sweep.json").read_bytes())["jobs"] == NAMES
+    before = {name: (run.path / "run.json").read_bytes() for name, run in runs_of(folder).items()}
+    table = capfd.readouterr().out.partition("--- 4 jobs")[2]
+    assert sweep(*GRID) == 0
+    assert {name: (run.path / "run.json").read_bytes() for name, run in runs_of(folder).items()} == before
+    out = capfd.readouterr().out
+    assert f"{folder}: 4 of 4 jobs are done already" in out
+    assert out.partition("--- 4 jobs")[2] == table
+
+
+def test_more_seeds_join_the_sweep(sweep: Callable[..., int], tmp_path: Path) -> None:
+    assert sweep("sweep.name=mine", "norm=layernorm,rmsnorm", "seed=1,2", "max_steps=2") == 0
+    assert sweep("sweep.name=mine", "norm=rmsnorm", "seed=3", "max_steps=2") == 0
+    assert Sweep(tmp_path / "sweeps" / "mine").info["jobs"] == [*NAMES, "rmsnorm-pre-h2-s3"]
+    assert list(runs_of(tmp_path / "sweeps" / "mine")) == sorted([*NAMES, "rmsnorm-pre-h2-s3"])
+
+
+def test_another_configuration_is_refused_with_the_keys(
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("sweep.name=mine", "seed=1,2", "max_steps=2") == 0
+    before = (tmp_path / "sweeps" / "mine" / "sweep.json").read_bytes()
+    capfd.readouterr()
+    assert sweep("sweep.name=mine", "seed=1,2", "max_steps=3", "batch_size=8") == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "error: sweep.name=mine: batch_size=8 differs from the sweep's batch_size=4; leave it out, or give the new "
+        "sweep another name",
+        "error: sweep.name=mine: max_steps=3 differs from the sweep's max_steps=2; leave it out, or give the new "
+        "sweep another name",
+    ]
+    assert (tmp_path / "sweeps" / "mine" / "sweep.json").read_bytes() == before
+    assert {run.config.max_steps for run in runs_of(tmp_path / "sweeps" / "mine").values()} == {2}
+
+
+def test_a_failed_job_runs_again_as_often_as_it_may(
+    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+        tried.append(step)
+        raise RuntimeError("in the middle")
+
+    same = ["sweep.name=mine", "seed=1,2", "sweep.retries=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_train_row", explode)
+        assert [sweep(*same) for _ in range(3)] == [1, 1, 1]
+    assert len(tried) == 4  # two jobs, twice; the third command tries none
+    run = Run(tmp_path / "sweeps" / "mine" / "layernorm-pre-h2-s1")
+    assert run.info["attempts"] == 2
+    assert sweep(*same) == 1
+    assert "not tried again (sweep.retries)" in capfd.readouterr().out
+    assert sweep("sweep.name=mine", "seed=1,2", "sweep.retries=2") == 0
+    assert run.info["status"] == "done"
+
+
+def test_a_name_must_be_one_of_a_directory(sweep: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep("sweep.name=a/b", "seed=1,2") == 2
+    assert capfd.readouterr().err.startswith("error: sweep.name=a/b: must be letters")
+
+
+def begin(corpus: Path, folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    return spawn("-m", *TINY, f"data.path={corpus}", f"output_dir={folder}", "sweep.name=mine", *overrides, cwd=folder)
+
+
+TWELVE = ["norm=layernorm,rmsnorm,batchnorm", "placement=pre,post", "seed=1,2"]
+
+
+@pytest.mark.slow
+def test_killed_five_times_and_the_same_in_the_end(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    code, out, err = finish(begin(corpus, tmp_path / "whole", *TWELVE))
+    assert code == 0, err
+    draw = random.Random(0)
+    folder = tmp_path / "killed" / "sweeps" / "mine"
+    for number in range(5):
+        process = begin(corpus, tmp_path / "killed", *TWELVE)
+        # somewhere in the jobs that are left
+        wanted, deadline = draw.uniform(2 * number, 2 * number + 2), time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and progress(folder) < wanted:
+            time.sleep(0.02)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, again, err = finish(begin(corpus, tmp_path / "killed", *TWELVE))
+    assert code == 0, err
+    whole, killed = runs_of(tmp_path / "whole" / "sweeps" / "mine"), runs_of(folder)
+    assert list(whole) == list(killed)
+    assert len(whole) == 12
+    for name, run in whole.items():
+        assert timeless(run) == timeless(killed[name])
+    assert again.partition("--- 12 jobs")[2].replace("killed", "whole") == out.partition("--- 12 jobs")[2]
+
+
+def progress(folder: Path) -> float:
+    """Jobs done, and the part of the one under way."""
+    rows = [p.read_bytes().count(b"\n") for p in folder.glob("*/metrics.csv")]
+    return sum(min(1.0, n / 12) for n in rows)
+
+
+@pytest.mark.slow
+def test_two_at_once_share_the_work(corpus: Path, tmp_path: Path) -> None:
+    both = [begin(corpus, tmp_path, *TWELVE, "max_steps=200") for _ in range(2)]
+    results = [finish(process) for process in both]
+    assert [code for code, _, _ in results] == [0, 0], results
+    runs = runs_of(tmp_path / "sweeps" / "mine")
+    assert len(runs) == 12
+    starts = {name: run.log_path.read_text().count("started: ") for name, run in runs.items()}
+    assert set(starts.values()) == {1}  # each job began once
+    workers = {run.log_path.read_text().split()[2] for run in runs.values()}
+    assert len(workers) == 2  # and both processes had some
+    assert results[0][1].partition("--- 12 jobs")[2] == results[1][1].partition("--- 12 jobs")[2]
+
+
+def test_a_directory_that_a_killed_process_left_unfinished_is_made_anew(
+    sweep: Callable[..., int], tmp_path: Path
+) -> None:
+    path = tmp_path / "sweeps" / "mine" / "layernorm-pre-h2-s1"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.yaml").write_text("half")
+    assert sweep("sweep.name=mine", "seed=1,2", "max_steps=2") == 0
+    assert Run.open(path).info["status"] == "done"
+
+
+def test_what_is_no_run_is_left_alone(
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweeps" / "mine" / "layernorm-pre-h2-s1"
+    path.mkdir(parents=True)
+    (path / "thesis.txt").write_text("precious")
+    assert sweep("sweep.name=mine", "seed=1,2", "max_steps=2") == 1
+    assert "is in the way of a job" in capfd.readouterr().out
+    assert os.listdir(path) == ["thesis.txt"]
