@@ -134,7 +134,7 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     values |= read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
     name = values["sweep"].name if values["sweep"] else None
     if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
-        problems.append(f"sweep.name={show(name)}: must be letters, digits and any of _ . + -, for it names a directory")
+        problems.append(f"sweep.name={show(name)}: names a directory; allowed: letters, digits, and any of _ . + -")
     if cross_check:
         problems += _cross_check(values)
     if problems:

@@ -59,15 +59,15 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
     In a multirun each value of a sweep is checked by itself; combinations are checked by each job.
     """
     overrides, problems = parse(arguments)
+    problems += [f"{o.input_line}: a sweep goes on when its command is given again; leave it out"
+                 for o in overrides if multirun and o.key_or_group == "resume"]  # fmt: skip
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
         search = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
         groups, values, passed = [], [], []
         for override in overrides:
             if override.key_or_group.partition(".")[0].partition("/")[0] == "hydra":
                 continue
-            if override.key_or_group == "resume" and multirun:
-                problems.append(f"{override.input_line}: a sweep goes on when its command is given again; leave it out")
-            elif override.is_sweep_override() and not multirun:
+            if override.is_sweep_override() and not multirun:
                 problems.append(f"{override.input_line}: several values need --multirun (-m)")
             elif override.is_delete():
                 passed.append(override.input_line or "")

@@ -26,7 +26,7 @@ from gptexp.errors import UserError
 from gptexp.models.registry import NORMS
 from gptexp.validation import show
 
-Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+Status = Literal["running", "done", "failed", "diverged", "interrupted", "pruned"]
 
 METRICS = (
     "step", "tokens", "train/loss", "learning_rate", "grad_norm",
@@ -239,7 +239,7 @@ def unfinished(folder: Path, fingerprint: str) -> Run | None:
     for path in folder.rglob("run.json") if folder.is_dir() else ():
         try:
             info = json.loads(path.read_bytes())
-            if info["fingerprints"]["config"] == fingerprint and info["status"] not in ("done", "diverged"):
+            if info["fingerprints"]["config"] == fingerprint and info["status"] not in ("done", "diverged", "pruned"):
                 found.append((info["started"], path.parent))
         except (OSError, ValueError, KeyError, TypeError):
             continue

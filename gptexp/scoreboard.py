@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -25,10 +26,11 @@ class Scoreboard:
         sweep: the sweep.
         names: its jobs, in order.
         console: where to.
+        total: number of jobs, if more will be added; None is the number of names.
     """
 
-    def __init__(self, sweep: Sweep, names: Sequence[str], console: Console) -> None:
-        self.sweep, self.names, self.console = sweep, names, console
+    def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:
+        self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
         self.standings = {name: sweep.standing(name) for name in names}
         self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
         self._began, self._start = time.time(), time.perf_counter()
@@ -38,26 +40,32 @@ class Scoreboard:
 
     def __enter__(self) -> "Scoreboard":
         if self._ended_before:
-            self.console.print(f"{self.sweep.folder}: {len(self._ended_before)} of {len(self.names)} jobs are done already",
+            self.console.print(f"{self.sweep.folder}: {len(self._ended_before)} of {self.total} jobs are done already",
                                highlight=False, soft_wrap=True)  # fmt: skip
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
         if self.console.is_terminal:
             self._live.stop()
         self._poll()
 
+    def add(self, names: Sequence[str]) -> None:
+        """Show further jobs."""
+        self.standings = {name: Standing(name, "waiting") for name in names} | self.standings
+
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             self._poll()
 
     def _poll(self) -> None:
-        for name, before in self.standings.items():
+        for name, before in list(self.standings.items()):
             if before.state in FINAL:
                 continue
             now = self.standings[name] = self.sweep.standing(name)
@@ -67,7 +75,7 @@ class Scoreboard:
     def _line(self, job: Standing) -> str:
         ended = [s for s in self.standings.values() if s.state in (*FINAL, "failed")]
         value = f"val/loss {job.loss:.4f}" if math.isfinite(job.loss) else str(job.error or "")
-        return " · ".join(filter(None, [f"[{len(ended)}/{len(self.names)}] {job.state} {job.name}", value, self._best(),
+        return " · ".join(filter(None, [f"[{len(ended)}/{self.total}] {job.state} {job.name}", value, self._best(),
                                         self._left()]))  # fmt: skip
 
     def _best(self) -> str:
@@ -78,33 +86,30 @@ class Scoreboard:
     def _left(self) -> str:
         """The time left, from the jobs that have ended since this process began."""
         ended = [n for n, s in self.standings.items() if s.state in (*FINAL, "failed") and n not in self._ended_before]
-        waiting = sum(s.state not in (*FINAL, "failed") for s in self.standings.values())
-        if not ended or not waiting:
+        waiting = self.total - sum(s.state in (*FINAL, "failed") for s in self.standings.values())
+        if not ended or waiting <= 0:
             return ""
         left = (time.perf_counter() - self._start) / len(ended) * waiting
         return f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
 
     def render(self) -> Group:
         """The table: counts, the jobs that run, the best so far."""
-        counts = {state: 0 for state in ("done", "running", "failed", "diverged", "pruned")}
-        for standing in self.standings.values():
-            if standing.state in counts:
-                counts[standing.state] += 1
+        counts = Counter(s.state for s in self.standings.values())
         running = [s for s in self.standings.values() if s.state == "running" and self._alive(s.name)]
-        counts["running"] = len(running)
-        words = [f"{n} {state}" for state, n in counts.items() if n or state in ("done", "running", "failed")]
-        head = Text(f"{self.sweep.folder.name}: {len(self.names)} jobs · " + " · ".join(filter(None, [*words, self._left()])))
+        words = [f"{counts['done']} done", f"{len(running)} running", f"{counts['failed']} failed",
+                 *(f"{counts[state]} {state}" for state in ("diverged", "pruned") if counts[state])]  # fmt: skip
+        words = [f"{self.sweep.folder.name}: {self.total} jobs", *words, self._left()]
         table = Table(box=None, padding=(0, 1), show_header=False)
         for standing in running:
             run = Run(self.sweep.folder / standing.name)
-            row = last_row(run.metrics_path)
-            steps = run.config.max_steps
-            table.add_row(standing.name, ProgressBar(steps, row.get("step", 0), width=20), f"step {row.get('step', 0):.0f}/{steps}",
+            row, steps = last_row(run.metrics_path), run.config.max_steps
+            step = row.get("step", 0)
+            table.add_row(standing.name, ProgressBar(steps, step, width=20), f"step {step:.0f}/{steps}",
                           f"loss {row['train/loss']:.4f}" if "train/loss" in row else "")  # fmt: skip
         finite = sorted((s for s in self.standings.values() if math.isfinite(s.loss)), key=lambda s: s.loss)
         for place, standing in enumerate(finite[:BEST], 1):
             table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
-        return Group(head, table)
+        return Group(Text(" · ".join(filter(None, words))), table)
 
     def _alive(self, name: str) -> bool:
         """Whether a running job has moved since this process began: a killed one is "running", too."""

@@ -104,8 +104,8 @@ class Sweep:
                       if not k.startswith(FREE) and k not in vary and old.get(k) != new.get(k))  # fmt: skip
         if keys:
             raise UserError(
-                f"sweep.name={self.folder.name}: {k}={show(new.get(k))} differs from the sweep's {k}={show(old.get(k))}; "
-                "leave it out, or give the new sweep another name" for k in keys
+                f"sweep.name={self.folder.name}: {k}={show(new.get(k))} differs from the sweep's "
+                f"{k}={show(old.get(k))}; leave it out, or give the new sweep another name" for k in keys
             )
 
     @contextmanager
@@ -144,6 +144,10 @@ class Sweep:
         loss = result.get("best_val_loss")
         return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
                         int(info.get("attempts", 0)))  # fmt: skip
+
+    def is_final(self, name: str) -> bool:
+        """Whether nothing is left to do for the job."""
+        return self.standing(name).state in FINAL
 
     def work(
         self, name: str, config: Config, begin: Callable[[Path], float], resume: Callable[[Run], float]
@@ -191,7 +195,8 @@ class Sweep:
 
 def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> str:
     """Jobs with their lowest validation loss, best first; those that did not come to an end last, with the reason."""
-    ended = sorted((s for s in standings if s.name not in errors), key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
+    ended = [s for s in standings if s.name not in errors]
+    ended.sort(key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
     lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}"
              + (f": {s.error}" if s.state == "failed" else "") for s in ended]  # fmt: skip
     lines += [f"  {'failed':>8}  {name}: {error}" for name, error in errors.items()]

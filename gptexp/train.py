@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptexp.console import report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from gptexp.config import Config
     from gptexp.runs import Run
+    from gptexp.training.callbacks.recorder import Watch
 
 log = logging.getLogger("gptexp")
 
@@ -76,7 +77,8 @@ def job(tree: "DictConfig") -> float | None:
     if hydra.mode == RunMode.MULTIRUN:
         local = hydra.launcher._target_.endswith("BasicLauncher")
         name = config.sweep.job or job_name(config, hydra.job.override_dirname)
-        return sweep_job(config, Path(hydra.sweep.dir), name, alone=local)
+        search = dict(hydra.sweeper) if hydra.sweeper._target_.endswith(".OptunaSweeper") else None
+        return sweep_job(config, Path(hydra.sweep.dir), name, alone=local, search=search)
     run = run_to_resume(config, list(hydra.overrides.task)) if config.resume else None
     if run:
         return start(run)
@@ -90,7 +92,9 @@ def job(tree: "DictConfig") -> float | None:
     return train(config, path, name)
 
 
-def sweep_job(config: "Config", folder: Path, name: str, alone: bool) -> float | None:
+def sweep_job(
+    config: "Config", folder: Path, name: str, alone: bool, search: dict[str, Any] | None = None
+) -> float | None:
     """Bring a job of a sweep to its end, or leave it to the process that has it.
 
     Args:
@@ -98,6 +102,7 @@ def sweep_job(config: "Config", folder: Path, name: str, alone: bool) -> float |
         folder: the sweep's directory.
         name: the job's.
         alone: whether it has the machine's cores for itself.
+        search: the settings of Optuna's sweeper, if it is a trial of a search.
 
     Returns:
         the lowest validation loss, in nats a token; None if another process has the job.
@@ -107,13 +112,22 @@ def sweep_job(config: "Config", folder: Path, name: str, alone: bool) -> float |
     hardware = config.hardware
     if not alone and hardware.threads is None and hardware.accelerator in ("auto", "cpu"):
         config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
+    watch: Watch | None = None
+    if search and search["pruner"] != "none":
+        from gptexp.search import watcher
+
+        watch = watcher(folder, search, config)
     try:
-        return Sweep(folder).work(name, config, lambda path: train(config, path, name, folder.name), start)
+        return Sweep(folder).work(
+            name, config, lambda path: train(config, path, name, folder.name, watch), lambda run: start(run, watch)
+        )
     except Busy:
         return None
 
 
-def train(config: "Config", path: Path, name: str, group: str | None = None) -> float:
+def train(
+    config: "Config", path: Path, name: str, group: str | None = None, watch: "Watch | None" = None
+) -> float:
     """Train a configuration in a new run directory.
 
     Args:
@@ -121,6 +135,7 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
         path: the directory; a number is added to its name if it is taken.
         name: the run's readable name.
         group: the sweep that the run belongs to.
+        watch: is given the step and loss of each evaluation, and may stop the run.
 
     Returns:
         the lowest validation loss, in nats a token.
@@ -157,7 +172,7 @@ def train(config: "Config", path: Path, name: str, group: str | None = None) -> 
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": sys.argv,
     }  # fmt: skip
-    return start(Run.claim(path, config, info))
+    return start(Run.claim(path, config, info), watch)
 
 
 def run_to_resume(config: "Config", overrides: list[str]) -> "Run | None":
@@ -185,7 +200,7 @@ def run_to_resume(config: "Config", overrides: list[str]) -> "Run | None":
     return run
 
 
-def start(run: "Run") -> float:
+def start(run: "Run", watch: "Watch | None" = None) -> float:
     """Train a claimed run, or go on with it, in this process or in one process a device.
 
     Returns:
@@ -199,7 +214,7 @@ def start(run: "Run") -> float:
         from gptexp.training.fit import fit
 
         try:
-            return fit(run)
+            return fit(run, watch)
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:

@@ -28,7 +28,7 @@ from gptexp.runs import Run, read_samples
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
 from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.progress import ProgressReport
-from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.callbacks.recorder import Recorder, Watch
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
 from gptexp.training.loggers import Samples, build_loggers, close_loggers
@@ -38,11 +38,12 @@ from gptexp.training.outcome import leave_results, versions
 log = logging.getLogger("gptexp")
 
 
-def fit(run: Run) -> float:
+def fit(run: Run, watch: Watch | None = None) -> float:
     """Train the run to its end and write everything that it leaves behind.
 
     Args:
         run: a claimed run directory, new or stopped before its end.
+        watch: is given the step and loss of each evaluation, and may prune the run.
 
     Returns:
         the lowest validation loss, in nats a token; nan for a run that diverged before its first evaluation.
@@ -53,10 +54,10 @@ def fit(run: Run) -> float:
     """
     first = "GPTEXP_WORKER" not in os.environ or os.environ["RANK"] == "0"
     with _quiet(), _log_file(run), _status(run) if first else nullcontext():
-        return _fit(run, run.config, first)
+        return _fit(run, run.config, first, watch)
 
 
-def _fit(run: Run, config: Config, first: bool) -> float:
+def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
     encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)
@@ -103,6 +104,7 @@ def _fit(run: Run, config: Config, first: bool) -> float:
         show_sample=samples.add,
         flops_per_token=model.flops_per_token(),
         peak_flops=flops,
+        watch=watch,
     )
     interruption = Interruption(config)
     checkpoints = Checkpoints(run, config, recorder)
@@ -116,7 +118,8 @@ def _fit(run: Run, config: Config, first: bool) -> float:
             accumulate_grad_batches=config.gradient_accumulation_steps,
             logger=loggers or False,
             callbacks=[
-                *inside, recorder, interruption, checkpoints, ProgressReport(name, config, recorder, Console(quiet="GPTEXP_QUIET" in os.environ)),
+                *inside, recorder, interruption, checkpoints,
+                ProgressReport(name, config, recorder, Console(quiet="GPTEXP_QUIET" in os.environ)),
             ],
             limit_val_batches=0,
             num_sanity_val_steps=0,
@@ -130,7 +133,7 @@ def _fit(run: Run, config: Config, first: bool) -> float:
             trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
         except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
             raise KeyboardInterrupt from stop
-        succeeded = module.state.status in ("running", "stopped_early")
+        succeeded = module.state.status in ("running", "stopped_early", "pruned")
         if first:
             best = leave_results(run, module, trainer.global_step, model.n_params, encoded.documents)
     finally:

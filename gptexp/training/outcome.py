@@ -63,6 +63,8 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
     match status:
         case "interrupted":
             log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
+        case "pruned":
+            log.info("pruned at step %d: val/loss %.4f is poor beside that of other trials", step, best["val/loss"])
         case "diverged":
             kept = run.checkpoint("last").exists() or run.checkpoint("best").exists()
             log.warning("diverged at step %d: the loss or its gradient is no longer finite%s", step,

@@ -11,16 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobStatus
 from omegaconf import open_dict
 
 from gptexp.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from gptexp.scoreboard import Scoreboard
+    from gptexp.sweeps import Sweep
 
 log = logging.getLogger("gptexp")
 
@@ -79,8 +83,15 @@ class GridSweeper(BasicSweeper):
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
         jobs = [self.prepare(list(combination), varied) for combination in self.split_arguments(overrides, None)[0]]
-        self.join(sweep, jobs, varied)
-        self.work(sweep, jobs)
+        sound = [job for job in jobs if job.error is None]
+        begin(sweep, [job.tree for job in sound], varied, [job.name for job in sound])
+        with show(sweep, [job.name for job in sound]):
+            todo = [job for job in sound if not sweep.is_final(job.name)]
+            while todo:
+                busy = self.send(todo)
+                while busy and all(sweep.is_busy(job.name) for job in busy):
+                    time.sleep(1)
+                todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
     def parse(self, arguments: Sequence[str]) -> list[Override]:
@@ -109,46 +120,52 @@ class GridSweeper(BasicSweeper):
             job.tree = config.tree()
         return job
 
-    def join(self, sweep: Any, jobs: Sequence[Job], varied: Sequence[str]) -> None:
-        """Begin the sweep, or go on with it if it is the same one."""
-        from gptexp.config import flatten
-
-        trees = [flatten(job.tree) for job in jobs if job.tree]
-        if trees:
-            keys = dict.fromkeys(k for tree in trees for k in tree)
-            fixed = {k: trees[0].get(k) for k in keys if all(t.get(k) == trees[0].get(k) for t in trees)}
-            sweep.join(fixed, [k for k in keys if k not in fixed], varied, [j.name for j in jobs if j.tree], sys.argv)
-
-    def work(self, sweep: Any, jobs: Sequence[Job]) -> None:
-        """Launch what is to be done, until nothing is; a job that another process has is waited for."""
-        from rich.console import Console
-
-        from gptexp.scoreboard import Scoreboard
-        from gptexp.sweeps import FINAL
-
+    def send(self, jobs: Sequence[Job]) -> list[Job]:
+        """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
         assert self.launcher is not None
-        todo = [j for j in jobs if j.error is None and sweep.standing(j.name).state not in FINAL]
-        with Scoreboard(sweep, [j.name for j in jobs if j.error is None], Console()), _quiet():
-            while todo:
-                sent = [[*job.overrides, f"sweep.job='{job.name}'"] for job in todo]
-                results = self.launcher.launch(sent, initial_job_idx=0)
-                busy = []
-                for job, result in zip(todo, results, strict=True):
-                    if result.status == JobStatus.FAILED:
-                        job.error = result._return_value
-                    elif is_busy(result):
-                        busy.append(job)
-                while busy and all(sweep.is_busy(job.name) for job in busy):
-                    time.sleep(1)
-                todo = [job for job in busy if sweep.standing(job.name).state not in FINAL]
+        sent = [[*job.overrides, f"sweep.job='{job.name}'"] for job in jobs]
+        results = self.launcher.launch(sent, initial_job_idx=0) if sent else []
+        busy = []
+        for job, result in zip(jobs, results, strict=True):
+            if result.status == JobStatus.FAILED:
+                job.error = result._return_value
+            elif result._return_value is None:
+                busy.append(job)
+        return busy
 
 
-def is_busy(result: JobReturn) -> bool:
-    """Whether another process had the job."""
-    return result.status == JobStatus.COMPLETED and result._return_value is None
+def begin(sweep: "Sweep", trees: Sequence[dict[str, Any]], varied: Sequence[str], names: Sequence[str]) -> None:
+    """Begin the sweep with these configurations, or go on with it if it is the same one."""
+    from gptexp.config import flatten
+
+    flat = [flatten(tree) for tree in trees]
+    keys = dict.fromkeys(key for tree in flat for key in tree)
+    fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
+    if flat:
+        sweep.join(fixed, [k for k in keys if k not in fixed], varied, names, sys.argv)
 
 
-def report(sweep: Any, jobs: Sequence[Job]) -> list[float]:
+@contextmanager
+def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
+    """Show how the sweep goes instead of what its runs say of themselves, which is in train.log."""
+    from rich.console import Console
+
+    from gptexp.scoreboard import Scoreboard
+
+    levels = {handler: handler.level for handler in log.handlers}
+    os.environ["GPTEXP_QUIET"] = "1"
+    try:
+        for handler in levels:
+            handler.setLevel(logging.WARNING)
+        with Scoreboard(sweep, names, Console(), total) as board:
+            yield board
+    finally:
+        del os.environ["GPTEXP_QUIET"]
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+def report(sweep: "Sweep", jobs: Sequence[Job]) -> list[float]:
     """Tell how the jobs ended, best first, and draw their curves.
 
     Raises:
@@ -166,18 +183,3 @@ def report(sweep: Any, jobs: Sequence[Job]) -> list[float]:
     if failed:
         raise RunFailed(f"{len(failed)} of {len(jobs)} jobs failed")
     return [s.loss for s in standings]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the runs' own lines off the terminal; train.log has them."""
-    levels = {handler: handler.level for handler in log.handlers}
-    os.environ["GPTEXP_QUIET"] = "1"
-    try:
-        for handler in levels:
-            handler.setLevel(logging.WARNING)
-        yield
-    finally:
-        del os.environ["GPTEXP_QUIET"]
-        for handler, level in levels.items():
-            handler.setLevel(level)

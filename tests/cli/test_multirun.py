@@ -71,7 +71,8 @@ def test_a_glob_takes_every_choice(sweep: Callable[..., tuple[int, dict[str, Run
 
 def test_a_sweep_needs_no_resume(command: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert command("-m", "resume=auto", "seed=1,2") == 2
-    assert capfd.readouterr().err == "error: resume=auto: a sweep goes on when its command is given again; leave it out\n"
+    told = "error: resume=auto: a sweep goes on when its command is given again; leave it out\n"
+    assert capfd.readouterr().err == told
 
 
 def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:

@@ -12,6 +12,9 @@ from gptexp.data.datamodule import Batch
 from gptexp.runs import Metrics, Run, append_sample
 from gptexp.training.module import GPTModule
 
+Watch = Callable[[int, float], bool]
+"""Is given the step and the loss of an evaluation; returns whether the run is to be pruned."""
+
 
 class Recorder(Callback):
     """Writes a row of metrics at each `log_interval`, evaluation and at the end.
@@ -27,6 +30,7 @@ class Recorder(Callback):
         show_sample: takes the step and the text, on the first rank.
         flops_per_token: floating-point operations of a training step for each token.
         peak_flops: floating-point operations a second that the devices can reach together.
+        watch: is given the step and loss of each evaluation, and prunes the run by returning True.
     """
 
     def __init__(
@@ -39,10 +43,11 @@ class Recorder(Callback):
         show_sample: Callable[[int, str], None],
         flops_per_token: float,
         peak_flops: float,
+        watch: Watch | None = None,
     ) -> None:
         self.run, self.config, self.val_batches = run, config, val_batches
         self.sample, self.show_sample = sample, show_sample
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token, self.peak_flops, self.watch = flops_per_token, peak_flops, watch
         self.row: dict[str, float] = {}
         self.text: str | None = None
         self._step = -1
@@ -52,7 +57,7 @@ class Recorder(Callback):
         """Open the files where the checkpoint left them."""
         state, self._step = module.state, trainer.global_step
         fresh = self._step == 0
-        if state.status == "stopped_early":  # killed after its last step, before its results were written
+        if state.status in ("stopped_early", "pruned"):  # killed after its last step, before its results were written
             trainer.should_stop = True
         if trainer.is_global_zero:
             self._metrics = Metrics(self.run.metrics_path, None if fresh else state.metrics_size)
@@ -142,7 +147,7 @@ class Recorder(Callback):
         self._judge(trainer, module, values["loss"], step)
         if c.eval_windows is not None:
             self.row["val/loss_windows"] = values["loss"]
-            last = step == c.max_steps or state.status == "stopped_early"
+            last = step == c.max_steps or state.status in ("stopped_early", "pruned")
             values = module.evaluate(self.val_batches(True)) if last else {}
         self.row |= {f"val/{k}": v for k, v in values.items()}
         if self.sample and state.status != "diverged":
@@ -159,6 +164,8 @@ class Recorder(Callback):
             state.since_best += 1
             if patience is not None and state.since_best >= patience and step < self.config.max_steps:
                 state.status = "stopped_early"
+        if state.status == "running" and self.watch and step < self.config.max_steps and self.watch(step, loss):
+            state.status = "pruned"
         if state.status != "running":
             trainer.should_stop = True
 

@@ -1,0 +1,156 @@
+"""A search by Optuna: what a trial is, where the study is kept, and when a poor trial is stopped."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from gptexp.config import Config
+from gptexp.errors import UserError
+from gptexp.runs import Run
+from gptexp.sweeps import Sweep
+from gptexp.validation import nearest, show
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+SAMPLERS = ("tpe", "random", "gp", "qmc")
+PRUNERS = ("none", "median", "hyperband")
+
+
+def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
+    """The distribution of each setting that a command line leaves open, by dotted key.
+
+    `a,b` and choice(...) are categories; interval(...) is a number, int(interval(...)) a whole one, range(...) one
+    of its values; on a logarithmic scale where tag(log, ...) says so.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for override in overrides:
+        value, key = override.value(), override.get_key_element()
+        if isinstance(value, IntervalSweep | RangeSweep):
+            log = "log" in value.tags
+            low: Any = value.start
+            high: Any
+            if isinstance(value, IntervalSweep):
+                high, step = value.end, None
+            else:  # as in Python's range, the end is not in it
+                step = cast(Any, value.step)
+                high = low + (math.ceil((value.stop - low) / step) - 1) * step
+            found[key] = (
+                IntDistribution(low, high, log=log, step=step or 1) if isinstance(low, int) and isinstance(high, int)
+                else FloatDistribution(low, high, log=log, step=step)
+            )  # fmt: skip
+        else:
+            found[key] = CategoricalDistribution(list(override.sweep_string_iterator()))
+    return found
+
+
+def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str]:
+    """What keeps a search from beginning, a line each.
+
+    Args:
+        settings: of the sweeper.
+        swept: the overrides that leave a setting open.
+    """
+    if find_spec("optuna") is None:
+        return ["hydra/sweeper=optuna: optuna is not installed; pip install 'gptexp[optuna]'"]
+    wrong = [] if swept else ["hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
+                              "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'"]  # fmt: skip
+    for key, allowed in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+        if settings[key] not in allowed:
+            wrong.append(f"hydra.sweeper.{key}={show(settings[key])}: unknown{nearest(str(settings[key]), allowed)} "
+                         f"allowed: {', '.join(allowed)}")  # fmt: skip
+    wrong += [f"hydra.sweeper.{key}={show(settings[key])}: must be an integer of at least 1"
+              for key in ("n_trials", "n_jobs") if settings[key] < 1]  # fmt: skip
+    return wrong
+
+
+def open_study(folder: Path, settings: Mapping[str, Any], config: Config) -> "Study":
+    """The study of a sweep, new or as it was left.
+
+    Args:
+        folder: the sweep's directory, which keeps the study unless the settings name another storage.
+        settings: of the sweeper: sampler, pruner, seed, storage, startup_trials.
+        config: of any of its jobs.
+
+    Raises:
+        UserError: when the storage cannot be opened.
+    """
+    import optuna
+    from optuna import pruners, samplers
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    startup = settings["startup_trials"]
+    make_sampler: dict[str, Callable[[int], samplers.BaseSampler]] = {
+        "tpe": lambda seed: samplers.TPESampler(
+            n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed),
+        "random": lambda seed: samplers.RandomSampler(seed=seed),
+        "gp": lambda seed: samplers.GPSampler(n_startup_trials=startup, seed=seed),
+        "qmc": lambda seed: samplers.QMCSampler(seed=settings["seed"]),  # its sequence goes on by itself
+    }  # fmt: skip
+    make_pruner: dict[str, Callable[[], pruners.BasePruner]] = {
+        "none": pruners.NopPruner,
+        "median": lambda: pruners.MedianPruner(n_startup_trials=startup),
+        "hyperband": lambda: pruners.HyperbandPruner(min(config.eval_interval, config.max_steps), config.max_steps),
+    }
+    storage = settings["storage"] or f"sqlite:///{folder.absolute() / 'optuna.db'}"
+    try:
+        study = optuna.create_study(
+            study_name=folder.name, storage=storage, load_if_exists=True, direction="minimize",
+            pruner=make_pruner[settings["pruner"]](),
+        )  # fmt: skip
+    except Exception as error:  # whatever the database's driver raises
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"hydra.sweeper.storage={storage}: cannot be opened ({reason})") from error
+    # A process that goes on with a study must not draw again what the one before it drew.
+    study.sampler = make_sampler[settings["sampler"]](settings["seed"] + len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def summary(study: "Study", sweep: Sweep, config: Config) -> str:
+    """The best trial, and what pruning saved of the steps."""
+    from optuna.trial import TrialState
+
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    lines, best = [], min((t for t in trials if t.value is not None and t.state == TrialState.COMPLETE),
+                          key=lambda t: t.value or 0.0, default=None)  # fmt: skip
+    if best:
+        words = " ".join(f"{key}={value}" for key, value in best.params.items())
+        lines.append(f"best: val/loss {best.value:.4f} with {words}")
+    pruned = [t for t in trials if t.state == TrialState.PRUNED]
+    if pruned:
+        done = [(Run(sweep.folder / trial_name(t.number)).result or {}).get("step", config.max_steps) for t in trials]
+        saved = 1 - sum(done) / (len(trials) * config.max_steps)
+        lines.append(f"pruned: {len(pruned)} of {len(trials)} trials, which saved {saved:.0%} of all steps")
+    return "\n".join(lines)
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial's job."""
+    return f"trial-{number:04d}"
+
+
+def watcher(folder: Path, settings: Mapping[str, Any], config: Config) -> Callable[[int, float], bool]:
+    """A function that reports each evaluation of a trial, step and loss, and says whether to stop it."""
+    import optuna
+
+    study, job = open_study(folder, settings, config), str(config.sweep.job)
+    number = int(job.rpartition("-")[2])
+    (frozen,) = (t for t in study.get_trials(deepcopy=False) if t.number == number)
+    trial = optuna.trial.Trial(study, frozen._trial_id)
+    known = set(frozen.intermediate_values)  # by the process that began the trial, if it was stopped
+
+    def watch(step: int, loss: float) -> bool:
+        if step == 0 or not math.isfinite(loss):
+            return False
+        if step not in known:
+            trial.report(loss, step)
+        return bool(trial.should_prune())
+
+    return watch
