@@ -159,6 +159,9 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
             handler.setLevel(logging.WARNING)
         with Scoreboard(sweep, names, Console(), total) as board:
             yield board
+    except KeyboardInterrupt:
+        log.warning("%s: stopped; the same command goes on with it", sweep.folder)
+        raise
     finally:
         del os.environ["GPTEXP_QUIET"]
         for handler, level in levels.items():

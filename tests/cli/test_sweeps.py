@@ -13,6 +13,7 @@ import pytest
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
 from gptexp.training.callbacks.recorder import Recorder
+from hydra_plugins.hydra_gptexp import grid
 from tests.conftest import TINY, finish, spawn, timeless
 
 GRID = ["norm=layernorm,rmsnorm", "seed=1,2"]
@@ -95,7 +96,7 @@ def test_a_failed_job_runs_again_as_often_as_it_may(
 
 def test_a_name_must_be_one_of_a_directory(sweep: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep("sweep.name=a/b", "seed=1,2") == 2
-    assert capfd.readouterr().err.startswith("error: sweep.name=a/b: must be letters")
+    assert capfd.readouterr().err.startswith("error: sweep.name=a/b: names a directory")
 
 
 def begin(corpus: Path, folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
@@ -179,3 +180,49 @@ def test_what_is_no_run_is_left_alone(
     assert sweep("sweep.name=mine", "seed=1,2", "max_steps=2") == 1
     assert "is in the way of a job" in capfd.readouterr().out
     assert os.listdir(path) == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_interrupted_it_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps" / "mine"
+    process = begin(corpus, tmp_path, "seed=1,2", "max_steps=2000", "eval_interval=500")
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and progress(folder) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, err) == (130, "")
+    assert f"{folder}: stopped; the same command goes on with it" in out
+    (run,) = runs_of(folder).values()
+    assert run.info["status"] == "interrupted"
+    code, out, err = finish(begin(corpus, tmp_path, "seed=1,2", "max_steps=2000", "eval_interval=500"))
+    assert code == 0, err
+    assert {r.info["status"] for r in runs_of(folder).values()} == {"done"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tmp_path: Path) -> None:
+    plugin = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}[launcher]
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    for folder, how in (("serial", []), ("parallel", [f"hydra/launcher={launcher}"])):
+        (tmp_path / folder).mkdir()
+        code, out, err = finish(begin(corpus, tmp_path / folder, *GRID, "hardware.threads=1", *how))
+        assert code == 0, out + err
+    serial, parallel = (runs_of(tmp_path / f / "sweeps" / "mine") for f in ("serial", "parallel"))
+    assert list(serial) == list(parallel) == NAMES
+    for name, run in serial.items():
+        assert timeless(run) == timeless(parallel[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("norms", 30), ("heads", 20), ("learning_rate", 30), ("depth", 20), pytest.param("full", 90, marks=pytest.mark.slow)]
+)
+def test_a_named_sweep_has_its_jobs(
+    name: str, count: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[grid.Job] = []
+    monkeypatch.setattr(grid.GridSweeper, "send", lambda self, todo: jobs.extend(todo) or [])
+    assert command("-m", f"sweep={name}", f"output_dir={tmp_path}") == 0
+    assert len({job.name for job in jobs}) == count
+    assert Sweep(tmp_path / "sweeps" / name).info["jobs"] == [job.name for job in jobs]
