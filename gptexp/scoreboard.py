@@ -84,12 +84,13 @@ class Scoreboard:
         return f"best {best.loss:.4f} {best.name}" if best else ""
 
     def _left(self) -> str:
-        """The time left, from the jobs that have ended since this process began."""
-        ended = [n for n, s in self.standings.items() if s.state in (*FINAL, "failed") and n not in self._ended_before]
-        waiting = self.total - sum(s.state in (*FINAL, "failed") for s in self.standings.values())
-        if not ended or waiting <= 0:
+        """The time left, from what has been done since this process began."""
+        ended = {n for n, s in self.standings.items() if s.state in (*FINAL, "failed")}
+        under_way = sum(self._part(n) for n, s in self.standings.items() if s.state == "running")
+        done, waiting = len(ended - self._ended_before) + under_way, self.total - len(ended) - under_way
+        if done < 0.1 or waiting <= 0:
             return ""
-        left = (time.perf_counter() - self._start) / len(ended) * waiting
+        left = (time.perf_counter() - self._start) / done * waiting
         return f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
 
     def render(self) -> Group:
@@ -110,6 +111,11 @@ class Scoreboard:
         for place, standing in enumerate(finite[:BEST], 1):
             table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
         return Group(Text(" · ".join(filter(None, words))), table)
+
+    def _part(self, name: str) -> float:
+        """How much of a job is done, from 0 to 1."""
+        run = Run(self.sweep.folder / name)
+        return last_row(run.metrics_path).get("step", 0) / run.config.max_steps
 
     def _alive(self, name: str) -> bool:
         """Whether a running job has moved since this process began: a killed one is "running", too."""
