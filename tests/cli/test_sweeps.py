@@ -217,8 +217,9 @@ def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tm
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("norms", 30), ("heads", 20), ("learning_rate", 30), ("depth", 20), pytest.param("full", 90, marks=pytest.mark.slow)],
-)
+    [("norms", 30), ("heads", 20), ("learning_rate", 30), ("depth", 20),
+     pytest.param("full", 90, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_named_sweep_has_its_jobs(
     name: str, count: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
