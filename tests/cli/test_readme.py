@@ -57,6 +57,8 @@ def test_every_command(
         # pydocs needs no network; a corpus named in the command stays.
         short = [TRAINING, "data.offline_fallback=pydocs"] if trains else []
         short += [SMALL] if trains and "ladder" not in printed else []  # the ladder's sizes are its own
+        short += ["seed=1"] if "sweep=" in printed else []
+        short += ["hydra.sweeper.n_trials=3"] if "optuna" in printed else []
         line = " ".join([printed, *short])
         plain = re.fullmatch(r"python -m (gptexp\.\w+) ([^|>]*)", line)
         if plain and "--" not in line:
