@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,37 @@ from scipy import stats
 
 from gptexp.analysis.stats import Array, interval, judge, sign_flip
 
-Noise = Callable[[np.random.Generator, tuple[int, ...]], Array]
 
-NOISES: dict[str, Noise] = {  # each of mean 0 and standard deviation 1
-    "normal": lambda draw, size: draw.standard_normal(size),
-    "heavy tails (t, 3 degrees)": lambda draw, size: draw.standard_t(3, size) / math.sqrt(3),
-    "skewed (exponential)": lambda draw, size: draw.exponential(size=size) - 1,
-    "very skewed (log-normal)": lambda draw, size: (
-        (np.exp(draw.standard_normal(size)) - math.exp(0.5)) / math.sqrt(math.e**2 - math.e)
-    ),
+@dataclass(frozen=True)
+class Noise:
+    """The noise of single runs, of mean 0 and standard deviation 1.
+
+    Attributes:
+        draw: numbers of a size.
+        opposed: turn the baseline's sign. Differences of skewed noises are symmetric where the noises are alike, and
+            as skewed as can be where they are opposed.
+    """
+
+    draw: Callable[[np.random.Generator, tuple[int, ...]], Array]
+    opposed: bool = False
+
+
+def _exponential(draw: np.random.Generator, size: tuple[int, ...]) -> Array:
+    return draw.exponential(size=size) - 1
+
+
+def _log_normal(draw: np.random.Generator, size: tuple[int, ...]) -> Array:
+    values: Array = (np.exp(draw.standard_normal(size)) - math.exp(0.5)) / math.sqrt(math.e**2 - math.e)
+    return values
+
+
+NOISES = {
+    "normal": Noise(lambda draw, size: draw.standard_normal(size)),
+    "heavy tails (t, 3 degrees)": Noise(lambda draw, size: draw.standard_t(3, size) / math.sqrt(3)),
+    "skewed (exponential), alike": Noise(_exponential),
+    "very skewed (log-normal), alike": Noise(_log_normal),
+    "skewed, opposed": Noise(_exponential, opposed=True),
+    "very skewed, opposed": Noise(_log_normal, opposed=True),
 }
 
 DIFFERENCE, PAIRED_SD, SEED_SD = 0.02, 0.012, 0.012
@@ -35,10 +58,9 @@ DIFFERENCE, PAIRED_SD, SEED_SD = 0.02, 0.012, 0.012
 
 
 def sweep(draw: np.random.Generator, noise: Noise, variants: int, seeds: int) -> Array:
-    """Losses of a sweep without differences: (variants, seeds). The baseline's noise has its sign turned, so that the
-    differences are skewed where the noise is."""
-    own = noise(draw, (variants, seeds)) * PAIRED_SD / math.sqrt(2)
-    own[0] *= -1
+    """Losses of a sweep without differences: (variants, seeds), the first of them the baseline."""
+    own = noise.draw(draw, (variants, seeds)) * PAIRED_SD / math.sqrt(2)
+    own[0] *= -1 if noise.opposed else 1
     shared: Array = own + draw.standard_normal(seeds) * SEED_SD
     return shared
 
@@ -55,8 +77,10 @@ def false_claims(noise: Noise, seeds: int, sweeps: int, variants: int = 6) -> fl
 
 
 def coverage(noise: Noise, seeds: int, samples: int) -> float:
-    """The share of samples whose interval holds the true mean, 0."""
-    low, high = interval(noise(np.random.default_rng(seeds), (samples, seeds)))
+    """The share of pairs of a baseline and a variant whose interval holds the true mean difference, 0."""
+    draw = np.random.default_rng(seeds)
+    losses = np.stack([sweep(draw, noise, 2, seeds) for _ in range(samples)])
+    low, high = interval(losses[:, 1] - losses[:, 0])
     return float(np.mean((low <= 0) & (high >= 0)))
 
 

@@ -143,7 +143,7 @@ def show(study: "Study") -> None:
             table.add_row(f"{row['factor']}: {row['this']} against {row['that']}", row["seeds"], row["difference"],
                           span(row), row["p"], row["verdict"], row["seeds needed"])  # fmt: skip
         console.print(table)
-    console.print(headline(study), style="bold", soft_wrap=True)
+    console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
     if more:
         words = f"{plural(more, 'further seed')} would probably decide all that is open"

@@ -191,7 +191,7 @@ def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: lis
     cls = classes[0]
     if len(classes) > 1:
         by_name = {c().name: c for c in classes}
-        choice = tree.get("name", getattr(Config(), name).name)
+        choice = tree["name"] if "name" in tree else getattr(Config(), name).name
         if choice not in by_name:
             problems.append(
                 f"{name}.name={show(choice)}: unknown{nearest(str(choice), by_name)} allowed: {', '.join(by_name)}")

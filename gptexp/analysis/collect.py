@@ -1,6 +1,5 @@
 """Reads run directories into records: what a comparison needs of each, and what is wrong with those it cannot use."""
 
-import io
 import json
 import math
 import os
@@ -11,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import numpy.typing as npt
 
 from gptexp.config import flatten
 from gptexp.errors import UserError
-from gptexp.runs import Run
+from gptexp.runs import Run, read_evaluations
 from gptexp.validation import show
 
 AXES = ("step", "tokens", "seconds")
+
+Curve = dict[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Record:
         split: what cuts the corpus in two: the validation fraction and the seed of the shuffle.
         order: runs are listed by this: the directory given, the job's number in its sweep, the time it started.
         info: run.json.
-        curve: the evaluations of the whole validation split: columns step, tokens, seconds and val/loss (nats a token).
+        curve: the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token.
+        windows: those of some of its windows, likewise; empty unless the run made them.
         result: result.json, empty while there is none.
     """
 
@@ -48,18 +50,19 @@ class Record:
     split: str
     order: tuple[Any, ...]
     info: dict[str, Any] = field(repr=False)
-    curve: pd.DataFrame = field(repr=False)
+    curve: Curve = field(repr=False)
+    windows: Curve = field(repr=False)
     result: dict[str, Any] = field(repr=False)
 
     @property
     def best(self) -> float:
         """The lowest validation loss; nan if there is none."""
-        return float(self.curve["val/loss"].min())
+        return float(self.curve["loss"].min()) if len(self.curve["loss"]) else math.nan
 
     @property
     def final(self) -> float:
         """The last validation loss; nan if there is none."""
-        return float(self.curve["val/loss"].iloc[-1]) if len(self.curve) else math.nan
+        return float(self.curve["loss"][-1]) if len(self.curve["loss"]) else math.nan
 
     @property
     def complete(self) -> bool:
@@ -169,22 +172,14 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
         order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
-        curve=_curve(run.metrics_path), result=run.result or {},
+        curve=_curve(run, "val/loss"), windows=_curve(run, "val/loss_windows"), result=run.result or {},
     )  # fmt: skip
 
 
-def _curve(path: Path) -> pd.DataFrame:
-    columns = [*AXES, "val/loss"]
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]  # a row that is being written is not one yet
-    if not whole:
-        return pd.DataFrame(columns=columns, dtype=float)
-    rows = pd.read_csv(io.BytesIO(whole), usecols=columns, dtype=float, float_precision="round_trip")
-    # The first evaluation, before any step, has no time of its own yet.
-    rows.loc[rows["step"] == 0, "seconds"] = 0.0
-    # The seconds stand in the rows of training; an evaluation follows the row of its step.
-    rows["seconds"] = rows["seconds"].ffill()
-    return rows[np.isfinite(rows["val/loss"])].reset_index(drop=True)
+def _curve(run: Run, loss: str) -> Curve:
+    points = read_evaluations(run.metrics_path, loss) if run.metrics_path.exists() else []
+    columns = np.array(points, dtype=np.float64).reshape(-1, 4).T
+    return dict(zip((*AXES, "loss"), columns, strict=True))
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -197,6 +192,6 @@ def _reason(path: Path, error: Exception) -> str:
             return "a file of it is not valid JSON"
         case KeyError():
             return f"run.json lacks {error}"
-        case pd.errors.ParserError() | ValueError():
+        case ValueError():
             return f"metrics.csv cannot be read ({str(error).splitlines()[0] if str(error) else 'ValueError'})"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,29 +16,29 @@ VERDICTS: dict[Verdict, str] = {"better": "better", "worse": "worse", "equal": "
 """The verdicts as a reader sees them."""
 
 
-def headline(study: Study) -> str:
-    """The verdict: a sentence or two."""
+def headline(study: Study) -> list[str]:
+    """The verdict: a sentence, and perhaps others that add to it."""
     ranked = study.ranked()
     if not ranked:
-        return f"No run has come to its end, so there is nothing to compare ({counts(study)})."
+        return [f"No run has come to its end, so there is nothing to compare ({counts(study)})."]
     if len(study.variants) == 1:
         (variant,) = ranked
         values = losses(variant, study.metric)
-        return (f"There is one variant alone, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
-                f"{sum(values) / len(values):.4f} ({plural(len(values), 'seed')}).")  # fmt: skip
+        return [f"There is one variant alone, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
+                f"{sum(values) / len(values):.4f} ({plural(len(values), 'seed')})."]  # fmt: skip
     against = [c for c in study.comparisons if c.kind == "variant"]
     by_verdict = {verdict: [c for c in against if c.judgement.verdict == verdict] for verdict in VERDICTS}
     if by_verdict["better"]:
         best = min(by_verdict["better"], key=lambda c: c.judgement.mean)
-        return _sentence(best, study.alpha) + _rest(against, best)
+        return [_sentence(best, study.alpha), *_rest(against, best)]
     if len(by_verdict["equal"]) == len(against):
         seeds = plural(min(c.judgement.n for c in against), "seed")
-        return f"No variant differs from {study.baseline} by more than {study.delta:g} nats ({seeds})."
+        return [f"No variant differs from {study.baseline} by more than {study.delta:g} nats ({seeds})."]
     if by_verdict["undecided"]:
-        more = _rest(against, None) if len(by_verdict["undecided"]) < len(against) else ""
-        return f"Undecided: {_why(study, by_verdict['undecided'])}{more}"
+        decided = len(by_verdict["undecided"]) < len(against)
+        return [*_why(study, by_verdict["undecided"]), *(_rest(against, None) if decided else [])]
     worst = max(by_verdict["worse"], key=lambda c: c.judgement.mean)
-    return f"No variant is better than {study.baseline}. {_sentence(worst, study.alpha)}{_rest(against, worst)}"
+    return [f"No variant is better than {study.baseline}.", _sentence(worst, study.alpha), *_rest(against, worst)]
 
 
 def _sentence(comparison: Comparison, alpha: float) -> str:
@@ -55,31 +55,31 @@ def evidence(comparison: Comparison, alpha: float) -> str:
             f"{plural(j.n, 'seed')})")  # fmt: skip
 
 
-def _rest(comparisons: Sequence[Comparison], told: Comparison | None) -> str:
+def _rest(comparisons: Sequence[Comparison], told: Comparison | None) -> list[str]:
     """The verdicts on the others, counted."""
     others = Counter(c.judgement.verdict for c in comparisons if c is not told)
     counted = [f"{others[verdict]} {word}" for verdict, word in VERDICTS.items() if others[verdict]]
-    return f" Of the {'other ' if told else ''}variants: {', '.join(counted)}." if counted else ""
+    return [f"Of the {'other ' if told else ''}variants: {', '.join(counted)}."] if counted else []
 
 
-def _why(study: Study, undecided: Sequence[Comparison]) -> str:
-    most = max(c.judgement.n for c in undecided)
-    family = len(study.comparisons)
+def _why(study: Study, undecided: Sequence[Comparison]) -> list[str]:
+    most, family = max(c.judgement.n for c in undecided), len(study.comparisons)
     fewest = fewest_seeds(study.alpha / family)
     if not most:
-        return f"no seed has a finished run of {study.baseline} and of another variant."
-    reason = f"{plural(most, 'seed')} cannot decide {plural(family, 'comparison')} at {percent(study.alpha)}"
+        return [f"Undecided: no seed has a finished run of {study.baseline} and of another variant."]
+    cannot = f"Undecided: {plural(most, 'seed')} cannot decide {plural(family, 'comparison')} at {percent(study.alpha)}"
     if fewest is None:
-        reason += "; no number of seeds can, for there are too many comparisons."
+        reason = f"{cannot}; no number of seeds can, for there are too many comparisons."
     elif most < fewest:
-        reason += f": a difference takes at least {fewest}, equality {fewest - 1}."
+        reason = f"{cannot}: a difference takes at least {fewest}, equality {fewest - 1}."
     else:
-        reason = f"{plural(most, 'seed')} leave {plural(len(undecided), 'comparison')} open."
+        reason = f"Undecided: {plural(most, 'seed')} leave {plural(len(undecided), 'comparison')} open."
     largest = max(undecided, key=lambda c: abs(c.judgement.mean) if c.judgement.n else -1.0)
     j = largest.judgement
     side = "below" if j.mean < 0 else "above"
-    reason += f" So far the largest difference is {largest.this}, {abs(j.mean):.3g} nats {side} {largest.that}"
-    return f"{reason}{f'; about {j.seeds_needed} seeds in all would decide it' if j.seeds_needed else ''}."
+    decides = f"; about {j.seeds_needed} seeds in all would decide it" if j.seeds_needed else ""
+    so_far = f"So far the largest difference is {largest.this}, {abs(j.mean):.3g} nats {side} {largest.that}{decides}."
+    return [reason, so_far]
 
 
 def further_seeds(study: Study) -> int | None:
@@ -92,14 +92,15 @@ def further_seeds(study: Study) -> int | None:
 
 
 def counts(study: Study) -> str:
-    """How the runs ended, in words: "28 runs done, 2 diverged"."""
+    """How the runs ended, in words: "30 runs: 28 done, 2 diverged"."""
     total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
+    jobs = total.total() + sum(map(len, study.apart.values())) + len(study.unreadable)
     parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
     parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
     apart = sum(map(len, study.apart.values()))
     parts += [f"{apart} put apart"] if apart else []
     parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
-    return ", ".join(parts) or "no runs"
+    return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"
 
 
 def commands(study: Study) -> list[str]:
@@ -129,8 +130,8 @@ def next_command(study: Study) -> str | None:
 
 
 def percent(share: float) -> str:
-    """A share as "95 %"."""
-    return f"{100 * share:.3g} %"
+    """A share as "95 %", which no line break divides."""
+    return f"{100 * share:.3g}\u00a0%"
 
 
 def plural(n: int, noun: str) -> str:
@@ -143,5 +144,6 @@ def interval_note(study: Study) -> str:
     fewest = min((c.judgement.n for c in study.comparisons if c.judgement.n > 2), default=math.inf)
     if fewest > 5:
         return ""
-    return (f"With {fewest} seeds no bootstrap interval can cover more than {1 - 2.0 ** (1 - fewest):.0%}, whatever it "
-            "is called; the test knows this, and no verdict rests on the interval alone.")  # fmt: skip
+    most = percent(1 - 2.0 ** (1 - fewest))
+    return (f"With {fewest} seeds no bootstrap interval can cover more than {most}, whatever it is called; the test "
+            "knows this, and no verdict rests on the interval alone.")  # fmt: skip

@@ -58,7 +58,9 @@ def draw(study: Study) -> dict[str, Figure]:
 
 
 def svg(figure: Figure, name: str) -> bytes:
-    """A figure as SVG: the same bytes for the same figure, its ids unlike those of any other name."""
+    """A figure as SVG, transparent: the same bytes for the same figure, its ids unlike those of any other name."""
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_alpha(0)
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
         file = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
@@ -73,12 +75,9 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def inline(figure: Figure, name: str) -> str:
-    """A figure as an SVG element of a page: no background, ink of the surrounding text's colour, no size of its own."""
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-    text = svg(figure, name).decode()
+def inline(image: bytes) -> str:
+    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
+    text = image.decode()
     head, _, body = text[text.index("<svg") :].replace(INK, "currentColor").partition(">")
     head = re.sub(r' (width|height|xmlns:xlink|xmlns|version)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
@@ -109,29 +108,35 @@ def curves(study: Study, axis: str) -> Figure:
     """Validation loss: the mean of each variant's seeds, and the range of them as a band."""
     figure, axes = _figure(4.1)
     shown = chosen(study)
+    runs = [run for v in shown for run in v.runs.values()]
+    windows = all(len(run.windows["loss"]) > len(run.curve["loss"]) for run in runs)
     for variant, colour in colours(shown):
-        x, mean, low, high = band(variant, axis)
-        if len(x):
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
+        x, mean, low, high = band(variant, axis, windows)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
     every = len(study.ranked())
-    axes.set(xlabel=AXES_LABELS[axis], ylabel="val/loss (nats a token)")
+    axes.set(xlabel=AXES_LABELS[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
     if every > len(shown):
         axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
     heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
-    if heights:
-        _legend(figure)
-        low, high = min(y.min() for y in heights), max(y[min(1, len(y) - 1)] for y in heights)
-        if high > low:  # the untrained loss would flatten what matters
-            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    low, high = min(y.min() for y in heights), max(y[min(1, len(y) - 1)] for y in heights)
+    if high > low:  # the untrained loss would flatten what matters
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    _legend(figure)
     return figure
 
 
-def band(variant: Variant, axis: str, points: int = 150) -> tuple[Any, Any, Any, Any]:
-    """Mean, lowest and highest loss of a variant's seeds at the points of an axis that all of them reach."""
-    runs = [(r.curve[axis].to_numpy(), r.curve["val/loss"].to_numpy()) for r in variant.runs.values() if len(r.curve)]
-    if not runs:
-        return (np.array([]),) * 4
+def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) -> tuple[Any, Any, Any, Any]:
+    """Mean, lowest and highest loss of a variant's seeds at the points of an axis that all of them reach.
+
+    Args:
+        variant: of the study.
+        axis: step, tokens or seconds.
+        windows: take the evaluations of some windows instead of those of the whole split.
+        points: at most.
+    """
+    tables = [run.windows if windows else run.curve for run in variant.runs.values()]
+    runs = [(table[axis], table["loss"]) for table in tables]
     x = runs[0][0]
     if len(x) > points or any(len(other) != len(x) or (other != x).any() for other, _ in runs):
         ends = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
@@ -162,8 +167,13 @@ def forest(study: Study) -> Figure:
     axes.tick_params(axis="y", length=0)
     spreads = [x for c in rows for x in (*c.differences.values(), study.delta, -study.delta)]
     if max(map(abs, spreads)) > 20 * study.delta and len(rows) > 1:
-        axes.set_xscale("symlog", linthresh=study.delta)  # one diverging variant must not hide the others
-    axes.set_xlabel(f"difference from {study.baseline} in {study.metric} val/loss (nats a token)\n← better · worse →")
+        # One variant that hardly learned must not hide the others.
+        axes.set_xscale("symlog", linthresh=study.delta)
+        axes.minorticks_off()
+        top = 10.0 ** math.floor(math.log10(max(map(abs, spreads))))
+        ticks = [-top, -study.delta, 0, study.delta, top]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
     return figure
 
 
@@ -248,14 +258,14 @@ def pareto(study: Study) -> Figure:
     figure, axes = _figure(3.9)
     points = {v.label: (seconds(v), mean_loss(v, study.metric)) for v in study.ranked()}
     front = pareto_front(points)
+    axes.plot(*zip(*sorted(points[label] for label in front), strict=True), color=INK, linewidth=0.8, zorder=1)
+    colour_of = {v.label: colour for v, colour in colours(chosen(study))}
     for label, (x, y) in points.items():
-        on = label in front
-        axes.plot(x, y, "o", color=COLOURS[0] if on else VERDICT_COLOURS["undecided"], markersize=6 if on else 4)
-        if on or len(points) <= 12:
-            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.plot(*zip(*sorted(points[label] for label in front), strict=True), color=COLOURS[0], linewidth=1)
+        colour, size = colour_of.get(label, VERDICT_COLOURS["undecided"]), 7 if label in front else 5
+        axes.plot(x, y, "o", color=colour, markersize=size, label=label if label in colour_of else None)
     axes.set(xlabel="seconds of training, mean of the seeds", ylabel=f"{study.metric} val/loss (nats a token)")
-    axes.margins(x=0.22, y=0.1)
+    axes.margins(x=0.1, y=0.1)
+    _legend(figure)
     return figure
 
 
@@ -270,16 +280,21 @@ def diagnostics(measured: dict[str, dict[str, dict[str, float]]], colour_of: dic
     figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * len(quantities)), layout="constrained")
     for axes, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
         layers = list(dict.fromkeys(layer for rows in measured.values() for layer in rows.get(quantity, {})))
+        norms = [layer for layer in layers if "residual" in layer or "norm" in layer]  # a line of their own
+        layers = [layer for layer in layers if layer not in norms] + norms
         for label, rows in measured.items():
-            values = [rows.get(quantity, {}).get(layer, math.nan) for layer in layers]
-            axes.plot(range(len(layers)), values, color=colour_of[label], label=label, marker=".", linewidth=1)
+            values = np.array([rows.get(quantity, {}).get(layer, math.nan) for layer in layers])
+            for part in (slice(0, len(layers) - len(norms)), slice(len(layers) - len(norms), None)):
+                axes.plot(np.arange(len(layers))[part], values[part], ".-", color=colour_of[label], linewidth=1)
         shown = np.array([v for rows in measured.values() for v in rows.get(quantity, {}).values()])
         shown = shown[np.isfinite(shown)]
         if len(shown) and shown.min() > 0 and shown.max() / shown.min() > 20:
             axes.set_yscale("log")
         axes.set_title(f"{quantity} ({UNITS[quantity]})")
-        every = math.ceil(len(layers) / 6)
+        every = math.ceil(len(layers) / 4)
         axes.set_xticks(range(0, len(layers), every), layers[::every], fontsize=6.5)
+    for label in measured:
+        figure.axes[0].plot([], [], ".-", color=colour_of[label], label=label)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=8)
     return figure

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from gptexp.analysis import conclusion
 from gptexp.analysis.figures import VERDICT_COLOURS, chosen, colours, draw, inline, png, svg
@@ -48,29 +47,30 @@ def write_report(study: Study, folder: Path, title: str, command: str, target: f
         write_atomically(folder / "tables" / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
         write_atomically(folder / "tables" / f"{name}.md", markdown(text).encode())
         write_atomically(folder / "tables" / f"{name}.tex", latex(text).encode())
+    images = {}
     for name, figure in figures.items():
         write_atomically(folder / "figures" / f"{name}.png", png(figure))
-        write_atomically(folder / "figures" / f"{name}.svg", svg(figure, name))
+        images[name] = svg(figure, name)
+        write_atomically(folder / "figures" / f"{name}.svg", images[name])
     page = folder / "report.html"
-    write_atomically(page, html(study, tables, figures, title, command).encode())
+    write_atomically(page, html(study, tables, images, title, command).encode())
     return page
 
 
-def html(study: Study, tables: dict[str, pd.DataFrame], figures: dict[str, Figure], title: str, command: str) -> str:
+def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes], title: str, command: str) -> str:
     """The page. It loads nothing: styles and figures are part of it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    effects = tables["comparisons"].query("kind == 'factor'").drop(columns=["kind"])
     seed, texts = last_samples(study)
-    sensitivities = [name for name in figures if name.startswith("sensitivity_")]
+    sensitivities = [name for name in images if name.startswith("sensitivity_")]
     return environment.get_template("report.html.j2").render(
         title=title, study=study, headline=conclusion.headline(study), counts=conclusion.counts(study),
         more=conclusion.further_seeds(study), next_command=conclusion.next_command(study),
-        ranking=_ranking(study), effects=readable(effects), speed=readable(tables["speed"]),
+        ranking=_ranking(study), effects=_effects(tables["comparisons"]), speed=_rows(tables["speed"]),
         interval=conclusion.percent(1 - study.alpha), interval_note=conclusion.interval_note(study),
-        figures={name: inline(figure, name) for name, figure in figures.items()}, captions=CAPTIONS,
+        figures={name: inline(image) for name, image in images.items()}, captions=CAPTIONS,
         alternatives=_alternatives(study), sensitivities=sensitivities, verdict_colours=VERDICT_COLOURS,
         verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
         commands=conclusion.commands(study), command=command, origin=_origin(study), absent_ends=ENDS,
@@ -80,12 +80,27 @@ def html(study: Study, tables: dict[str, pd.DataFrame], figures: dict[str, Figur
 def _ranking(study: Study) -> list[dict[str, str]]:
     """Rows of the ranked table: text, a colour, and how the other runs ended."""
     colour = {v.label: c for v, c in colours(chosen(study))}
-    rows = readable(ranking_table(study)).to_dict("records")
     return [
-        {**{str(k).replace(" ", "_"): v for k, v in row.items()}, "colour": colour.get(row["variant"], ""),
-         "lost": ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")}
-        for row in rows
+        row | {"colour": colour.get(row["variant"], ""),
+               "lost": ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")}
+        for row in _rows(ranking_table(study))
     ]  # fmt: skip
+
+
+def _effects(comparisons: pd.DataFrame) -> list[dict[str, str]]:
+    """The same for each factor on average over the others."""
+    rows = _rows(comparisons.query("kind == 'factor'"))
+    plain = {"colour": "", "lost": ""}
+    return [row | plain | {"variant": f"{row['factor']}: {row['this']} against {row['that']}"} for row in rows]
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    rows = readable(table).to_dict("records")
+    return [{str(k).replace(" ", "_"): _minus(v) for k, v in row.items()} for row in rows]
+
+
+def _minus(text: str) -> str:
+    return f"−{text[1:]}" if text.startswith("-") else text
 
 
 def _alternatives(study: Study) -> dict[str, str]:

@@ -229,7 +229,7 @@ def _mixtures(records: Sequence[Record]) -> list[str]:
     if len(devices) > 1:
         listed = ", ".join(f"{n} on {name}" for name, n in devices.items())
         notes.append(f"the runs were made on {len(devices)} devices ({listed}): times cannot be compared")
-    looks = {len(r.curve) for r in records if r.complete}
+    looks = {len(r.curve["loss"]) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
                      "metric=final does not favour them")  # fmt: skip

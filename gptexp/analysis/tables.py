@@ -118,8 +118,9 @@ def seconds(variant: Variant) -> float:
 
 def reach(variant: Variant, target: float) -> list[Mapping[str, float]]:
     """For each seed that reaches the loss, the first evaluation at or under it: step, tokens and seconds."""
-    under = [run.curve[run.curve["val/loss"] <= target] for run in variant.runs.values()]
-    return [rows.iloc[0].to_dict() for rows in under if len(rows)]
+    curves = [run.curve for run in variant.runs.values()]
+    first = [np.flatnonzero(curve["loss"] <= target)[:1] for curve in curves]
+    return [{k: v[i[0]] for k, v in curve.items()} for curve, i in zip(curves, first, strict=True) if len(i)]
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
