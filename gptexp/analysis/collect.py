@@ -125,7 +125,7 @@ def collect(folders: Iterable[Path]) -> Collection:
         jobs = {parent: _jobs(parent) for parent in {path.parent for path in paths} | {folder}}
         if not folder.is_dir():
             problems.append(f"{folder}: there is no such directory")
-        elif not paths and not any(jobs.values()) and not any(folder.resolve() in path.parents for path in seen):
+        elif not any(jobs.values()) and not any(folder.resolve() in (path, *path.parents) for path in seen):
             problems.append(f"{folder}: holds no runs")
         present: dict[Path, set[str]] = {parent: set() for parent in jobs}
         for path in paths:

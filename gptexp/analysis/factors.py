@@ -84,6 +84,9 @@ def find_factors(records: Sequence[Record]) -> tuple[Factor, ...]:
     return _by_key(records) if name is None else (name,)
 
 
+_FIRST = ("model.norm", "model.placement", "model.n_head")  # as in a run's name
+
+
 def _by_key(records: Sequence[Record]) -> tuple[Factor, ...]:
     keys = dict.fromkeys(k for r in records for k in r.settings)
     columns = {k: tuple(r.settings.get(k, ABSENT) for r in records) for k in keys}
@@ -101,6 +104,7 @@ def _by_key(records: Sequence[Record]) -> tuple[Factor, ...]:
     leading = [group for group in groups.values() if group]
     for group in leading:  # a setting that all runs have stands for those that some lack
         group.sort(key=lambda key: ABSENT in columns[key])
+    leading.sort(key=lambda group: _FIRST.index(group[0]) if group[0] in _FIRST else len(_FIRST))
     shorts = Counter(group[0].rpartition(".")[2] for group in leading)
     return tuple(
         Factor(
