@@ -78,6 +78,8 @@ def png(figure: Figure) -> bytes:
 def inline(image: bytes) -> str:
     """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
     text = image.decode()
+    used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
     head, _, body = text[text.index("<svg") :].replace(INK, "currentColor").partition(">")
     head = re.sub(r' (width|height|xmlns:xlink|xmlns|version)="[^"]*"', "", head)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
