@@ -8,6 +8,7 @@ import csv
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import tempfile
@@ -300,6 +301,25 @@ def last_row(path: Path) -> dict[str, float]:
         return {}
     whole = [cells for row in rows if row.endswith("\n") and len(cells := row.rstrip("\n").split(",")) == len(header)]
     return {k: float(v) for k, v in zip(header, whole[-1], strict=True) if v} if whole else {}
+
+
+def read_evaluations(path: Path, loss: str) -> list[tuple[float, float, float, float]]:
+    """Step, tokens, seconds of training and a loss of the rows of a metrics.csv that have it as a finite number.
+
+    An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
+    Far faster than `read_metrics`: only the numbers that are asked for are read.
+    """
+    header, *lines = path.read_text().split("\n")[:-1] or [",".join(METRICS)]
+    names = header.split(",")
+    at, step, tokens, time = (names.index(column) for column in (loss, "step", "tokens", "seconds"))
+    found, seconds = [], "0"
+    for line in lines:
+        cells = line.split(",")
+        if len(cells) == len(names):
+            seconds = cells[time] or seconds
+            if cells[at] and math.isfinite(float(cells[at])):
+                found.append((float(cells[step]), float(cells[tokens]), float(seconds), float(cells[at])))
+    return found
 
 
 def read_diagnostics(path: Path) -> list[Measurement]:

@@ -4,6 +4,7 @@ import difflib
 import json
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
@@ -33,9 +34,7 @@ def read_fields(
     Returns:
         keyword arguments for cls, or None when something was wrong.
     """
-    from pydantic import ConfigDict, TypeAdapter
-
-    hints = {k: h for k, h in typing.get_type_hints(cls, include_extras=True).items() if k not in skip}
+    hints = {k: h for k, h in _hints(cls).items() if k not in skip}
     before, read = len(problems), {}
     for key, value in tree.items():
         if key not in hints:
@@ -45,12 +44,23 @@ def read_fields(
             try:
                 if isinstance(value, bool) and bool not in _flat_types(hints[key]):
                     raise ValueError("pydantic would read true as the number 1")
-                adapter = TypeAdapter(hints[key], config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
-                read[key] = adapter.validate_python(value)
+                read[key] = _adapter(hints[key]).validate_python(value)
             except ValueError:
                 hint = nearest(str(value), _choices(hints[key]))
                 problems.append(f"{prefix}{key}={show(value)}: must be {describe(hints[key])}{hint}")
     return read if len(problems) == before else None
+
+
+@cache  # as the next one: a comparison reads thousands of configurations
+def _hints(cls: type) -> Tree:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
 
 
 def describe(hint: Any) -> str:

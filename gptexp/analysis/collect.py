@@ -1,0 +1,197 @@
+"""Reads run directories into records: what a comparison needs of each, and what is wrong with those it cannot use."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptexp.config import flatten
+from gptexp.errors import UserError
+from gptexp.runs import Run, read_evaluations
+from gptexp.validation import show
+
+AXES = ("step", "tokens", "seconds")
+
+Curve = dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, as far as it has come.
+
+    Attributes:
+        path: its directory.
+        name: its readable name.
+        label: the name that its configuration has; None if it has none.
+        status: running, done, failed, diverged, interrupted or pruned.
+        seed: of initial weights and batches.
+        settings: every other setting that can change a result, by dotted key, as text; of the data see `info`.
+        split: what cuts the corpus in two: the validation fraction and the seed of the shuffle.
+        order: runs are listed by this: the directory given, the job's number in its sweep, the time it started.
+        info: run.json.
+        curve: the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token.
+        windows: those of some of its windows, likewise; empty unless the run made them.
+        result: result.json, empty while there is none.
+    """
+
+    path: Path
+    name: str
+    label: str | None
+    status: str
+    seed: int
+    settings: dict[str, str]
+    split: str
+    order: tuple[Any, ...]
+    info: dict[str, Any] = field(repr=False)
+    curve: Curve = field(repr=False)
+    windows: Curve = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss; nan if there is none."""
+        return float(self.curve["loss"].min()) if len(self.curve["loss"]) else math.nan
+
+    @property
+    def final(self) -> float:
+        """The last validation loss; nan if there is none."""
+        return float(self.curve["loss"][-1]) if len(self.curve["loss"]) else math.nan
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has come to its end with a loss that can be compared."""
+        return self.status == "done" and math.isfinite(self.best)
+
+    @property
+    def family(self) -> str:
+        """The name without its seed: the jobs of one variant share it."""
+        return without_seed(self.name)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A directory that looks like a run and cannot be read.
+
+    Attributes:
+        path: the directory.
+        reason: in a few words.
+    """
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What was found in a set of directories.
+
+    Attributes:
+        records: the runs, in order.
+        unreadable: directories that could not be read.
+        missing: names of a sweep's jobs that have no directory: not begun yet, or failed before.
+    """
+
+    records: tuple[Record, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def without_seed(name: str) -> str:
+    """A job's name without its seed: rmsnorm-pre-h4 for rmsnorm-pre-h4-s1337."""
+    return re.sub(r"-s\d+(?=-|$)", "", name)
+
+
+def collect(folders: Iterable[Path]) -> Collection:
+    """All runs in or below the folders, in the order of their jobs.
+
+    Raises:
+        UserError: when a folder is not there or holds no run.
+    """
+    records: list[Record] = []
+    unreadable: list[Unreadable] = []
+    missing: list[str] = []
+    problems: list[str] = []
+    seen: set[Path] = set()
+    for number, folder in enumerate(folders):
+        paths = [path for path in _runs(folder) if path.resolve() not in seen]
+        seen |= {path.resolve() for path in paths}
+        jobs = {parent: _jobs(parent) for parent in {path.parent for path in paths} | {folder}}
+        if not folder.is_dir():
+            problems.append(f"{folder}: there is no such directory")
+        elif not any(jobs.values()) and not any(folder.resolve() in (path, *path.parents) for path in seen):
+            problems.append(f"{folder}: holds no runs")
+        present: dict[Path, set[str]] = {parent: set() for parent in jobs}
+        for path in paths:
+            present[path.parent].add(path.name)
+            try:
+                record = _read(path, number, jobs[path.parent])
+                present[path.parent].add(record.name)
+                records.append(record)
+            except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                unreadable.append(Unreadable(path, _reason(path, error)))
+        missing += [job for parent, names in jobs.items() for job in names if job not in present[parent]]
+    if problems:
+        raise UserError(problems)
+    return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
+
+
+def _runs(folder: Path) -> list[Path]:
+    found = []
+    for path, folders, files in os.walk(folder):  # says nothing of a directory that vanishes meanwhile
+        if "run.json" in files:
+            found.append(Path(path))
+            folders.clear()
+    return sorted(found)
+
+
+def _jobs(sweep: Path) -> dict[str, int]:
+    """The numbers of a sweep's jobs by their names; empty where no sweep.json tells them."""
+    try:
+        names = json.loads((sweep / "sweep.json").read_bytes())["jobs"]
+        return {str(name): number for number, name in enumerate(names)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
+    run = Run.open(path)
+    info, config = run.info, run.config
+    name = str(info["name"])
+    if lacking := {"config", "data", "code"} - set(info["fingerprints"]):
+        raise KeyError(f"fingerprints.{min(lacking)}")
+    settings = {k: show(v) for k, v in flatten(config.essence()).items() if k != "seed" and not k.startswith("data.")}
+    number = jobs.get(name, jobs.get(path.name, len(jobs)))
+    return Record(
+        path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
+        split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
+        order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
+        curve=_curve(run, "val/loss"), windows=_curve(run, "val/loss_windows"), result=run.result or {},
+    )  # fmt: skip
+
+
+def _curve(run: Run, loss: str) -> Curve:
+    points = read_evaluations(run.metrics_path, loss) if run.metrics_path.exists() else []
+    columns = np.array(points, dtype=np.float64).reshape(-1, 4).T
+    return dict(zip((*AXES, "loss"), columns, strict=True))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if not path.exists():
+        return "was deleted meanwhile"
+    match error:
+        case UserError():
+            return error.problems[0].removeprefix(f"run={path}: ").removeprefix(f"{path}/")
+        case json.JSONDecodeError():
+            return "a file of it is not valid JSON"
+        case KeyError():
+            return f"run.json lacks {error}"
+        case ValueError():
+            return f"metrics.csv cannot be read ({str(error).splitlines()[0] if str(error) else 'ValueError'})"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

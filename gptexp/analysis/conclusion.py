@@ -1,0 +1,149 @@
+"""What a study says in words."""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptexp.analysis.stats import Verdict, fewest_seeds
+from gptexp.analysis.study import Comparison, Study, losses
+
+ENDED = {"done": "done", "running": "still running", "interrupted": "interrupted", "pruned": "pruned",
+         "failed": "failed", "diverged": "diverged", "missing": "without a directory"}  # fmt: skip
+
+VERDICTS: dict[Verdict, str] = {"better": "better", "worse": "worse", "equal": "no different", "undecided": "undecided"}
+"""The verdicts as a reader sees them."""
+
+
+def headline(study: Study) -> list[str]:
+    """The verdict: a sentence, and perhaps others that add to it."""
+    ranked = study.ranked()
+    if not ranked:
+        return [f"No run has come to its end, so there is nothing to compare ({counts(study)})."]
+    if len(study.variants) == 1:
+        (variant,) = ranked
+        values = losses(variant, study.metric)
+        return [f"There is one variant alone, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
+                f"{sum(values) / len(values):.4f} ({plural(len(values), 'seed')})."]  # fmt: skip
+    against = [c for c in study.comparisons if c.kind == "variant"]
+    by_verdict = {verdict: [c for c in against if c.judgement.verdict == verdict] for verdict in VERDICTS}
+    if by_verdict["better"]:
+        best = min(by_verdict["better"], key=lambda c: c.judgement.mean)
+        return [_sentence(best, study.alpha), *_rest(against, best)]
+    if len(by_verdict["equal"]) == len(against):
+        seeds = plural(min(c.judgement.n for c in against), "seed")
+        return [f"No variant differs from {study.baseline} by more than {study.delta:g} nats ({seeds})."]
+    if by_verdict["undecided"]:
+        decided = len(by_verdict["undecided"]) < len(against)
+        return [*_why(study, by_verdict["undecided"]), *(_rest(against, None) if decided else [])]
+    worst = max(by_verdict["worse"], key=lambda c: c.judgement.mean)
+    return [f"No variant is better than {study.baseline}.", _sentence(worst, study.alpha), *_rest(against, worst)]
+
+
+def _sentence(comparison: Comparison, alpha: float) -> str:
+    verdict = VERDICTS[comparison.judgement.verdict]
+    return f"{comparison.this} is {verdict} than {comparison.that} by {evidence(comparison, alpha)}."
+
+
+def evidence(comparison: Comparison, alpha: float) -> str:
+    """The difference without its sign, its interval, p and seeds: what stands behind a verdict."""
+    j = comparison.judgement
+    ends = sorted((-j.low, -j.high) if j.mean < 0 else (j.low, j.high))
+    p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
+    return (f"{abs(j.mean):.3g} nats ({percent(1 - alpha)} interval {ends[0]:.3g} to {ends[1]:.3g}, {p}, "
+            f"{plural(j.n, 'seed')})")  # fmt: skip
+
+
+def _rest(comparisons: Sequence[Comparison], told: Comparison | None) -> list[str]:
+    """The verdicts on the others, counted."""
+    others = Counter(c.judgement.verdict for c in comparisons if c is not told)
+    counted = [f"{others[verdict]} {word}" for verdict, word in VERDICTS.items() if others[verdict]]
+    return [f"Of the {'other ' if told else ''}variants: {', '.join(counted)}."] if counted else []
+
+
+def _why(study: Study, undecided: Sequence[Comparison]) -> list[str]:
+    most, family = max(c.judgement.n for c in undecided), len(study.comparisons)
+    fewest = fewest_seeds(study.alpha / family)
+    if not most:
+        return [f"Undecided: no seed has a finished run of {study.baseline} and of another variant."]
+    cannot = f"Undecided: {plural(most, 'seed')} cannot decide {plural(family, 'comparison')} at {percent(study.alpha)}"
+    if fewest is None:
+        reason = f"{cannot}; no number of seeds can, for there are too many comparisons."
+    elif most < fewest:
+        reason = f"{cannot}: a difference takes at least {fewest}, equality {fewest - 1}."
+    else:
+        reason = f"Undecided: {plural(most, 'seed')} leave {plural(len(undecided), 'comparison')} open."
+    largest = max(undecided, key=lambda c: abs(c.judgement.mean) if c.judgement.n else -1.0)
+    j = largest.judgement
+    side = "below" if j.mean < 0 else "above"
+    decides = f"; about {j.seeds_needed} seeds in all would decide it" if j.seeds_needed else ""
+    so_far = f"So far the largest difference is {largest.this}, {abs(j.mean):.3g} nats {side} {largest.that}{decides}."
+    return [reason, so_far]
+
+
+def further_seeds(study: Study) -> int | None:
+    """How many seeds to add so that every undecided comparison gets a verdict; None if that cannot be told, 0 if all
+    have one."""
+    undecided = [c.judgement for c in study.comparisons if c.judgement.verdict == "undecided"]
+    if any(j.seeds_needed is None for j in undecided):
+        return None
+    return max((j.seeds_needed - j.n for j in undecided if j.seeds_needed is not None), default=0)
+
+
+def counts(study: Study) -> str:
+    """How the runs ended, in words: "30 runs: 28 done, 2 diverged"."""
+    total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
+    jobs = total.total() + sum(map(len, study.apart.values())) + len(study.unreadable)
+    parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
+    parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
+    apart = sum(map(len, study.apart.values()))
+    parts += [f"{apart} put apart"] if apart else []
+    parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
+    return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"
+
+
+def commands(study: Study) -> list[str]:
+    """The commands that made the runs, each once, as a user types them."""
+    lines: dict[str, None] = {}
+    for record in study.records:
+        program, *arguments = [str(a) for a in record.info.get("command") or ["?"]]
+        # What the program adds for Hydra is not the user's.
+        own = [a for a in arguments if not a.startswith("hydra.job.config.override_dirname.exclude_keys=")]
+        named = f"python -m gptexp.{Path(program).stem}" if Path(program).suffix == ".py" else Path(program).name
+        lines.setdefault(f"{named} {shlex.join(own)}".strip())
+    return list(lines)
+
+
+def next_command(study: Study) -> str | None:
+    """The command that trains the seeds that are still needed, where one command made all runs; or None."""
+    made, more = commands(study), further_seeds(study)
+    if len(made) != 1 or not more:
+        return None
+    arguments = shlex.split(made[0])
+    first = 1 + max(r.seed for r in study.records)
+    seeds = f"seed={','.join(str(s) for s in range(first, first + more))}"
+    kept = [a for a in arguments if not a.startswith(("seed=", "hydra.sweep.dir=", "hydra.run.dir=", "resume="))]
+    if "-m" not in kept and "--multirun" not in kept:
+        kept.insert(3 if kept[:2] == ["python", "-m"] else 1, "-m")
+    return shlex.join([*kept, seeds])
+
+
+def percent(share: float) -> str:
+    """A share as "95 %", which no line break divides."""
+    return f"{100 * share:.3g}\u00a0%"
+
+
+def plural(n: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def interval_note(study: Study) -> str:
+    """A warning where few seeds make the intervals too narrow; "" otherwise."""
+    fewest = min((c.judgement.n for c in study.comparisons if c.judgement.n > 2), default=math.inf)
+    if fewest > 5:
+        return ""
+    most = percent(1 - 2.0 ** (1 - fewest))
+    return (f"With {fewest} seeds no bootstrap interval can cover more than {most}, whatever it is called; the test "
+            "knows this, and no verdict rests on the interval alone.")  # fmt: skip

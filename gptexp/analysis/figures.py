@@ -1,0 +1,311 @@
+"""Figures of a study. Drawn once, for paper and for the page: the page gives their ink its own colour."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from gptexp.analysis.collect import AXES
+from gptexp.analysis.factors import Factor
+from gptexp.analysis.inside import last_diagnostics
+from gptexp.analysis.layers import UNITS
+from gptexp.analysis.study import Comparison, Study, Variant, losses, mean_loss
+from gptexp.analysis.tables import pareto_front, seconds
+
+INK = "#1b1b1f"
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
+VERDICT_COLOURS = {"better": "#228833", "worse": "#d1495b", "equal": "#4477aa", "undecided": "#8a8a8a"}
+MOST_LINES = len(COLOURS)
+MOST_ROWS = 60  # of the forest plot
+WIDTH = 5.6  # inches: a phone shows it at nine tenths of its size, a screen at one and a half
+AXES_LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
+_STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
+          "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+          "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+          "legend.frameon": False, "axes.titlesize": 9, "axes.titlelocation": "left"}  # fmt: skip
+
+
+def draw(study: Study) -> dict[str, Figure]:
+    """All figures that a study gives occasion for, by name: forest, curves by step, tokens and seconds, heat map,
+    sensitivity to each numeric factor, pareto, diagnostics."""
+    ranked = study.ranked()
+    if not ranked:
+        return {}
+    numeric = [f for f in study.factors if is_numeric(f) and len(f.levels) > 2]
+    grid = sorted((f for f in study.factors if f not in numeric), key=lambda f: -len(f.levels))[:3]
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        figures = {"forest": forest(study)} if any(c.judgement.n for c in study.comparisons) else {}
+        figures |= {f"curves_{axis}": curves(study, axis) for axis in AXES}
+        if len(grid) > 1 and len(ranked) > 2:
+            figures["heat_map"] = heat_map(study, *grid)
+        figures |= {f"sensitivity_{f.name}": sensitivity(study, f) for f in numeric}
+        if len(ranked) > 1:
+            figures["pareto"] = pareto(study)
+        shown = chosen(study)
+        measured = {v.label: rows for v in shown if (rows := last_diagnostics(v))}
+        if measured:
+            figures["diagnostics"] = diagnostics(measured, {v.label: c for v, c in colours(shown)})
+    return figures
+
+
+def svg(figure: Figure, name: str) -> bytes:
+    """A figure as SVG, transparent: the same bytes for the same figure, its ids unlike those of any other name."""
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_alpha(0)
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
+        file = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return file.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, on white."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+    return file.getvalue()
+
+
+def inline(image: bytes) -> str:
+    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
+    text = image.decode()
+    used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    head, _, body = text[text.index("<svg") :].replace(INK, "currentColor").partition(">")
+    head = re.sub(r' (width|height|xmlns:xlink|xmlns|version)="[^"]*"', "", head)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
+    return f'{head} aria-hidden="true">{body}'
+
+
+def is_numeric(factor: Factor) -> bool:
+    """Whether every level of a factor is a number."""
+    try:
+        return all(math.isfinite(float(level)) for level in factor.levels)
+    except ValueError:
+        return False
+
+
+def chosen(study: Study) -> list[Variant]:
+    """The variants that a crowded figure shows: the baseline and the best of the others, the lowest loss first."""
+    ranked = study.ranked()
+    best = [v for v in ranked if v is not study.base][: MOST_LINES - 1]
+    return [v for v in ranked if v in best or v is study.base]
+
+
+def colours(variants: Sequence[Variant]) -> list[tuple[Variant, str]]:
+    """Each variant with its colour, the same in every figure."""
+    return list(zip(variants, COLOURS, strict=False))
+
+
+def curves(study: Study, axis: str) -> Figure:
+    """Validation loss: the mean of each variant's seeds, and the range of them as a band."""
+    figure, axes = _figure(4.1)
+    shown = chosen(study)
+    runs = [run for v in shown for run in v.runs.values()]
+    windows = all(len(run.windows["loss"]) > len(run.curve["loss"]) for run in runs)
+    for variant, colour in colours(shown):
+        x, mean, low, high = band(variant, axis, windows)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
+    every = len(study.ranked())
+    axes.set(xlabel=AXES_LABELS[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
+    if every > len(shown):
+        axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
+    heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    low, high = min(y.min() for y in heights), max(y[min(1, len(y) - 1)] for y in heights)
+    if high > low:  # the untrained loss would flatten what matters
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    _legend(figure)
+    return figure
+
+
+def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) -> tuple[Any, Any, Any, Any]:
+    """Mean, lowest and highest loss of a variant's seeds at the points of an axis that all of them reach.
+
+    Args:
+        variant: of the study.
+        axis: step, tokens or seconds.
+        windows: take the evaluations of some windows instead of those of the whole split.
+        points: at most.
+    """
+    tables = [run.windows if windows else run.curve for run in variant.runs.values()]
+    runs = [(table[axis], table["loss"]) for table in tables]
+    x = runs[0][0]
+    if len(x) > points or any(len(other) != len(x) or (other != x).any() for other, _ in runs):
+        ends = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
+        x = np.linspace(*ends, min(points, max(len(a) for a, _ in runs)))
+    values = np.array([np.interp(x, a, b) for a, b in runs])
+    return x, values.mean(0), values.min(0), values.max(0)
+
+
+def forest(study: Study) -> Figure:
+    """Every comparison's mean difference with its interval; the band of ±delta is where differences are none."""
+    rows = [c for kind in ("variant", "factor") for c in _by_difference(study, kind)][:MOST_ROWS]
+    figure, axes = _figure(1.2 + 0.27 * len(rows))
+    axes.axvspan(-study.delta, study.delta, color=VERDICT_COLOURS["equal"], alpha=0.12, linewidth=0)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for y, comparison in enumerate(rows):
+        j, colour = comparison.judgement, VERDICT_COLOURS[comparison.judgement.verdict]
+        axes.plot(list(comparison.differences.values()), [y] * j.n, "|", color=colour, alpha=0.55, markersize=7)
+        if math.isfinite(j.low):
+            axes.plot([j.low, j.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(j.mean, y, "o" if comparison.kind == "variant" else "s", color=colour, markersize=5.5)
+    variants = sum(c.kind == "variant" for c in rows)
+    if 0 < variants < len(rows):
+        axes.axhline(variants - 0.5, color=INK, linewidth=0.6, linestyle=":")
+    axes.set_yticks(range(len(rows)), [_row_name(c) for c in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    spreads = [x for c in rows for x in (*c.differences.values(), study.delta, -study.delta)]
+    if max(map(abs, spreads)) > 20 * study.delta and len(rows) > 1:
+        # One variant that hardly learned must not hide the others.
+        axes.set_xscale("symlog", linthresh=study.delta)
+        axes.minorticks_off()
+        top = 10.0 ** math.floor(math.log10(max(map(abs, spreads))))
+        ticks = [-top, -study.delta, 0, study.delta, top]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
+    return figure
+
+
+def _by_difference(study: Study, kind: str) -> list[Comparison]:
+    rows = [c for c in study.comparisons if c.kind == kind and c.judgement.n]
+    return sorted(rows, key=lambda c: c.judgement.mean) if kind == "variant" else rows
+
+
+def _row_name(comparison: Comparison) -> str:
+    if comparison.kind == "factor":
+        return f"{comparison.factor}: {comparison.this} – {comparison.that}"
+    return comparison.this
+
+
+def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:
+    """The mean loss of every pair of levels; a panel for each level of a third factor. Averaged over any others."""
+    levels = panels.levels if panels else ("",)
+    tables = [_cells(study, rows, columns, panels, level) for level in levels]
+    finite = np.concatenate([t[np.isfinite(t)] for t in tables])
+    # A variant that hardly learned must not flatten the colours of the others.
+    low, high = finite.min(), min(finite.max(), finite.min() + 6 * (np.median(finite) - finite.min() + 1e-9))
+    width = max(WIDTH, 1.9 + len(levels) * 0.62 * len(columns.levels))
+    figure = Figure(figsize=(width, 1.1 + 0.34 * len(rows.levels)), layout="constrained")
+    image: Any = None
+    for axes, level, table in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, tables, strict=True):
+        image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+        for (i, k), value in np.ndenumerate(table):
+            ink = "#ffffff" if value > low + 0.5 * (high - low) else "#000000"  # viridis_r ends dark
+            axes.text(k, i, f"{value:.3f}" if math.isfinite(value) else "–", ha="center", va="center",
+                      color=ink if math.isfinite(value) else INK, fontsize=8)  # fmt: skip
+        axes.set_xticks(range(len(columns.levels)), columns.levels)
+        axes.set_yticks(range(len(rows.levels)), rows.levels if axes is figure.axes[0] else [])
+        axes.set_xlabel(columns.name)
+        axes.set_title(f"{panels.name} = {level}" if panels else "")
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    figure.axes[0].set_ylabel(rows.name)
+    beyond = "max" if high < finite.max() else "neither"
+    figure.colorbar(image, ax=figure.axes, label=f"{study.metric} val/loss", extend=beyond)
+    return figure
+
+
+def _cells(study: Study, rows: Factor, columns: Factor, panels: Factor | None, level: str) -> Any:
+    table = np.full((len(rows.levels), len(columns.levels)), math.nan)
+    for (i, row), (k, column) in ((r, c) for r in enumerate(rows.levels) for c in enumerate(columns.levels)):
+        wanted = {rows.name: row, columns.name: column} | ({panels.name: level} if panels else {})
+        found = [mean_loss(v, study.metric) for v in study.ranked() if wanted.items() <= v.levels.items()]
+        if found:
+            table[i, k] = np.mean(found)
+    return table
+
+
+def sensitivity(study: Study, factor: Factor) -> Figure:
+    """Loss over a numeric setting, such as the learning rate; a line for each combination of the other factors."""
+    figure, axes = _figure(4.0)
+    lines: dict[str, list[tuple[float, Variant]]] = {}
+    for variant in study.ranked():
+        others = " ".join(f"{k}={v}" for k, v in variant.levels.items() if k != factor.name)
+        lines.setdefault(others, []).append((float(variant.levels[factor.name]), variant))
+    for (name, points), colour in zip(list(lines.items())[:MOST_LINES], cycle(COLOURS)):
+        points.sort(key=lambda point: point[0])
+        values = [losses(v, study.metric) for _, v in points]
+        x, y = [value for value, _ in points], [float(np.mean(v)) for v in values]
+        down = [m - min(v) for m, v in zip(y, values, strict=True)]
+        up = [max(v) - m for m, v in zip(y, values, strict=True)]
+        axes.errorbar(x, y, [down, up], color=colour, label=name, marker="o", markersize=4, capsize=2, linewidth=1.3)
+    levels = sorted(float(level) for level in factor.levels)
+    if levels[0] > 0 and levels[-1] / levels[0] >= 8:
+        axes.set_xscale("log")
+    if len(levels) <= 8:
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+        axes.minorticks_off()
+    axes.set(xlabel=factor.name, ylabel=f"{study.metric} val/loss (nats a token)")
+    if any(lines):
+        _legend(figure)
+    return figure
+
+
+def pareto(study: Study) -> Figure:
+    """Loss against seconds of training; the line joins the variants that no other beats in both."""
+    figure, axes = _figure(3.9)
+    points = {v.label: (seconds(v), mean_loss(v, study.metric)) for v in study.ranked()}
+    front = pareto_front(points)
+    axes.plot(*zip(*sorted(points[label] for label in front), strict=True), color=INK, linewidth=0.8, zorder=1)
+    colour_of = {v.label: colour for v, colour in colours(chosen(study))}
+    for label, (x, y) in points.items():
+        colour, size = colour_of.get(label, VERDICT_COLOURS["undecided"]), 7 if label in front else 5
+        axes.plot(x, y, "o", color=colour, markersize=size, label=label if label in colour_of else None)
+    axes.set(xlabel="seconds of training, mean of the seeds", ylabel=f"{study.metric} val/loss (nats a token)")
+    axes.margins(x=0.1, y=0.1)
+    _legend(figure)
+    return figure
+
+
+def diagnostics(measured: dict[str, dict[str, dict[str, float]]], colour_of: dict[str, str]) -> Figure:
+    """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
+
+    Args:
+        measured: value by variant, quantity and layer.
+        colour_of: the variants' colours.
+    """
+    quantities = [q for q in UNITS if any(q in rows for rows in measured.values())]
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * len(quantities)), layout="constrained")
+    for axes, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
+        layers = list(dict.fromkeys(layer for rows in measured.values() for layer in rows.get(quantity, {})))
+        norms = [layer for layer in layers if "residual" in layer or "norm" in layer]  # a line of their own
+        layers = [layer for layer in layers if layer not in norms] + norms
+        for label, rows in measured.items():
+            values = np.array([rows.get(quantity, {}).get(layer, math.nan) for layer in layers])
+            for part in (slice(0, len(layers) - len(norms)), slice(len(layers) - len(norms), None)):
+                axes.plot(np.arange(len(layers))[part], values[part], ".-", color=colour_of[label], linewidth=1)
+        shown = np.array([v for rows in measured.values() for v in rows.get(quantity, {}).values()])
+        shown = shown[np.isfinite(shown)]
+        if len(shown) and shown.min() > 0 and shown.max() / shown.min() > 20:
+            axes.set_yscale("log")
+        axes.set_title(f"{quantity} ({UNITS[quantity]})")
+        every = math.ceil(len(layers) / 4)
+        axes.set_xticks(range(0, len(layers), every), layers[::every], fontsize=6.5)
+    for label in measured:
+        figure.axes[0].plot([], [], ".-", color=colour_of[label], label=label)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=8)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8, handlelength=1.4)

@@ -1,0 +1,162 @@
+"""A study as files: a page that needs nothing beside it, figures as PNG and SVG, tables as CSV, Markdown, LaTeX."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from gptexp.analysis import conclusion
+from gptexp.analysis.figures import VERDICT_COLOURS, chosen, colours, draw, inline, png, svg
+from gptexp.analysis.inside import last_samples
+from gptexp.analysis.study import Study
+from gptexp.analysis.tables import ENDS, all_tables, latex, markdown, ranking_table, readable
+from gptexp.runs import write_atomically
+
+MOST_LOST = 60  # runs without a result that the page names; the table has all
+
+CAPTIONS = {
+    "forest": "Mean difference of paired seeds (dot; square: average over the other factors), its interval (bar) and "
+    "each seed (tick). Inside the shaded band a difference is taken for none.",
+    "heat_map": "Mean loss of every combination; lower is better.",
+    "pareto": "The line joins the variants that no other one beats in both loss and time.",
+    "diagnostics": "The last measurement of every layer, mean of the seeds.",
+}
+
+
+def write_report(study: Study, folder: Path, title: str, command: str, target: float | None = None) -> Path:
+    """Write all files of a study.
+
+    Args:
+        study: what was compared.
+        folder: where they go; it is made, and files of the same names are replaced.
+        title: of the page.
+        command: that repeats the comparison.
+        target: see `gptexp.analysis.tables.speed_table`.
+
+    Returns:
+        the path of report.html.
+    """
+    tables, figures = all_tables(study, target), draw(study)
+    for name in ("tables", "figures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        text = readable(table)
+        write_atomically(folder / "tables" / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+        write_atomically(folder / "tables" / f"{name}.md", markdown(text).encode())
+        write_atomically(folder / "tables" / f"{name}.tex", latex(text).encode())
+    images = {}
+    for name, figure in figures.items():
+        write_atomically(folder / "figures" / f"{name}.png", png(figure))
+        images[name] = svg(figure, name)
+        write_atomically(folder / "figures" / f"{name}.svg", images[name])
+    page = folder / "report.html"
+    write_atomically(page, html(study, tables, images, title, command).encode())
+    return page
+
+
+def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes], title: str, command: str) -> str:
+    """The page. It loads nothing: styles and figures are part of it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    seed, texts = last_samples(study)
+    sensitivities = [name for name in images if name.startswith("sensitivity_")]
+    return environment.get_template("report.html.j2").render(
+        title=title, study=study, headline=conclusion.headline(study), counts=conclusion.counts(study),
+        more=conclusion.further_seeds(study), next_command=conclusion.next_command(study),
+        ranking=_ranking(study), effects=_effects(tables["comparisons"]), speed=_rows(tables["speed"]),
+        interval=conclusion.percent(1 - study.alpha), interval_note=conclusion.interval_note(study),
+        figures={name: inline(image) for name, image in images.items()}, captions=CAPTIONS,
+        alternatives=_alternatives(study), sensitivities=sensitivities, verdict_colours=VERDICT_COLOURS,
+        verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
+        commands=conclusion.commands(study), command=command, origin=_origin(study), absent_ends=ENDS,
+    )  # fmt: skip
+
+
+def _ranking(study: Study) -> list[dict[str, str]]:
+    """Rows of the ranked table: text, a colour, and how the other runs ended."""
+    colour = {v.label: c for v, c in colours(chosen(study))}
+    return [
+        row | {"colour": colour.get(row["variant"], ""),
+               "lost": ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")}
+        for row in _rows(ranking_table(study))
+    ]  # fmt: skip
+
+
+def _effects(comparisons: pd.DataFrame) -> list[dict[str, str]]:
+    """The same for each factor on average over the others."""
+    rows = _rows(comparisons.query("kind == 'factor'"))
+    plain = {"colour": "", "lost": ""}
+    return [row | plain | {"variant": f"{row['factor']}: {row['this']} against {row['that']}"} for row in rows]
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    rows = readable(table).to_dict("records")
+    return [{str(k).replace(" ", "_"): _minus(v) for k, v in row.items()} for row in rows]
+
+
+def _minus(text: str) -> str:
+    return f"−{text[1:]}" if text.startswith("-") else text
+
+
+def _alternatives(study: Study) -> dict[str, str]:
+    """What a figure shows, for those who cannot see it."""
+    order = ", ".join(v.label for v in study.ranked()[:10])
+    verdicts = "; ".join(
+        f"{c.this}: {c.judgement.mean:+.4f}, {conclusion.VERDICTS[c.judgement.verdict]}"
+        for c in study.comparisons if c.kind == "variant" and c.judgement.n
+    )  # fmt: skip
+    return {
+        "forest": f"Differences from {study.baseline}. {verdicts}",
+        "curves": f"Validation loss of each variant; from the lowest final mean upwards: {order}",
+        "heat_map": "Mean validation loss of every combination of levels; the numbers are in tables/variants.csv",
+        "pareto": "Validation loss over seconds of training; the numbers stand in the table below",
+        "sensitivity": "Validation loss over the levels of a numeric setting; the numbers are in tables/variants.csv",
+        "diagnostics": "Measurements of every layer, a line for each variant",
+    }
+
+
+def _audit(study: Study) -> list[dict[str, Any]]:
+    """What each variant's training loss sees that it should not; nothing where no run has been asked."""
+    rows = []
+    for variant in study.variants:
+        seen = [r.info["train_loss"] for r in variant.runs.values() if isinstance(r.info.get("train_loss"), dict)]
+        if seen:
+            later, others = (any(s.get(k) for s in seen) for k in ("sees_later_tokens", "sees_other_sequences"))
+            rows.append({"variant": variant.label, "later": later, "others": others})
+    return rows
+
+
+def _lost(study: Study) -> list[tuple[str, str, str]]:
+    """Runs that are not compared: name, what became of them, why."""
+    lost = [(r.name, r.status, str(r.info.get("error") or "")) for r in study.records if not r.complete]
+    lost += [(r.name, "put apart", reason) for reason, runs in study.apart.items() for r in runs]
+    lost += [(u.path.name, "unreadable", u.reason) for u in study.unreadable]
+    more = [("…", f"{len(lost) - MOST_LOST} more", "see tables/runs.csv")] if len(lost) > MOST_LOST else []
+    return lost[:MOST_LOST] + more
+
+
+def _origin(study: Study) -> list[tuple[str, list[str]]]:
+    """Fingerprints, versions and devices of the runs, each distinct one once with the number of runs."""
+    infos = [r.info for r in study.records]
+    return [
+        ("data", _distinct([f"{i.get('data', {}).get('corpus')} {i['fingerprints']['data'][:16]}" for i in infos])),
+        ("code", _distinct([i["fingerprints"]["code"][:16] for i in infos])),
+        ("versions", _distinct([_words(i.get("versions")) for i in infos])),
+        ("device", _distinct([_words(i.get("device")) for i in infos])),
+        ("settings", [f"{len({i['fingerprints']['config'] for i in infos})} configurations, seeds included; their "
+                      "fingerprints are in tables/runs.csv"]),
+    ]  # fmt: skip
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "unknown"
+
+
+def _distinct(values: Sequence[str]) -> list[str]:
+    found = Counter(values)
+    return [value if len(found) == 1 else f"{value} ({conclusion.plural(n, 'run')})" for value, n in found.items()]

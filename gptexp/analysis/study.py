@@ -1,0 +1,236 @@
+"""Runs as a study: which settings vary (the factors), which runs belong together, and what their differences say."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from gptexp.analysis.collect import Collection, Record, Unreadable, without_seed
+from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, precision
+from gptexp.analysis.stats import Judgement, judge
+from gptexp.errors import UserError
+from gptexp.validation import nearest
+
+Metric = Literal["best", "final"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs that differ by the seed alone.
+
+    Attributes:
+        label: the readable name.
+        levels: its value of each factor, by the factor's name.
+        runs: those at their end, by seed.
+        counts: of all its runs, by status; "missing" are jobs of a sweep without a directory.
+    """
+
+    label: str
+    levels: Mapping[str, str]
+    runs: Mapping[int, Record]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline, or a level of a factor against the baseline's, over all that else varies.
+
+    Attributes:
+        kind: of the two.
+        factor: the factor's name, or "" for a variant.
+        this: the variant's label or the factor's level.
+        that: what it is compared with.
+        differences: this minus that in the metric, by seed, nats a token.
+        unpaired: seeds that only one of the sides has.
+        judgement: what they say.
+    """
+
+    kind: Literal["variant", "factor"]
+    factor: str
+    this: str
+    that: str
+    differences: Mapping[int, float]
+    unpaired: tuple[int, ...]
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a report says of a set of runs.
+
+    Attributes:
+        metric: "best" or "final" validation loss, in nats a token.
+        delta: the largest difference that is no difference.
+        alpha: the probability of any false claim.
+        factors: what varies.
+        variants: in the order in which they were run; the baseline among them.
+        baseline: the label of that variant; "" in a study without runs at their end.
+        comparisons: variants first, then factors.
+        records: the runs that are compared, finished or not.
+        apart: runs that cannot be compared with them, by the reason.
+        unreadable: directories that could not be read.
+        notes: what else a reader must know, one sentence each.
+    """
+
+    metric: Metric
+    delta: float
+    alpha: float
+    factors: tuple[Factor, ...]
+    variants: tuple[Variant, ...]
+    baseline: str
+    comparisons: tuple[Comparison, ...]
+    records: tuple[Record, ...]
+    apart: Mapping[str, tuple[Record, ...]] = field(default_factory=dict)
+    unreadable: tuple[Unreadable, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Variant | None:
+        """The baseline; None in a study without runs at their end."""
+        return next((v for v in self.variants if v.label == self.baseline), None)
+
+    def ranked(self) -> list[Variant]:
+        """The variants that have runs at their end, the lowest mean loss first."""
+        return sorted((v for v in self.variants if v.runs), key=lambda v: mean_loss(v, self.metric))
+
+
+def losses(variant: Variant, metric: Metric) -> list[float]:
+    """A variant's validation losses, by seed."""
+    return [run.best if metric == "best" else run.final for run in variant.runs.values()]
+
+
+def mean_loss(variant: Variant, metric: Metric) -> float:
+    """Mean over the seeds of a variant's validation loss."""
+    return float(np.mean(losses(variant, metric)))
+
+
+def build_study(
+    found: Collection, *, baseline: str | None = None, metric: Metric = "best", delta: float = 0.01,
+    alpha: float = 0.05,
+) -> Study:  # fmt: skip
+    """Sort runs into variants and judge their differences.
+
+    Args:
+        found: the runs.
+        baseline: the label of the variant that others are compared with; None is the first that has a finished run.
+        metric: the loss that is compared.
+        delta: the largest difference that is no difference, in nats a token.
+        alpha: the probability of any false claim.
+
+    Raises:
+        UserError: when there is no such variant, or none of its runs has come to its end.
+    """
+    together, apart = comparable(found.records)
+    factors = find_factors(together)
+    variants, notes = _variants(together, factors, found.missing)
+    labels = [v.label for v in variants]
+    if baseline is not None and baseline not in labels:
+        raise UserError(f"baseline={baseline}: no such variant{nearest(baseline, labels)} allowed: {', '.join(labels)}")
+    base = next((v for v in variants if v.runs and baseline in (None, v.label)), None)
+    if baseline is not None and base is None:
+        raise UserError(f"baseline={baseline}: none of its runs is done")
+    comparisons: list[Comparison] = []
+    if base is not None:
+        pairs = [*_by_variant(variants, base, metric), *_by_factor(variants, factors, base, metric)]
+        judgements = judge([np.array(list(p["differences"].values())) for p in pairs], delta, alpha)
+        comparisons = [Comparison(**p, judgement=j) for p, j in zip(pairs, judgements, strict=True)]
+    return Study(
+        metric, delta, alpha, factors, variants, base.label if base else "", tuple(comparisons), tuple(together),
+        apart, found.unreadable, (*notes, *_mixtures(together)),
+    )  # fmt: skip
+
+
+def _variants(
+    records: Sequence[Record], factors: Sequence[Factor], missing: Sequence[str]
+) -> tuple[tuple[Variant, ...], list[str]]:
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(level_of(record, f) for f in factors), []).append(record)
+    families = {record.family: key for key, group in groups.items() for record in group}
+    absent = Counter(families.get(without_seed(job)) for job in missing)
+    variants, twice, notes = [], 0, []
+    for key, group in groups.items():
+        levels = {f.name: level for f, level in zip(factors, key, strict=True)}
+        name = label(levels)
+        runs: dict[int, Record] = {}
+        for record in group:
+            twice += record.complete and record.seed in runs
+            if record.complete:
+                runs.setdefault(record.seed, record)
+        counts = Counter(r.status for r in group) + Counter({"missing": absent[key]})
+        variants.append(Variant(name, levels, dict(sorted(runs.items())), counts))
+        lost = counts["diverged"] + counts["failed"]
+        if lost and runs:
+            notes.append(f"{name}: {lost} of {lost + len(runs)} runs diverged or failed; its losses are those of the "
+                         "others alone, and look better than it is")  # fmt: skip
+    if twice:
+        notes.append(f"{twice} runs repeat a variant and seed that an earlier run has; the first of each counts")
+    if absent[None]:
+        jobs = [job for job in missing if without_seed(job) not in families]
+        notes.append(f"{absent[None]} jobs have no directory, and no run tells their variant: {', '.join(jobs[:5])}"
+                     + (" ..." if len(jobs) > 5 else ""))  # fmt: skip
+    return tuple(variants), notes
+
+
+def _by_variant(variants: Sequence[Variant], base: Variant, metric: Metric) -> Iterable[dict[str, Any]]:
+    for variant in variants:
+        if variant is not base:
+            seeds = sorted(variant.runs.keys() & base.runs.keys())
+            yield {
+                "kind": "variant", "factor": "", "this": variant.label, "that": base.label,
+                "differences": {
+                    s: getattr(variant.runs[s], metric) - getattr(base.runs[s], metric) for s in seeds
+                },
+                "unpaired": tuple(sorted(variant.runs.keys() ^ base.runs.keys())),
+            }  # fmt: skip
+
+
+def _by_factor(
+    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant, metric: Metric
+) -> Iterable[dict[str, Any]]:
+    """Main effects: a level against the baseline's level, averaged over every combination of the other factors that
+    has both. A seed counts if it is there in all of them, so that every average is over the same combinations."""
+    if len(factors) < 2:
+        return
+    by_levels = {tuple(v.levels.values()): v for v in variants}
+    for position, factor in enumerate(factors):
+        that = base.levels[factor.name]
+        for this in factor.levels:
+            cells = []
+            for levels, variant in by_levels.items():
+                partner = by_levels.get((*levels[:position], that, *levels[position + 1 :]))
+                if levels[position] == this != that and partner and variant.runs and partner.runs:
+                    cells.append((variant.runs, partner.runs))
+            if len(cells) < 2:
+                continue  # one cell alone is a comparison of variants
+            seeds = [set(side) for cell in cells for side in cell]
+            common = sorted(set.intersection(*seeds))
+            yield {
+                "kind": "factor", "factor": factor.name, "this": this, "that": that,
+                "differences": {
+                    s: math.fsum(getattr(a[s], metric) - getattr(b[s], metric) for a, b in cells) / len(cells)
+                    for s in common
+                },
+                "unpaired": tuple(sorted(set.union(*seeds) - set(common))),
+            }  # fmt: skip
+
+
+def _mixtures(records: Sequence[Record]) -> list[str]:
+    """What else differs between runs, and may move their losses."""
+    notes = []
+    codes = Counter(r.info["fingerprints"]["code"][:8] for r in records)
+    if len(codes) > 1:
+        listed = ", ".join(f"{n} of {code}" for code, n in codes.items())
+        notes.append(f"{len(codes)} versions of the code made the runs ({listed}): bits may differ for that alone")
+    devices = Counter(str(r.info["device"].get("name")) for r in records if precision(r))
+    if len(devices) > 1:
+        listed = ", ".join(f"{n} on {name}" for name, n in devices.items())
+        notes.append(f"the runs were made on {len(devices)} devices ({listed}): times cannot be compared")
+    looks = {len(r.curve["loss"]) for r in records if r.complete}
+    if len(looks) > 1:
+        notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
+                     "metric=final does not favour them")  # fmt: skip
+    return notes

@@ -1,0 +1,166 @@
+"""Which variant is better, by how much, how sure? `python -m gptexp.compare DIR... [key=value ...]`
+
+Takes sweeps and runs, finds out which settings vary, pairs the runs by seed, and judges every variant against the
+baseline. Prints a table and leaves a report, figures and tables. Works on an unfinished sweep, too.
+
+    python -m gptexp.compare outputs/sweeps/norms
+    python -m gptexp.compare outputs/sweeps/norms baseline="rmsnorm pre" delta=0.02
+
+settings (key=value):
+  baseline=LABEL   the variant that the others are compared with; the first one by default
+  metric=best      best or final validation loss
+  delta=0.01       the largest difference, in nats a token, that is no difference
+  alpha=0.05       the probability that any difference is claimed where there is none
+  target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
+  output=DIR       where the files go; report/ in the first directory by default
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Gt, Lt
+
+from gptexp.console import report_errors
+from gptexp.errors import UserError
+
+if TYPE_CHECKING:
+    from gptexp.analysis.study import Study
+
+log = logging.getLogger("gptexp")
+
+VERDICT_STYLES = {"better": "green", "worse": "red", "equal": "blue", "baseline": "bold"}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of the command; see the module's text."""
+
+    baseline: str | None = None
+    metric: Literal["best", "final"] = "best"
+    delta: Annotated[float, Gt(0)] = 0.01
+    alpha: Annotated[float, Gt(0), Lt(1)] = 0.05
+    target: float | None = None
+    output: str | None = None
+
+
+def main() -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    with report_errors():
+        compare(sys.argv[1:])
+
+
+def compare(arguments: Sequence[str]) -> "Study":
+    """Compare what a command line names; print the table and write the files.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    config, folders = parse(arguments)
+    from gptexp.analysis.collect import collect
+    from gptexp.analysis.report import write_report
+    from gptexp.analysis.study import build_study
+
+    study = build_study(
+        collect(folders), baseline=config.baseline, metric=config.metric, delta=config.delta, alpha=config.alpha
+    )
+    folder = Path(config.output) if config.output else folders[0] / "report"
+    title = ", ".join(dict.fromkeys(f.resolve().name for f in folders[:5])) + (", …" if len(folders) > 5 else "")
+    command = f"python -m gptexp.compare {shlex.join(arguments)}"
+    show(study)
+    try:
+        page = write_report(study, folder, title, command, config.target)
+    except OSError as error:
+        raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
+    log.info("report: %s", page)
+    return study
+
+
+def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
+    """The settings and the directories of a command line.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    from gptexp.validation import read_settings
+
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    folders: list[Path] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or Path(argument).is_dir():  # a directory's name may hold an =
+            folders.append(Path(argument))
+            if not folders[-1].is_dir():
+                problems.append(f"{argument}: there is no such directory")
+        elif key in values:
+            problems.append(f"{argument}: {key} is set twice")
+        else:
+            values[key] = None if value == "null" else value
+    config = read_settings(CompareConfig, values, problems)
+    if not folders:
+        problems.append("no directory is given; name sweeps or runs, such as outputs/sweeps/norms")
+    if problems or config is None:
+        raise UserError(problems)
+    return config, folders
+
+
+def show(study: "Study") -> None:
+    """Print the ranked table, the verdict and what else must be known."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gptexp.analysis.conclusion import counts, further_seeds, headline, percent, plural
+    from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
+
+    width = f"{percent(1 - study.alpha)} interval"
+    title = f"{study.metric} val/loss, nats a token; differences are from {study.baseline}"
+    table = Table("variant", "seeds", "loss", "sd", "difference", width, "p", "verdict", "seeds needed", title=title)
+    for column in table.columns[1:7]:
+        column.justify = "right"
+    for row in readable(ranking_table(study)).to_dict("records"):
+        lost = ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")
+        name = Text(str(row["variant"]), style="bold" if row["variant"] == study.baseline else "")
+        name.append(f" ({lost})" if lost else "", style="yellow")
+        verdict = Text(row["verdict"], style=VERDICT_STYLES.get(row["verdict"], ""))
+        numbers = (row[c] for c in ("seeds", "loss", "sd", "difference"))
+        table.add_row(name, *numbers, span(row), row["p"], verdict, row["seeds needed"])
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    if study.baseline:
+        console.print(table)
+    effects = comparisons_table(study).query("kind == 'factor'")
+    if len(effects):
+        table = Table("on average over the others", "seeds", "difference", width, "p", "verdict", "seeds needed")
+        for row in readable(effects).to_dict("records"):
+            table.add_row(f"{row['factor']}: {row['this']} against {row['that']}", row["seeds"], row["difference"],
+                          span(row), row["p"], row["verdict"], row["seeds needed"])  # fmt: skip
+        console.print(table)
+    console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
+    more = further_seeds(study)
+    if more:
+        words = f"{plural(more, 'further seed')} would probably decide all that is open"
+        console.print(f"{words}, if the differences go on as they are.", soft_wrap=True)
+    console.print(f"{counts(study)}.", soft_wrap=True)
+    for reason, runs in study.apart.items():
+        console.print(f"put apart: {plural(len(runs), 'run')} ({reason})", soft_wrap=True, markup=False)
+    for bad in study.unreadable:
+        console.print(f"unreadable: {bad.path} ({bad.reason})", soft_wrap=True, markup=False)
+    for note in study.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+
+
+def span(row: dict[Any, str]) -> str:
+    """The two ends of a row's interval."""
+    return "–" if row["low"] == "–" else f"{row['low']} to {row['high']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The command that compares: real runs, what it prints and leaves, and mistakes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from gptexp import compare
+from gptexp.runs import Run, read_metrics
+from tests.analysis.conftest import write  # noqa: F401  the fixture
+from tests.conftest import REPOSITORY, TINY, finish, spawn
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def sweep(command: Command, corpus: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "norms"
+    assert command("-m", *TINY, f"data.path={corpus}", f"hydra.sweep.dir={folder}", "norm=layernorm,batchnorm",
+                   "placement=pre,post", "seed=1,2,3", "max_steps=8", "schedule.warmup_steps=1") == 0  # fmt: skip
+    return folder
+
+
+def test_a_sweep_of_real_runs(sweep: Path, command: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert command(str(sweep), main=compare.main) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "Undecided: 3 seeds cannot decide 5 comparisons at 5\u00a0%" in out
+    assert "placement: post against pre" in out
+    assert "12 runs: 12 done." in out
+    assert out.endswith(f"report: {sweep / 'report' / 'report.html'}\n")
+    page = (sweep / "report" / "report.html").read_text()
+    assert "The training loss of batchnorm pre, batchnorm post sees later tokens" in page
+    assert "seed=4,5" in page
+    assert "-m data=file logger=none" in page
+    table = pd.read_csv(sweep / "report" / "tables" / "runs.csv").set_index("name")
+    for path in (p.parent for p in sweep.glob("*/run.json")):
+        losses = [row["val/loss"] for row in read_metrics(path / "metrics.csv") if "val/loss" in row]
+        assert table.loc[path.name, "best"] == pytest.approx(min(losses), abs=0)
+        assert table.loc[path.name, "config"] == Run.open(path).config.fingerprint()
+    # Again, with a report in the folder already; on the runs by themselves; with a baseline and a place of one's own.
+    runs = sorted(str(p.parent) for p in sweep.glob("*/run.json"))
+    settings = ["baseline=batchnorm pre", f"output={sweep.parent / 'mine'}", "metric=final", "target=3.5", "delta=0.1"]
+    assert command(*runs, *settings, main=compare.main) == 0
+    assert "differences are from batchnorm pre" in capfd.readouterr().out
+    assert (sweep.parent / "mine" / "report.html").exists()
+
+
+def test_an_unfinished_sweep(sweep: Path, command: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = sorted(p.parent for p in sweep.glob("*/run.json"))
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [p.name for p in runs]}))
+    shutil.rmtree(runs[0])
+    Run(runs[1]).update(status="running")
+    (runs[2] / "result.json").write_text('{"status"')
+    (runs[3] / "run.json").write_text("")
+    with (runs[4] / "metrics.csv").open("a") as file:
+        file.write("9,")
+    assert command(str(sweep), main=compare.main) == 0
+    out = capfd.readouterr().out
+    assert "12 runs: 8 done, 1 still running, 1 without a directory, 2 unreadable." in out
+    assert f"unreadable: {runs[3]} (run.json is not valid JSON)" in out
+    page = (sweep / "report" / "report.html").read_text()
+    assert runs[3].name in page
+
+
+def test_mistakes_are_told_together(command: Command, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert command(str(tmp_path / "nowhere"), "dleta=0.1", "metric=worst", "alpha=2", "alpha=3", main=compare.main) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: {tmp_path / 'nowhere'}: there is no such directory",
+        "error: alpha=3: alpha is set twice",
+        "error: dleta=0.1: unknown key; did you mean delta?",
+        "error: metric=worst: must be one of best, final",
+        "error: alpha=2: must be a number greater than 0 and less than 1",
+    ]
+    assert command(main=compare.main) == 2
+    assert "no directory is given" in capfd.readouterr().err
+    assert command(str(tmp_path), main=compare.main) == 2
+    assert capfd.readouterr().err == f"error: {tmp_path}: holds no runs\n"
+
+
+def test_a_folder_that_cannot_be_written(
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    write(2.0, 1)
+    (tmp_path / "file").write_text("")
+    assert command(str(tmp_path / "sweep"), f"output={tmp_path / 'file'}", main=compare.main) == 2
+    assert f"error: output={tmp_path / 'file'}: cannot be written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [0, 1, 2])
+def test_too_little_to_compare(
+    seeds: int, write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    write([], 7, status="running")
+    for seed in range(seeds):
+        write(2.0, seed)
+        write(2.1, seed + (seeds == 2), "rmsnorm")
+    assert command(str(tmp_path / "sweep"), main=compare.main) == 0
+    out = capfd.readouterr().out
+    assert {0: "No run has come to its end", 1: "1 seed cannot decide", 2: "1 seed cannot decide"}[seeds] in out
+
+
+def test_help_and_the_real_process() -> None:
+    code, out, _ = finish(spawn("--help", cwd=REPOSITORY, module="gptexp.compare"))
+    assert code == 0
+    assert "baseline=LABEL" in out
+    code, _, err = finish(spawn("nowhere", "alpha=x", cwd=REPOSITORY, module="gptexp.compare"))
+    assert code == 2
+    assert err.splitlines() == [
+        "error: nowhere: there is no such directory", "error: alpha=x: must be a number greater than 0 and less than 1",
+    ]  # fmt: skip
