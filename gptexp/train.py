@@ -5,6 +5,7 @@
     python -m gptexp.train resume=outputs/runs/NAME
 """
 
+import json
 import logging
 import math
 import os
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gptexp")
 
+COMMAND = "GPTEXP_COMMAND"
+"""The command line as it was typed; an environment variable, for the processes in which a launcher runs the jobs."""
+
+
+def command() -> list[str]:
+    """The command line that this process, or the one that launched it, was started with."""
+    return list(json.loads(os.environ[COMMAND])) if COMMAND in os.environ else sys.argv
+
 
 def main() -> None:
     """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
@@ -40,6 +49,7 @@ def main() -> None:
 
         from gptexp.overrides import VERSION_BASE, check, conf_dir, register_choices, sweep_dir
 
+        os.environ[COMMAND] = json.dumps(sys.argv)
         register_choices()
         flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
         sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
@@ -170,7 +180,7 @@ def train(
         "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
                  "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
         "tokenizer": encoded.tokenizer.to_dict(),
-        "command": sys.argv,
+        "command": command(),
     }  # fmt: skip
     return start(Run.claim(path, config, info), watch)
 

@@ -123,7 +123,10 @@ def next_command(study: Study) -> str | None:
     arguments = shlex.split(made[0])
     first = 1 + max(r.seed for r in study.records)
     seeds = f"seed={','.join(str(s) for s in range(first, first + more))}"
-    kept = [a for a in arguments if not a.startswith(("seed=", "hydra.sweep.dir=", "hydra.run.dir=", "resume="))]
+    kept = [a for a in arguments if not a.startswith(("seed=", "hydra.run.dir=", "resume="))]
+    groups = {r.info.get("group") for r in study.records}
+    if not any(a.startswith(("sweep=", "sweep.name=", "hydra.sweep.dir=")) for a in kept) and groups != {None}:
+        kept.append(f"sweep.name={next(iter(groups))}")  # they join the runs that there are
     if "-m" not in kept and "--multirun" not in kept:
         kept.insert(3 if kept[:2] == ["python", "-m"] else 1, "-m")
     return shlex.join([*kept, seeds])

@@ -5,7 +5,6 @@ Hydra finds its plugins in the namespace package `hydra_plugins` alone.
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,12 +136,13 @@ class GridSweeper(BasicSweeper):
 def begin(sweep: "Sweep", trees: Sequence[dict[str, Any]], varied: Sequence[str], names: Sequence[str]) -> None:
     """Begin the sweep with these configurations, or go on with it if it is the same one."""
     from gptexp.config import flatten
+    from gptexp.train import command
 
     flat = [flatten(tree) for tree in trees]
     keys = dict.fromkeys(key for tree in flat for key in tree)
     fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
     if flat:
-        sweep.join(fixed, [k for k in keys if k not in fixed], varied, names, sys.argv)
+        sweep.join(fixed, [k for k in keys if k not in fixed], varied, names, command())
 
 
 @contextmanager
