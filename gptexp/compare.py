@@ -118,9 +118,10 @@ def show(study: "Study") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from gptexp.analysis.conclusion import counts, further_seeds, headline, percent, plural
+    from gptexp.analysis.conclusion import VERDICTS, counts, further_seeds, headline, percent, plural
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
+    words: dict[str, str] = dict(VERDICTS)  # type: ignore[arg-type]
     width = f"{percent(1 - study.alpha)} interval"
     title = f"{study.metric} val/loss, nats a token; differences are from {study.baseline}"
     table = Table("variant", "seeds", "loss", "sd", "difference", width, "p", "verdict", "seeds needed", title=title)
@@ -130,7 +131,7 @@ def show(study: "Study") -> None:
         lost = ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")
         name = Text(str(row["variant"]), style="bold" if row["variant"] == study.baseline else "")
         name.append(f" ({lost})" if lost else "", style="yellow")
-        verdict = Text(row["verdict"], style=VERDICT_STYLES.get(row["verdict"], ""))
+        verdict = Text(words.get(row["verdict"], row["verdict"]), style=VERDICT_STYLES.get(row["verdict"], ""))
         numbers = (row[c] for c in ("seeds", "loss", "sd", "difference"))
         table.add_row(name, *numbers, span(row), row["p"], verdict, row["seeds needed"])
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
@@ -141,13 +142,12 @@ def show(study: "Study") -> None:
         table = Table("on average over the others", "seeds", "difference", width, "p", "verdict", "seeds needed")
         for row in readable(effects).to_dict("records"):
             table.add_row(f"{row['factor']}: {row['this']} against {row['that']}", row["seeds"], row["difference"],
-                          span(row), row["p"], row["verdict"], row["seeds needed"])  # fmt: skip
+                          span(row), row["p"], words[row["verdict"]], row["seeds needed"])  # fmt: skip
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
     if more:
-        words = f"{plural(more, 'further seed')} would probably decide all that is open"
-        console.print(f"{words}, if the differences go on as they are.", soft_wrap=True)
+        console.print(f"{plural(more, 'further seed')} would probably decide all that is open.", soft_wrap=True)
     console.print(f"{counts(study)}.", soft_wrap=True)
     for reason, runs in study.apart.items():
         console.print(f"put apart: {plural(len(runs), 'run')} ({reason})", soft_wrap=True, markup=False)
