@@ -287,7 +287,7 @@ def test_headline_of_too_few_seeds(write: Write, study: Build) -> None:
     ]
     assert further_seeds(found) == 1
     assert commands(found) == ["python -m gptexp.train -m seed=1,2"]
-    assert next_command(found) == "python -m gptexp.train -m seed=5"
+    assert next_command(found) == "python -m gptexp.train -m sweep.name=sweep seed=5"
 
 
 def test_headline_of_one_seed_one_variant_and_no_pairs(write: Write, study: Build) -> None:
