@@ -121,7 +121,7 @@ def curves(study: Study, axis: str) -> Figure:
     if every > len(shown):
         axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
     heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
-    low, high = min(y.min() for y in heights), max(y[min(1, len(y) - 1)] for y in heights)
+    low, high = min(y.min() for y in heights), max(y[1 if len(y) > 2 else 0] for y in heights)
     if high > low:  # the untrained loss would flatten what matters
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     _legend(figure)
