@@ -72,7 +72,8 @@ def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes]
         ranking=_ranking(study), effects=_effects(tables["comparisons"]), speed=_rows(tables["speed"]),
         interval=conclusion.percent(1 - study.alpha), interval_note=conclusion.interval_note(study),
         figures={name: inline(image) for name, image in images.items()}, captions=CAPTIONS,
-        alternatives=_alternatives(study), sensitivities=sensitivities, verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
+        alternatives=_alternatives(study), sensitivities=sensitivities,
+        verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
         commands=conclusion.commands(study), command=command, origin=_origin(study),
     )  # fmt: skip
 
