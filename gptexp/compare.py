@@ -134,7 +134,7 @@ def show(study: "Study") -> None:
         verdict = Text(words.get(row["verdict"], row["verdict"]), style=VERDICT_STYLES.get(row["verdict"], ""))
         numbers = (row[c] for c in ("seeds", "loss", "sd", "difference"))
         table.add_row(name, *numbers, span(row), row["p"], verdict, row["seeds needed"])
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     if study.baseline:
         console.print(table)
     effects = comparisons_table(study).query("kind == 'factor'")
@@ -150,11 +150,11 @@ def show(study: "Study") -> None:
         console.print(f"{plural(more, 'further seed')} would probably decide all that is open.", soft_wrap=True)
     console.print(f"{counts(study)}.", soft_wrap=True)
     for reason, runs in study.apart.items():
-        console.print(f"put apart: {plural(len(runs), 'run')} ({reason})", soft_wrap=True, markup=False)
+        console.print(f"put apart: {plural(len(runs), 'run')} ({reason})", soft_wrap=True)
     for bad in study.unreadable:
-        console.print(f"unreadable: {bad.path} ({bad.reason})", soft_wrap=True, markup=False)
+        console.print(f"unreadable: {bad.path} ({bad.reason})", soft_wrap=True)
     for note in study.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def span(row: dict[Any, str]) -> str:

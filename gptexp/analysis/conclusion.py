@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptexp.analysis.stats import Verdict, fewest_seeds
+from gptexp.analysis.stats import MOST_SEEDS, Verdict, fewest_seeds
 from gptexp.analysis.study import Comparison, Study, losses
 
 ENDED = {"done": "done", "running": "still running", "interrupted": "interrupted", "pruned": "pruned",
@@ -77,7 +77,8 @@ def _why(study: Study, undecided: Sequence[Comparison]) -> list[str]:
     largest = max(undecided, key=lambda c: abs(c.judgement.mean) if c.judgement.n else -1.0)
     j = largest.judgement
     side = "below" if j.mean < 0 else "above"
-    decides = f"; about {j.seeds_needed} seeds in all would decide it" if j.seeds_needed else ""
+    none = f"; not even {MOST_SEEDS} seeds would decide it" if j.n > 1 else ""
+    decides = f"; about {j.seeds_needed} seeds in all would decide it" if j.seeds_needed else none
     so_far = f"So far the largest difference is {largest.this}, {abs(j.mean):.3g} nats {side} {largest.that}{decides}."
     return [reason, so_far]
 

@@ -1,5 +1,6 @@
 """What varies among runs, and which runs can be compared at all."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,14 @@ _KIND = {
     "validation split": lambda r: r.split,
     "precision": precision,
 }
+
+
+def is_numeric(factor: Factor) -> bool:
+    """Whether every level of a factor is a number."""
+    try:
+        return all(math.isfinite(float(level)) for level in factor.levels)
+    except ValueError:
+        return False
 
 
 def _by_name(records: Sequence[Record]) -> Factor | None:

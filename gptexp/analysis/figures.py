@@ -2,7 +2,6 @@
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gptexp.analysis.collect import AXES
-from gptexp.analysis.factors import Factor
+from gptexp.analysis.factors import Factor, is_numeric
 from gptexp.analysis.inside import last_diagnostics
 from gptexp.analysis.layers import UNITS
 from gptexp.analysis.study import Comparison, Study, Variant, losses, mean_loss
@@ -73,25 +72,6 @@ def png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
-
-
-def inline(image: bytes) -> str:
-    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
-    text = image.decode()
-    used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
-    head, _, body = text[text.index("<svg") :].replace(INK, "currentColor").partition(">")
-    head = re.sub(r' (width|height|xmlns:xlink|xmlns|version)="[^"]*"', "", head)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
-    return f'{head} aria-hidden="true">{body}'
-
-
-def is_numeric(factor: Factor) -> bool:
-    """Whether every level of a factor is a number."""
-    try:
-        return all(math.isfinite(float(level)) for level in factor.levels)
-    except ValueError:
-        return False
 
 
 def chosen(study: Study) -> list[Variant]:

@@ -1,5 +1,6 @@
 """A study as files: a page that needs nothing beside it, figures as PNG and SVG, tables as CSV, Markdown, LaTeX."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gptexp.analysis import conclusion
-from gptexp.analysis.figures import VERDICT_COLOURS, chosen, colours, draw, inline, png, svg
+from gptexp.analysis.figures import INK, chosen, colours, draw, png, svg
 from gptexp.analysis.inside import last_samples
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import ENDS, all_tables, latex, markdown, ranking_table, readable
@@ -71,10 +72,21 @@ def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes]
         ranking=_ranking(study), effects=_effects(tables["comparisons"]), speed=_rows(tables["speed"]),
         interval=conclusion.percent(1 - study.alpha), interval_note=conclusion.interval_note(study),
         figures={name: inline(image) for name, image in images.items()}, captions=CAPTIONS,
-        alternatives=_alternatives(study), sensitivities=sensitivities, verdict_colours=VERDICT_COLOURS,
+        alternatives=_alternatives(study), sensitivities=sensitivities,
         verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
-        commands=conclusion.commands(study), command=command, origin=_origin(study), absent_ends=ENDS,
+        commands=conclusion.commands(study), command=command, origin=_origin(study),
     )  # fmt: skip
+
+
+def inline(image: bytes) -> str:
+    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
+    text = image.decode()
+    used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    head, _, body = text[text.index("<svg") :].replace(INK, "currentColor").partition(">")
+    head = re.sub(r' (width|height|xmlns:xlink|xmlns|version)="[^"]*"', "", head)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
+    return f'{head} aria-hidden="true">{body}'
 
 
 def _ranking(study: Study) -> list[dict[str, str]]:

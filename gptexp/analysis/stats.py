@@ -165,7 +165,7 @@ def _judge(d: Array, p: float, p_equal: float, *, delta: float, alpha: float, le
         verdict = "worse" if mean > 0 else "better"
     elif p_equal <= alpha and -delta < low and high < delta:
         verdict = "equal"
-    needed = seeds_needed(mean, sd, delta, level, at_least=n + 1) if verdict == "undecided" else None
+    needed = seeds_needed(mean, sd, delta, level, alpha=alpha, at_least=n + 1) if verdict == "undecided" else None
     return Judgement(n, mean, low, high, effect, p, p_equal, verdict, needed)
 
 
@@ -178,7 +178,9 @@ def _smallest_p(n: int) -> float:
     return 2.0 ** (1 - n) if 2**n <= FLIPS else 1 / (FLIPS + 1)
 
 
-def seeds_needed(mean: float, sd: float, delta: float, level: float, at_least: int = 2) -> int | None:
+def seeds_needed(
+    mean: float, sd: float, delta: float, level: float, *, alpha: float = 0.05, at_least: int = 2
+) -> int | None:
     """About the number of paired seeds with which a verdict, one way or the other, has a probability of 80 %.
 
     Two conditions: the sign-flip test's smallest p-value must pass the level, and by the t-test's approximate power
@@ -190,6 +192,7 @@ def seeds_needed(mean: float, sd: float, delta: float, level: float, at_least: i
         sd: their standard deviation.
         delta: the largest difference that is no difference.
         level: alpha over the number of comparisons, Holm's strictest.
+        alpha: of the interval, which is not corrected.
         at_least: the answer's least value.
 
     Returns:
@@ -201,7 +204,8 @@ def seeds_needed(mean: float, sd: float, delta: float, level: float, at_least: i
     error, z, t = sd / np.sqrt(n), stats.norm.cdf, stats.t.ppf
     with np.errstate(divide="ignore", invalid="ignore"):  # differences that do not spread
         differs = z(abs(mean) / error - t(1 - level / 2, n - 1))
-        same = z((delta - mean) / error - t(1 - level, n - 1)) + z((delta + mean) / error - t(1 - level, n - 1)) - 1
+        bound = t(1 - min(level, alpha / 2), n - 1)  # the interval has both its ends inside
+        same = z((delta - mean) / error - bound) + z((delta + mean) / error - bound) - 1
         differs = np.minimum(differs, np.where(2 * smallest > level, z(abs(mean) / sd) ** n, 1))
         same = np.minimum(same, np.where(smallest > level, (z((delta - mean) / sd) - z((-delta - mean) / sd)) ** n, 1))
     enough = n[((smallest <= level) & (differs >= 0.8)) | ((smallest / 2 <= level) & (same >= 0.8))]

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gptexp.analysis.figures import COLOURS, band, chosen, draw, is_numeric
+from gptexp.analysis.factors import is_numeric
+from gptexp.analysis.figures import COLOURS, band, chosen, draw
 from gptexp.analysis.report import write_report
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import all_tables, latex, markdown, pareto_front, reach, readable, speed_table

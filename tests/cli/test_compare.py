@@ -113,3 +113,12 @@ def test_help_and_the_real_process() -> None:
     assert err.splitlines() == [
         "error: nowhere: there is no such directory", "error: alpha=x: must be a number greater than 0 and less than 1",
     ]  # fmt: skip
+
+
+def test_a_level_in_brackets_is_shown(
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    for stats in (["batch"], ["batch", "time"]):
+        write(2.0, 1, "batchnorm", model={"norms": {"batchnorm": {"stats": stats}}}, name=f"n{len(stats)}")
+    assert command(str(tmp_path / "sweep"), main=compare.main) == 0
+    assert 'stats=["batch", "time"]' in capfd.readouterr().out
