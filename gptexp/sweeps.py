@@ -27,7 +27,7 @@ log = logging.getLogger("gptexp")
 
 State = Literal["waiting", "running", "interrupted", "done", "diverged", "pruned", "failed"]
 FINAL = ("done", "diverged", "pruned")
-FREE = ("output_dir", "name", "logger", "sweep", "hardware.threads")  # may differ between the processes of a sweep
+FREE = ("output_dir", "name", "logger", "sweep", "seed", "hardware.threads")  # may differ within a sweep
 
 
 @dataclass(frozen=True)

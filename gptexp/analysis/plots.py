@@ -83,6 +83,6 @@ def _line(axes: Axes, rows: Sequence[dict[str, float]], column: str, **style: An
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
-    if axes.lines:
+    if 0 < len(axes.lines) <= 12:  # more names than that would leave no room for the lines
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -53,6 +53,9 @@ def test_more_seeds_join_the_sweep(sweep: Callable[..., int], tmp_path: Path) ->
     assert sweep("sweep.name=mine", "norm=rmsnorm", "seed=3", "max_steps=2") == 0
     assert Sweep(tmp_path / "sweeps" / "mine").info["jobs"] == [*NAMES, "rmsnorm-pre-h2-s3"]
     assert list(runs_of(tmp_path / "sweeps" / "mine")) == sorted([*NAMES, "rmsnorm-pre-h2-s3"])
+    assert sweep("sweep.name=one", "norm=layernorm,rmsnorm", "seed=1", "max_steps=2") == 0
+    assert sweep("sweep.name=one", "norm=layernorm,rmsnorm", "seed=2", "max_steps=2") == 0
+    assert list(runs_of(tmp_path / "sweeps" / "one")) == NAMES
 
 
 def test_another_configuration_is_refused_with_the_keys(
