@@ -32,7 +32,8 @@ class Record:
         label: the name that its configuration has; None if it has none.
         status: running, done, failed, diverged, interrupted or pruned.
         seed: of initial weights and batches.
-        settings: every other setting that can change a result, by dotted key, as text; of the data see `info`.
+        settings: every other setting that can change a result, by dotted key, as text; of the data see `info`. The
+            number of threads, which the launcher may choose and which moves the last bits alone, is none.
         split: what cuts the corpus in two: the validation fraction and the seed of the shuffle.
         order: runs are listed by this: the directory given, the job's number in its sweep, the time it started.
         info: run.json.
@@ -166,7 +167,8 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     name = str(info["name"])
     if lacking := {"config", "data", "code"} - set(info["fingerprints"]):
         raise KeyError(f"fingerprints.{min(lacking)}")
-    settings = {k: show(v) for k, v in flatten(config.essence()).items() if k != "seed" and not k.startswith("data.")}
+    settings = {k: show(v) for k, v in flatten(config.essence()).items()
+                if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,

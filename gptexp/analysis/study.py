@@ -229,6 +229,10 @@ def _mixtures(records: Sequence[Record]) -> list[str]:
     if len(devices) > 1:
         listed = ", ".join(f"{n} on {name}" for name, n in devices.items())
         notes.append(f"the runs were made on {len(devices)} devices ({listed}): times cannot be compared")
+    threads = Counter(r.info["device"].get("threads") for r in records if precision(r))
+    if len(threads) > 1:
+        listed = ", ".join(f"{n} with {count}" for count, n in threads.items())
+        notes.append(f"the runs had different numbers of threads ({listed}): times cannot be compared")
     looks = {len(r.curve["loss"]) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "

@@ -163,6 +163,17 @@ def test_the_path_of_a_corpus_is_no_factor(write: Write, study: Build) -> None:
     assert study().factors == ()
 
 
+def test_threads_are_told_and_part_no_pairs(write: Write, study: Build) -> None:
+    for seed, threads in ((1, None), (2, 1)):
+        for norm in ("layernorm", "rmsnorm"):
+            run = write(2.0, seed, norm, settings={"hardware": {"threads": threads}})
+            run.update(device=run.info["device"] | {"threads": threads or 2})
+    found = study()
+    assert [f.name for f in found.factors] == ["norm"]
+    assert found.comparisons[0].judgement.n == 2
+    assert any("different numbers of threads (2 with 2, 2 with 1)" in note for note in found.notes)
+
+
 def test_the_first_of_two_equal_runs_counts(write: Write, study: Build) -> None:
     write(2.0, 1, name="first")
     write(3.0, 1, name="again")
