@@ -50,6 +50,7 @@ def main() -> None:
         from gptexp.overrides import VERSION_BASE, check, conf_dir, register_choices, sweep_dir
 
         os.environ[COMMAND] = json.dumps(sys.argv)
+        _failed.clear()
         register_choices()
         flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
         sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
@@ -69,6 +70,11 @@ def main() -> None:
             raise UserError(" ".join(str(error).split("\n")[:2])) from error
         except OSError as error:  # of Hydra's own folder; a run's errors do not come this way
             raise UserError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
+        if _failed:
+            raise _failed[0]
+
+
+_failed: list[Exception] = []  # what ended a single run: of one that passes through it, Hydra would print more
 
 
 def job(tree: "DictConfig") -> float | None:
@@ -83,22 +89,39 @@ def job(tree: "DictConfig") -> float | None:
     from gptexp.config import plain, read_config
 
     hydra = HydraConfig.get()
-    config = read_config(plain(tree))
     if hydra.mode == RunMode.MULTIRUN:
+        config = read_config(plain(tree))
         local = hydra.launcher._target_.endswith("BasicLauncher")
         name = config.sweep.job or job_name(config, hydra.job.override_dirname)
         search = dict(hydra.sweeper) if hydra.sweeper._target_.endswith(".OptunaSweeper") else None
         return sweep_job(config, Path(hydra.sweep.dir), name, alone=local, search=search)
-    run = run_to_resume(config, list(hydra.overrides.task)) if config.resume else None
+    try:
+        return single_run(read_config(plain(tree)), str(hydra.run.dir), list(hydra.overrides.task))
+    except Exception as error:
+        _failed.append(error)
+        return math.nan
+
+
+def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
+    """Train a configuration, or go on with the run that it names.
+
+    Args:
+        config: every setting.
+        folder: the new run's directory; "." makes one of the time and the run's name.
+        overrides: the command's own.
+
+    Returns:
+        the lowest validation loss, in nats a token.
+    """
+    run = run_to_resume(config, overrides) if config.resume else None
     if run:
         return start(run)
     name = job_name(config, "")
-    if hydra.run.dir != ".":  # the user named the directory, and Hydra has just made it
-        path = Path(hydra.run.dir)
+    path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+    if folder != ".":  # the user named it, and Hydra has just made it
+        path = Path(folder)
         with suppress(OSError):
             path.rmdir()
-    else:
-        path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
     return train(config, path, name)
 
 

@@ -1,6 +1,6 @@
 """The configuration: conf/ and the dataclasses agree, and every problem is found."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,14 @@ from gptexp.config import Config, flatten, known_keys, load_config, plain, read_
 from gptexp.errors import UserError
 from gptexp.models.registry import NORMS, PLACEMENTS
 from gptexp.overrides import VERSION_BASE, conf_dir, register_choices
-from gptexp.training.settings import AdamWConfig, CosineConfig, LoggerConfig, OptimizerConfig, ScheduleConfig
+from gptexp.training.settings import (
+    AdamWConfig,
+    CosineConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SweepConfig,
+)
 from gptexp.validation import nearest
 
 CONF = Path(conf_dir())
@@ -29,6 +36,7 @@ def composed(*overrides: str) -> dict:  # type: ignore[type-arg]
 def test_conf_and_the_dataclasses_have_the_same_defaults() -> None:
     tree = composed()
     assert tree.pop("resume") is None
+    assert tree.pop("sweep") == asdict(SweepConfig())
     assert tree == Config().tree()
 
 

@@ -39,7 +39,7 @@ def test_multirun_has_one_directory_a_job(corpus: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     names = ["layernorm-pre-h2-s1337", "rmsnorm-pre-h2-s1337"]
-    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == names
+    assert sorted(p.name for p in sweep.iterdir() if (p / "run.json").exists()) == names
     assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["sweeps"]
     for name in names:
         rows = read_metrics(sweep / name / "metrics.csv")

@@ -68,7 +68,7 @@ def test_a_norm_of_another_package(environment: dict[str, str], corpus: Path, tm
         f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path, env=environment,
     ))  # fmt: skip
     assert (code, err) == (0, "")
-    names = {p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()}
+    names = {p.name for p in (tmp_path / "sweep").iterdir() if (p / "run.json").exists()}
     assert names == {f"{n}-pre-h2-s1337-power_{p}" for n in ("toy", "rmsnorm") for p in ("0.5", "1")}
     run = Run(tmp_path / "sweep" / "toy-pre-h2-s1337-power_0.5")
     assert run.info["status"] == "done"

@@ -84,6 +84,7 @@ def test_a_poor_trial_is_pruned_from_within(
     assert f"pruned: {pruned} of 3 trials, which saved {saved:.0%} of all steps" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_trial_repeats_another(search: Callable[..., int], tmp_path: Path) -> None:
     assert search("norm=layernorm,rmsnorm", "seed=1,2", "max_steps=2") == 0
     ran = [p for p in (tmp_path / "sweeps" / "mine").iterdir() if p.name.startswith("trial-")]

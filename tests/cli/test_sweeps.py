@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gptexp.analysis.collect import collect
+from gptexp.analysis.study import build_study
+from gptexp.analysis.tables import comparisons_table, runs_table, variants_table
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
 from gptexp.training.callbacks.recorder import Recorder
@@ -134,6 +137,13 @@ def test_killed_five_times_and_the_same_in_the_end(corpus: Path, tmp_path: Path)
     for name, run in whole.items():
         assert timeless(run) == timeless(killed[name])
     assert table(again) == table(out)
+    assert comparison(folder) == comparison(tmp_path / "whole" / "sweeps" / "mine")
+
+
+def comparison(folder: Path) -> list[str]:
+    """The tables of a comparison that hold no times, as the bytes that it would write."""
+    study = build_study(collect([folder]))
+    return [make(study).to_csv() for make in (variants_table, comparisons_table, runs_table)]
 
 
 def table(out: str) -> list[str]:
@@ -220,8 +230,8 @@ def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tm
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("norms", 30), ("heads", 20), ("learning_rate", 30), ("depth", 20),
-     pytest.param("full", 90, marks=pytest.mark.slow)],
+    [("norms", 30), *(pytest.param(*rest, marks=pytest.mark.slow)
+                      for rest in (("heads", 20), ("learning_rate", 30), ("depth", 20), ("full", 90)))],
 )  # fmt: skip
 def test_a_named_sweep_has_its_jobs(
     name: str, count: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
