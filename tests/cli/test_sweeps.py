@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
 
 from gptexp.analysis.collect import collect
 from gptexp.analysis.study import build_study
@@ -237,6 +238,7 @@ def test_a_named_sweep_has_its_jobs(
     name: str, count: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[grid.Job] = []
+    Plugins.instance()  # looks for plugins once a process, and executes their modules anew
     monkeypatch.setattr(grid.GridSweeper, "send", lambda self, todo: jobs.extend(todo) or [])
     assert command("-m", f"sweep={name}", f"output_dir={tmp_path}") == 0
     assert len({job.name for job in jobs}) == count
