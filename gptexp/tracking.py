@@ -100,9 +100,8 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     })  # fmt: skip
     label = re.sub(r"[^\w.-]+", "_", f"{group}-report", flags=re.ASCII)[-128:]  # as W&B takes it
     artifact = wandb.Artifact(label, type="report", description=" ".join(headline(study)))
-    artifact.add_file(str(page))
-    for name in ("figures", "tables"):
-        artifact.add_dir(str(page.parent / name), name=name)
+    for path in (page, *page.parent.glob("figures/*"), *page.parent.glob("tables/*")):
+        artifact.add_file(str(path), path.relative_to(page.parent).as_posix())
     run.log_artifact(artifact)
     best = [variant.label for variant in study.ranked()[:1]]
     run.summary.update({"headline": " ".join(headline(study)), "best_variant": "".join(best),
