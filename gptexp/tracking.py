@@ -88,9 +88,11 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     settings = logger if isinstance(logger, WandbConfig) else WandbConfig()
     groups = {record.info.get("group") for record in study.records}
     group = settings.group or (groups.pop() if len(groups) == 1 else None) or title
-    config = {"command": command, "metric": study.metric, "delta": study.delta, "alpha": study.alpha}
+    config = {"command": command, "baseline": study.baseline, "metric": study.metric, "delta": study.delta,
+              "alpha": study.alpha}  # fmt: skip
     run = open_wandb(settings, page.parent, name=f"{group} comparison"[-128:], group=group[:128], job_type="compare",
-                     config=config | {"baseline": study.baseline})  # fmt: skip
+                     config=config)  # fmt: skip
+    verdict = " ".join(headline(study))
     tables = {"variants": variants_table(study), "comparisons": comparisons_table(study)}
     figures = sorted((page.parent / "figures").glob("*.png"))
     run.log({
@@ -99,13 +101,12 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
         **{f"figures/{path.stem}": wandb.Image(str(path)) for path in figures},
     })  # fmt: skip
     label = re.sub(r"[^\w.-]+", "_", f"{group}-report", flags=re.ASCII)[-128:]  # as W&B takes it
-    artifact = wandb.Artifact(label, type="report", description=" ".join(headline(study)))
+    artifact = wandb.Artifact(label, type="report", description=verdict)
     for path in (page, *page.parent.glob("figures/*"), *page.parent.glob("tables/*")):
         artifact.add_file(str(path), path.relative_to(page.parent).as_posix())
     run.log_artifact(artifact)
-    best = [variant.label for variant in study.ranked()[:1]]
-    run.summary.update({"headline": " ".join(headline(study)), "best_variant": "".join(best),
-                        "runs": len(study.records)})  # fmt: skip
+    best = next((variant.label for variant in study.ranked()), None)
+    run.summary.update({"headline": verdict, "best_variant": best, "runs": len(study.records)})
     run.finish(exit_code=0)
 
 
