@@ -13,6 +13,7 @@ settings (key=value):
   alpha=0.05       the probability that any difference is claimed where there is none
   target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
   output=DIR       where the files go; report/ in the first directory by default
+  logger=none      wandb logs the report, its figures and tables to a W&B run of its own, beside the sweep's runs
 """
 
 import logging
@@ -46,6 +47,7 @@ class CompareConfig:
     alpha: Annotated[float, Gt(0), Lt(1)] = 0.05
     target: float | None = None
     output: str | None = None
+    logger: Literal["none", "wandb"] = "none"
 
 
 def main() -> None:
@@ -80,6 +82,10 @@ def compare(arguments: Sequence[str]) -> "Study":
     except OSError as error:
         raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
     log.info("report: %s", page)
+    if config.logger == "wandb":
+        from gptexp.tracking import log_comparison
+
+        log_comparison(study, page, title, command)
     return study
 
 

@@ -38,7 +38,7 @@ def read_fields(
     before, read = len(problems), {}
     for key, value in tree.items():
         if key not in hints:
-            of = f" of {prefix}name={tree['name']}" if "name" in tree else ""
+            of = f" of {prefix}name={tree['name']}" if prefix and "name" in tree else ""
             problems.append(f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}")
         else:
             try:

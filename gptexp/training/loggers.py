@@ -1,20 +1,15 @@
 """Where metrics go besides metrics.csv: Weights & Biases, TensorBoard, or nowhere."""
 
-import logging
-import netrc
 import os
 import uuid
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from gptexp.config import Config
 from gptexp.runs import Run
+from gptexp.tracking import open_wandb
 from gptexp.training.settings import TensorBoardConfig, WandbConfig
-
-log = logging.getLogger("gptexp")
 
 
 def build_loggers(run: Run, config: Config, name: str, group: str | None) -> list[Logger]:
@@ -68,61 +63,19 @@ class Samples:
                 logger.experiment.log({"samples": table, "step": step, "trainer/global_step": step})
 
 
-def has_api_key() -> bool:
-    """Whether W&B can log in without asking: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    places = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for path in places:
-        try:
-            if netrc.netrc(path).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
 def _wandb(run: Run, config: Config, settings: WandbConfig, name: str, group: str | None) -> WandbLogger:
-    import wandb
-
-    mode: Any = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not has_api_key():  # logging in would ask a question
-        if "online" in (settings.mode, os.environ.get("WANDB_MODE")):
-            log.warning("W&B has no API key; the run is kept offline")
-        mode = "offline"
-    identity = run.info.get("wandb_id") or uuid.uuid4().hex[:12]
+    given = os.environ.get("WANDB_RUN_ID") if group is None else None  # a W&B agent's: it watches this run for a loss
+    identity = run.info.get("wandb_id") or given or uuid.uuid4().hex[:12]
     run.update(wandb_id=identity)
-    options: dict[str, Any] = {
-        "project": settings.project,
-        "entity": settings.entity,
-        "name": name,
-        "id": identity,
-        "group": settings.group or group,
-        "job_type": settings.job_type,
-        "notes": settings.notes,
-        "tags": [*config.model.tags, run.info["data"]["corpus"], *settings.tags],
-        "config": config.tree(),
-        "dir": str(run.path),
-        "reinit": "finish_previous",
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
-    }
-    if mode != "offline":
-        options["resume"] = "allow"
-    try:
-        experiment = wandb.init(mode=mode, **options)
-    except Exception as error:  # an unreachable server must not cost a run
-        log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
-        options.pop("resume", None)
-        experiment = wandb.init(mode="offline", **options)
+    experiment = open_wandb(
+        settings, run.path, name=name, id=identity, job_type=settings.job_type, notes=settings.notes,
+        group=settings.group or group or os.environ.get("WANDB_RUN_GROUP") or os.environ.get("WANDB_SWEEP_ID"),
+        tags=[*config.model.tags, run.info["data"]["corpus"], *settings.tags], config=config.tree(),
+    )  # fmt: skip
     experiment.define_metric("step")
     experiment.define_metric("tokens")
     experiment.define_metric("*", step_metric="step")
     for metric in ("loss", "perplexity", "bpc"):
         experiment.define_metric(f"val/{metric}", step_metric="step", summary="min,last")
     experiment.define_metric("val/accuracy", step_metric="step", summary="max,last")
-    if experiment.offline:
-        log.info("W&B: offline; upload it later with: wandb sync %s", Path(experiment.dir).parent)
-    elif not experiment.disabled:
-        log.info("W&B: %s", experiment.url)
     return WandbLogger(experiment=experiment, save_dir=str(run.path))

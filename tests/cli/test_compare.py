@@ -11,6 +11,7 @@ import pytest
 from gptexp import compare
 from gptexp.runs import Run, read_metrics
 from tests.analysis.conftest import write  # noqa: F401  the fixture
+from tests.cli.wandb_file import read_run
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 
 Command = Callable[..., int]
@@ -122,3 +123,45 @@ def test_a_level_in_brackets_is_shown(
         write(2.0, 1, "batchnorm", model={"norms": {"batchnorm": {"stats": stats}}}, name=f"n{len(stats)}")
     assert command(str(tmp_path / "sweep"), main=compare.main) == 0
     assert 'stats=["batch", "time"]' in capfd.readouterr().out
+
+
+def test_a_report_in_wandb(
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    for seed in range(6):
+        write(2.0 + seed / 100, seed, settings={"logger": {"name": "wandb", "project": "mine", "mode": "offline"}})
+        write(1.9 + seed / 100, seed, "rmsnorm")
+    folder = tmp_path / "sweep"
+    assert command(str(folder), main=compare.main) == 0
+    assert not (folder / "report" / "wandb").exists()  # off by default
+    assert command(str(folder), "logger=wandb", main=compare.main) == 0
+    (file,) = folder.glob("report/wandb/offline-run-*/run-*.wandb")
+    assert f"upload it later with: wandb sync {file.parent}" in capfd.readouterr().out
+    record = read_run(file)
+    assert (record.name, record.group, record.job_type) == ("sweep comparison", "sweep", "compare")
+    assert record.project == "mine"  # that of the runs
+    assert record.exit_code == 0
+    assert json.loads(record.summary["best_variant"]) == "rmsnorm"
+    assert json.loads(record.summary["runs"]) == 12
+    assert "rmsnorm is better than layernorm" in json.loads(record.summary["headline"])
+    report = folder / "report"
+    files = sorted(str(p.relative_to(report)) for p in report.rglob("*") if p.is_file() and "wandb" not in p.parts)
+    assert record.artifacts["report:sweep-report"] == files
+    assert {"report.html", "tables/variants.csv", "figures/forest.png"} <= set(files)
+    (row,) = [row for row in record.history if "report/path" in row]
+    assert (file.parent / "files" / row["report/path"]).read_text() == (report / "report.html").read_text()
+    assert {f"figures/{p.stem}/path" for p in report.glob("figures/*.png")} <= row.keys()
+    for name in ("variants", "comparisons"):
+        table = json.loads((file.parent / "files" / row[f"{name}/path"]).read_text())
+        stored = pd.read_csv(report / "tables" / f"{name}.csv")
+        assert table["columns"] == list(stored)
+        assert len(table["data"]) == len(stored)
+        assert table["data"][0][0] == stored.iloc[0, 0]
+
+
+def test_an_empty_report_in_wandb(write: Callable[..., Run], tmp_path: Path, command: Command) -> None:  # noqa: F811
+    write([], 7, status="running")
+    assert command(str(tmp_path / "sweep"), "logger=wandb", main=compare.main) == 0
+    (file,) = tmp_path.glob("sweep/report/wandb/offline-run-*/run-*.wandb")
+    assert "No run has come to its end" in json.loads(read_run(file).summary["headline"])
+    assert command(str(tmp_path / "sweep"), "logger=wandbb", main=compare.main) == 2

@@ -22,11 +22,15 @@ class Record:
     name: str = ""
     group: str = ""
     project: str = ""
+    entity: str = ""
+    sweep: str = ""
     job_type: str = ""
     tags: list[str] = field(default_factory=list)
     config: dict[str, str] = field(default_factory=dict)  # values as JSON
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, tuple[str, bool]] = field(default_factory=dict)  # (step metric, minimum in the summary)
+    summary: dict[str, str] = field(default_factory=dict)  # values as JSON
+    artifacts: dict[str, list[str]] = field(default_factory=dict)  # paths of the files, by type and name
     exit_code: int | None = None
 
 
@@ -65,6 +69,7 @@ def _read(path: Path) -> Record:
             case "run":
                 run = record.run
                 found.id, found.name, found.group = run.run_id, run.display_name, run.run_group
+                found.entity, found.sweep = run.entity, run.sweep_id
                 found.project, found.job_type, found.tags = run.project, run.job_type, list(run.tags)
                 found.config |= {u.key or u.nested_key[0]: u.value_json for u in run.config.update}
             case "config":
@@ -76,7 +81,17 @@ def _read(path: Path) -> Record:
             case "metric":
                 metric = record.metric
                 names[metric.name] = (metric.step_metric, metric.summary.min)
+            case "summary":
+                found.summary |= {u.key or "/".join(u.nested_key): u.value_json for u in record.summary.update}
+            case "request" if record.request.WhichOneof("request_type") == "log_artifact":
+                found.artifacts |= _artifact(record.request.log_artifact.artifact)
+            case "artifact":
+                found.artifacts |= _artifact(record.artifact)
             case "exit":
                 found.exit_code = record.exit.exit_code
     found.metrics = names
     return found
+
+
+def _artifact(record: Any) -> dict[str, list[str]]:
+    return {f"{record.type}:{record.name}": sorted(entry.path for entry in record.manifest.contents)}

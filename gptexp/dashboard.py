@@ -1,0 +1,171 @@
+"""A W&B workspace that compares variants: `python -m gptexp.dashboard [key=value ...]`.
+
+Makes a saved view in a W&B project: losses over steps, tokens and time, variants side by side, speed, training,
+measurements of the layers, samples. Runs are grouped by sweep and variant, so that a line is a mean over seeds.
+
+    python -m gptexp.dashboard entity=TEAM
+    python -m gptexp.dashboard spec=dashboard.json
+
+settings (key=value):
+  project=gptexp   the W&B project
+  entity=NAME      the user or team that has it; the account's default otherwise
+  name=gptexp      of the view
+  spec=FILE        write the view's specification to a JSON file instead; needs no account and no network
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gptexp.console import report_errors
+from gptexp.errors import UserError
+
+log = logging.getLogger("gptexp")
+
+FACTORS = ("model.norm", "model.placement", "model.n_head")
+"""The settings that make a variant, as in a run's name."""
+
+LOWEST = "val/loss.min"
+"""The lowest validation loss, as W&B's summary has it."""
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Settings of the command; see the module's text."""
+
+    project: str = "gptexp"
+    entity: str | None = None
+    name: str = "gptexp"
+    spec: str | None = None
+
+
+def main() -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    with report_errors():
+        config = parse(sys.argv[1:])
+        view = workspace(config)
+        if config.spec:
+            write_spec(view, Path(config.spec))
+        else:
+            log.info("workspace: %s", view.save().url)
+
+
+def parse(arguments: Sequence[str]) -> DashboardConfig:
+    """The settings of a command line.
+
+    Raises:
+        UserError: with a line for every mistake, and for what is missing to do as asked.
+    """
+    from gptexp.tracking import has_api_key
+    from gptexp.validation import read_settings
+
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            problems.append(f"{argument}: cannot be read as a setting; a setting is written key=value")
+        elif key in values:
+            problems.append(f"{argument}: {key} is set twice")
+        else:
+            values[key] = None if value == "null" else value
+    config = read_settings(DashboardConfig, values, problems)
+    if find_spec("wandb_workspaces") is None:
+        problems.append("wandb-workspaces is not installed; pip install 'gptexp[dashboard]'")
+    if not values.get("spec") and not has_api_key():
+        problems.append("W&B has no API key; run wandb login, or write the specification to a file with spec=FILE")
+    if problems or config is None:
+        raise UserError(problems)
+    return config
+
+
+def write_spec(view: Any, path: Path) -> None:
+    """Write the specification of a workspace, as W&B stores it, to a JSON file.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    from gptexp.runs import write_atomically
+
+    try:
+        write_atomically(path, (json.dumps(view._spec, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"spec={path}: cannot be written ({error.strerror})") from error
+    log.info("specification: %s", path)
+
+
+def workspace(config: DashboardConfig) -> Any:
+    """The workspace, as an object of wandb-workspaces; nothing is sent before its `save`.
+
+    Raises:
+        UserError: when W&B does not allow the name.
+    """
+    import wandb
+    from pydantic import ValidationError
+    from wandb_workspaces import workspaces as ws
+
+    entity = config.entity or ("" if config.spec else wandb.Api().default_entity)
+    try:
+        return ws.Workspace(
+            entity=entity, project=config.project, name=config.name,
+            sections=[ws.Section(name, panels=panels, is_open=True) for name, panels in sections().items()],
+            settings=ws.WorkspaceSettings(x_axis="step", max_runs=50),
+            runset_settings=ws.RunsetSettings(
+                filters=ws.And(ws.Metric("JobType") != "compare"),
+                groupby=[ws.Metric("Group"), *(ws.Config(factor) for factor in FACTORS)],
+                order=[ws.Ordering(ws.Summary(LOWEST), ascending=True)],
+                pinned_columns=[f"summary:{LOWEST}", "summary:tokens_per_second"],
+            ),
+        )  # fmt: skip
+    except ValidationError as error:
+        raise UserError(f"name={config.name}: {error.errors()[0]['msg']}") from error
+
+
+def sections() -> dict[str, list[Any]]:
+    """The panels by the names of their sections. Lines are means of a group's runs in the range of these."""
+    from wandb_workspaces.reports import v2 as wr
+
+    from gptexp.analysis.layers import UNITS
+
+    def line(y: str, x: str = "step", **more: Any) -> Any:
+        return wr.LinePlot(title=f"{y} by {x}", x=x, y=[y], groupby_aggfunc="mean", groupby_rangefunc="minmax", **more)
+
+    def bar(factor: str) -> Any:
+        return wr.BarPlot(title=f"lowest val/loss by {factor}", metrics=[LOWEST], groupby=wr.Config(factor),
+                          groupby_aggfunc="mean", groupby_rangefunc="minmax")  # fmt: skip
+
+    def column(key: str, log: bool = False) -> Any:
+        return wr.ParallelCoordinatesPlotColumn(wr.Config(key), display_name=key, log=log)
+
+    rate = "optimizer.learning_rate"
+    lowest = wr.SummaryMetric(LOWEST)
+    return {
+        "loss": [line("val/loss"), line("val/loss", "tokens"), line("val/loss", "seconds"), line("train/loss"),
+                 line("val/bpc"), line("val/accuracy")],
+        "variants": [
+            *map(bar, FACTORS),
+            wr.ScatterPlot(title="learning rate and lowest val/loss", x=wr.Config(rate), y=lowest, log_x=True),
+            wr.ParallelCoordinatesPlot(
+                title="settings and lowest val/loss",
+                columns=[*map(column, FACTORS), column(rate, log=True),
+                         wr.ParallelCoordinatesPlotColumn(lowest, display_name="lowest val/loss", inverted=True)],
+            ),
+        ],
+        "speed": [line("tokens_per_second"), line("mfu"), line("tokens", "seconds")],
+        "training": [line("grad_norm", log_y=True), line("learning_rate")],
+        "diagnostics": [wr.LinePlot(title=f"{quantity} ({unit})", x="step", metric_regex=f"diagnostics/{quantity}/.*")
+                        for quantity, unit in UNITS.items()],
+        "samples": [wr.WeavePanelSummaryTable(table_name="samples", layout=wr.Layout(w=24, h=12))],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
