@@ -6,6 +6,7 @@ them by the real command, and prints the seconds and the peak memory of it.
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gptexp.config import read_config
-from gptexp.runs import Metrics, Run
+from gptexp.records import Metrics
+from gptexp.runs import Run
 
 NORMS = ("layernorm", "rmsnorm", "batchnorm", "scalenorm", "dyt")
 RATES = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 1e-2, 10))
@@ -58,7 +60,9 @@ def write_run(
         metrics.append(row | ({"val/loss": evaluations[step]} if step in evaluations else {}))
     metrics.close()
     if status in ("done", "diverged", "interrupted"):
-        run.write_result({"status": status, "parameters": 1000, "seconds": rows / 100, "tokens_per_second": 76800.0})
+        best = min(filter(math.isfinite, losses), default=None)
+        run.write_result({"status": status, "best_val_loss": best, "parameters": 1000, "seconds": rows / 100,
+                          "tokens_per_second": 76800.0})  # fmt: skip
     run.finish(status)  # type: ignore[arg-type]
     return run
 

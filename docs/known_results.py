@@ -16,7 +16,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gptexp.runs import Run, read_diagnostics, read_metrics
+from gptexp.records import read_diagnostics, read_metrics
+from gptexp.runs import Run
 
 Group = dict[Any, list[Run]]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

@@ -4,20 +4,17 @@ config.yaml (fully resolved) · run.json (status, fingerprints, versions, device
 result.json · checkpoints/{best,last}.ckpt · samples.txt · train.log · diagnostics.csv
 """
 
-import csv
 import hashlib
 import inspect
 import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 from filelock import FileLock, Timeout
@@ -28,33 +25,6 @@ from gptexp.models.registry import NORMS
 from gptexp.validation import show
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted", "pruned"]
-
-METRICS = (
-    "step", "tokens", "train/loss", "learning_rate", "grad_norm",
-    "val/loss", "val/loss_windows", "val/perplexity", "val/accuracy", "val/bpc",
-    "seconds", "tokens_per_second", "mfu",
-)  # fmt: skip
-"""Columns of metrics.csv. The last three are times and differ from machine to machine; nothing else does."""
-
-TIMES = METRICS[-3:]
-
-
-class Measurement(NamedTuple):
-    """A row of diagnostics.csv.
-
-    Attributes:
-        step: optimizer steps done before.
-        layer: name of the module in the model, "embedding" for what enters the first layer.
-        quantity: what was measured; see `gptexp.training.callbacks.diagnostics`.
-        value: of it.
-    """
-
-    step: int
-    layer: str
-    quantity: str
-    value: float
-
-
 _FREE = ("output_dir", "name", "resume")  # say nothing of what a run computes
 
 
@@ -248,104 +218,6 @@ def unfinished(folder: Path, fingerprint: str) -> Run | None:
         with suppress(UserError), Run(path).lock():
             return Run(path)
     return None
-
-
-class Metrics:
-    """The writer of metrics.csv, or of a table with other columns: rows are only ever appended.
-
-    A resumed run cuts the file back to where it stood at the checkpoint, so it ends as an unbroken run's would.
-    """
-
-    def __init__(self, path: Path, size: int | None, columns: Sequence[str] = METRICS) -> None:
-        """Open the file at `size` bytes, or anew when size is None."""
-        self.columns = columns
-        self._file = path.open("r+b" if size is not None else "wb")
-        if size is None:
-            self._line(columns)
-        else:
-            self._file.truncate(size)
-            self._file.seek(size)
-
-    def append(self, row: Mapping[str, float | str]) -> None:
-        """Write a row; columns that it lacks stay empty."""
-        cells = (row.get(c, "") for c in self.columns)
-        self._line([cell if isinstance(cell, str) else repr(cell) for cell in cells])
-
-    def _line(self, cells: Any) -> None:
-        self._file.write((",".join(cells) + "\n").encode())
-        self._file.flush()
-
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv; each holds the columns that have a value in it. A half-written row is left out."""
-    header, rows = _read_table(path)
-    return [{k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows]
-
-
-def last_row(path: Path) -> dict[str, float]:
-    """The last row of a metrics.csv, as far as it is written; empty while there is none."""
-    try:
-        with path.open("rb") as file:
-            header = file.readline().decode().rstrip("\n").split(",")
-            file.seek(max(file.tell(), path.stat().st_size - 1000))
-            rows = file.read().decode().splitlines(keepends=True)
-    except OSError:
-        return {}
-    whole = [cells for row in rows if row.endswith("\n") and len(cells := row.rstrip("\n").split(",")) == len(header)]
-    return {k: float(v) for k, v in zip(header, whole[-1], strict=True) if v} if whole else {}
-
-
-def read_evaluations(path: Path, loss: str) -> list[tuple[float, float, float, float]]:
-    """Step, tokens, seconds of training and a loss of the rows of a metrics.csv that have it as a finite number.
-
-    An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
-    Far faster than `read_metrics`: only the numbers that are asked for are read.
-    """
-    header, *lines = path.read_text().split("\n")[:-1] or [",".join(METRICS)]
-    names = header.split(",")
-    at, step, tokens, time = (names.index(column) for column in (loss, "step", "tokens", "seconds"))
-    found, seconds = [], "0"
-    for line in lines:
-        cells = line.split(",")
-        if len(cells) == len(names):
-            seconds = cells[time] or seconds
-            if cells[at] and math.isfinite(float(cells[at])):
-                found.append((float(cells[step]), float(cells[tokens]), float(seconds), float(cells[at])))
-    return found
-
-
-def read_diagnostics(path: Path) -> list[Measurement]:
-    """The rows of a diagnostics.csv, oldest first. A half-written row is left out."""
-    return [Measurement(int(step), layer, name, float(value)) for step, layer, name, value in _read_table(path)[1]]
-
-
-def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    header = rows[0] if rows else []
-    return header, [row for row in rows[1:] if len(row) == len(header)]
-
-
-def append_sample(path: Path, step: int, text: str) -> int:
-    """Add a text to samples.txt under a heading with its step; returns the file's new size in bytes."""
-    with path.open("ab") as file:
-        file.write(f"--- step {step} ---\n{text}\n\n".encode())
-        return file.tell()
-
-
-def read_samples(path: Path) -> list[tuple[int, str]]:
-    """The steps and texts of a samples.txt, oldest first; none if there is no file."""
-    text = path.read_bytes().decode() if path.exists() else ""
-    parts = re.split(r"^--- step (\d+) ---\n", text, flags=re.MULTILINE)[1:]
-    return [(int(step), body[:-2]) for step, body in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gptexp.runs import METRICS, TIMES, Run
+from gptexp.records import METRICS, TIMES
+from gptexp.runs import Run
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 
 from gptexp.config import Config
 from gptexp.errors import UserError
-from gptexp.runs import (
-    METRICS,
-    Metrics,
-    Run,
-    append_sample,
-    code_fingerprint,
-    read_metrics,
-    read_samples,
-    unfinished,
-    write_atomically,
-)
+from gptexp.records import METRICS, Metrics, append_sample, read_metrics, read_samples
+from gptexp.runs import Run, code_fingerprint, unfinished, write_atomically
 
 
 def claim(folder: Path, **info: object) -> Run:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from gptexp.config import flatten
 from gptexp.errors import UserError
-from gptexp.runs import Run, read_evaluations
+from gptexp.records import read_evaluations
+from gptexp.runs import Run
 from gptexp.validation import show
 
 AXES = ("step", "tokens", "seconds")

@@ -3,7 +3,8 @@
 import numpy as np
 
 from gptexp.analysis.study import Study, Variant
-from gptexp.runs import Run, read_diagnostics, read_samples
+from gptexp.records import read_diagnostics, read_samples
+from gptexp.runs import Run
 
 
 def last_diagnostics(variant: Variant) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Norms whose statistics cross positions or sequences, and what they need: masks, running averages, other ranks.
+"""Batch norms, whose statistics cross positions and sequences: masks, running averages, other ranks.
 
 x is (N, L, C), mask is None or (N, L), False at padding. Under distributed training, statistics are those of
 the global batch.
@@ -7,14 +7,13 @@ the global batch.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptexp.models.reduction import ranks, sum_over_ranks, weighted
 from gptexp.models.registry import (
     BatchNormSettings,
     NormShape,
-    PowerNormSettings,
     RegularizedBatchNormSettings,
     RunningSettings,
 )
@@ -51,7 +50,7 @@ class _Running(nn.Module):
         """x less its batch mean, over its batch deviation; moves the running mean and var, in place."""
         if mask is not None:  # padding may have grown to inf on its way through the layers, and inf * 0 is nan
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        batch_mean, batch_var, count = self.statistics(*_weighted(x, mask))
+        batch_mean, batch_var, count = self.statistics(*weighted(x, mask))
         if bool(count.max() < 2):
             raise ValueError(self._too_few())
         # A position that fewer than two values reach has no variance: it is normalised as in evaluation, by the
@@ -83,7 +82,7 @@ class _Running(nn.Module):
         """
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        mean, var, count = self.statistics(*_weighted(x, mask))
+        mean, var, count = self.statistics(*weighted(x, mask))
         rows = slice(x.shape[1] if self.per_position else None)
         std = (var + self.eps).sqrt()
         mean_drift = (self.running_mean[rows] - mean).abs() / std
@@ -117,7 +116,7 @@ class BatchNorm(_Running):
 
     def normalise(self, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         """As its base; in one kernel where nothing is padded and this process holds the whole batch."""
-        if mask is not None or _ranks() > 1:
+        if mask is not None or ranks() > 1:
             return super().normalise(x, mask, mean, var)
         N, L, C = x.shape
         if (N if self.per_position else N * L) < 2:
@@ -129,10 +128,10 @@ class BatchNorm(_Running):
     def statistics(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of shape (C,) over sequences and positions, or (L, C) over sequences."""
         dims = (0,) if self.per_position else (0, 1)
-        count = _sum_over_ranks(weight.sum(dims))  # (1,) or (L, 1)
+        count = sum_over_ranks(weight.sum(dims))  # (1,) or (L, 1)
         divisor = count.clamp(min=1)
-        mean = _sum_over_ranks((x * weight).sum(dims)) / divisor
-        return mean, _sum_over_ranks(((x - mean).square() * weight).sum(dims)) / divisor, count
+        mean = sum_over_ranks((x * weight).sum(dims)) / divisor
+        return mean, sum_over_ranks(((x - mean).square() * weight).sum(dims)) / divisor, count
 
 
 class RegularizedBatchNorm(BatchNorm):
@@ -179,130 +178,11 @@ class CausalBatchNorm(_Running):
         """Each of shape (L, C); the count (L, 1)."""
         # Sums of squares lose digits where the mean is large; the first position's, which all may see, is near it.
         with torch.no_grad():
-            first = _sum_over_ranks(weight[:, 0].sum(0)).clamp(min=1)
-            shift = _sum_over_ranks((x[:, 0] * weight[:, 0]).sum(0)) / first
+            first = sum_over_ranks(weight[:, 0].sum(0)).clamp(min=1)
+            shift = sum_over_ranks((x[:, 0] * weight[:, 0]).sum(0)) / first
         x = (x - shift) * weight
-        count = _sum_over_ranks(weight.sum(0)).cumsum(0)
+        count = sum_over_ranks(weight.sum(0)).cumsum(0)
         divisor = count.clamp(min=1)
-        mean = _sum_over_ranks(x.sum(0)).cumsum(0) / divisor
-        square = _sum_over_ranks(x.square().sum(0)).cumsum(0) / divisor
+        mean = sum_over_ranks(x.sum(0)).cumsum(0) / divisor
+        square = sum_over_ranks(x.square().sum(0)).cumsum(0) / divisor
         return mean + shift, (square - mean.square()).clamp(min=0), count
-
-
-class PowerNorm(nn.Module):
-    """y = x / sqrt(psi + eps) * weight + bias, where psi (C,) is the mean of x^2 over sequences and positions.
-
-    No mean is subtracted. With stats=running, the forward pass divides by psi's running average of the steps before,
-    and the backward pass corrects for that with a running average of its own, nu:
-    dx = (dz - nu z) / sqrt(psi + eps), z = x / sqrt(psi + eps), dz = weight dy,
-    nu <- nu (1 - m mean(z^2)) + m mean(dz z), with m the momentum. With stats=batch ("PN-V"), training divides by the
-    batch's own psi and differentiates through it, so it looks ahead. Evaluation uses the running average.
-    prescale first divides each position's vector by its root mean square, as the authors' own layer does.
-    Source: Shen et al. 2020, "PowerNorm: Rethinking Batch Normalization in Transformers", algorithms 1 and 2.
-    """
-
-    running_psi: Tensor
-    running_nu: Tensor
-    exact_gradient = False  # what an audit needs: the derivative of what the forward pass computes
-
-    def __init__(self, settings: PowerNormSettings, shape: NormShape) -> None:
-        super().__init__()
-        self.eps, self.momentum = settings.eps, settings.momentum
-        self.of_batch, self.prescale = settings.stats == "batch", settings.prescale
-        self.weight = nn.Parameter(torch.ones(shape.channels))
-        self.bias = nn.Parameter(torch.zeros(shape.channels))
-        self.register_buffer("running_psi", torch.ones(shape.channels))
-        self.register_buffer("running_nu", torch.zeros(shape.channels))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
-        if mask is not None and self.training:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        wide, weight = _weighted(x, mask)
-        if self.prescale:
-            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        psi = self.running_psi
-        if self.training:
-            count = _sum_over_ranks(weight.sum()).clamp(min=1)
-            with torch.set_grad_enabled(self.of_batch):
-                psi = _sum_over_ranks((wide.square() * weight).sum((0, 1))) / count
-        if self.training and not self.of_batch and not self.exact_gradient:
-            scale = torch.rsqrt(self.running_psi + self.eps)
-            z = _Power.apply(wide, scale, self.running_nu, weight * (self.momentum / count))
-        else:
-            used = psi if self.of_batch else self.running_psi.clone()  # which is about to move
-            z = wide * torch.rsqrt(used + self.eps)
-        if self.training:
-            with torch.no_grad():
-                self.running_psi.lerp_(psi.to(self.running_psi.dtype), self.momentum)
-        y: Tensor = z.to(x.dtype) * self.weight + self.bias
-        return y
-
-    @torch.no_grad()
-    def discrepancy(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float]:
-        """How far the running psi is from this batch's: std_drift, as batch norm's, with std = sqrt(psi + eps)."""
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        wide, weight = _weighted(x, mask)
-        if self.prescale:
-            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        psi = _sum_over_ranks((wide.square() * weight).sum((0, 1))) / _sum_over_ranks(weight.sum()).clamp(min=1)
-        drift = ((self.running_psi + self.eps) / (psi + self.eps)).sqrt() - 1
-        return {"std_drift": float(drift.abs().mean())}
-
-
-class _Power(torch.autograd.Function):
-    """z = x * scale, with PowerNorm's approximate gradient; the backward pass moves nu, in place.
-
-    weight (N, L, 1) is the momentum over the number of positions, 0 where there is padding.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, nu: Tensor, weight: Tensor) -> Tensor:
-        z = x * scale
-        ctx.save_for_backward(z, scale, weight)
-        ctx.nu = nu
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        z, scale, weight = ctx.saved_tensors
-        nu, dz = ctx.nu, grads[0]
-        dx = (dz - nu.to(z.dtype) * z) * scale
-        sums = torch.stack([(z.square() * weight).sum((0, 1)), (dz * z * weight).sum((0, 1))])
-        gamma, lam = _sum_over_ranks(sums).to(nu.dtype)
-        nu.copy_(nu * (1 - gamma) + lam)
-        return dx, None, None, None
-
-
-def _weighted(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x in float32 at least, and (N, L, 1): 1 where there is no padding."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return wide, torch.ones_like(wide[..., :1]) if mask is None else mask.unsqueeze(-1).to(wide.dtype)
-
-
-class _AllReduce(torch.autograd.Function):
-    """Sum over all ranks; each rank's result depends on every rank's input, so gradients are summed, too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    if _ranks() > 1:
-        total: Tensor = _AllReduce.apply(x)
-        return total
-    return x

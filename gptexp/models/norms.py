@@ -2,7 +2,8 @@
 
 Every norm is built as `Norm(settings, shape)` and called as `norm(x, mask)`, where mask is None or a boolean (N, L)
 that is False at padding, and returns a tensor of x's shape. Only norms whose statistics cross positions or
-sequences, which are in `batchnorms.py`, use the mask. The initial values of a norm's parameters are constants.
+sequences, which are in `batchnorms.py` and `powernorm.py`, use the mask. The initial values of a norm's parameters
+are constants.
 """
 
 import math

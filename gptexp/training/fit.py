@@ -24,7 +24,8 @@ from gptexp.errors import Interrupted, UserError
 from gptexp.models.influence import train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import build_model
-from gptexp.runs import Run, read_samples
+from gptexp.records import read_samples
+from gptexp.runs import Run
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
 from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.progress import ProgressReport

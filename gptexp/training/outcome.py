@@ -11,7 +11,8 @@ import torch
 
 from gptexp.analysis.layers import plot_diagnostics
 from gptexp.analysis.plots import plot_curves
-from gptexp.runs import Run, read_diagnostics, read_metrics, read_samples
+from gptexp.records import read_diagnostics, read_metrics, read_samples
+from gptexp.runs import Run
 from gptexp.training.loggers import summarise
 from gptexp.training.module import GPTModule
 

@@ -19,7 +19,7 @@ from gptexp.analysis.figures import COLOURS, band, chosen, draw
 from gptexp.analysis.report import write_report
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import all_tables, latex, markdown, pareto_front, reach, readable, speed_table
-from gptexp.runs import Metrics, append_sample
+from gptexp.records import Metrics, append_sample
 from tests.analysis.conftest import Write
 
 Build = Callable[..., Study]

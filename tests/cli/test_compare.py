@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from gptexp import compare
-from gptexp.runs import Run, read_metrics
+from gptexp.records import read_metrics
+from gptexp.runs import Run
 from tests.analysis.conftest import write  # noqa: F401  the fixture
 from tests.cli.wandb_file import read_run
 from tests.conftest import REPOSITORY, TINY, finish, spawn

@@ -10,7 +10,7 @@ import pytest
 
 from gptexp import dashboard
 from gptexp.config import known_keys
-from gptexp.runs import METRICS
+from gptexp.records import METRICS
 
 Command = Callable[..., int]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gptexp.runs import Run, read_metrics
+from gptexp.records import read_metrics
+from gptexp.runs import Run
 from tests.conftest import TINY, finish, spawn
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5"]

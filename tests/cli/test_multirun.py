@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptexp.runs import Run, read_metrics, read_samples
+from gptexp.records import read_metrics, read_samples
+from gptexp.runs import Run
 from tests.cli.wandb_file import read_run
 from tests.conftest import TINY
 

@@ -12,7 +12,8 @@ from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from gptexp.config import known_keys
 from gptexp.overrides import check, register_choices
-from gptexp.runs import METRICS, Run
+from gptexp.records import METRICS
+from gptexp.runs import Run
 from tests.cli.wandb_file import read_run
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 

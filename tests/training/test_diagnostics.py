@@ -18,7 +18,8 @@ from gptexp.errors import RunFailed, UserError
 from gptexp.models.norms import build_norm
 from gptexp.models.registry import NORMS, Norm, NormSettings, NormShape
 from gptexp.models.settings import GPTConfig, MLPConfig, ModelConfig, build_model
-from gptexp.runs import Measurement, Run, read_diagnostics, read_metrics
+from gptexp.records import Measurement, read_diagnostics, read_metrics
+from gptexp.runs import Run
 from gptexp.train import start, train
 from gptexp.training.callbacks.diagnostics import Values, watch
 from gptexp.training.callbacks.recorder import Recorder

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from gptexp.data.tokenizer import tokenizer_from_dict
-from gptexp.runs import Run, read_metrics
+from gptexp.records import read_metrics
+from gptexp.runs import Run
 from gptexp.sample import load_model
 from tests.conftest import TINY, timeless
 

@@ -33,7 +33,8 @@ from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
 from gptexp.models.influence import named_layers
 from gptexp.models.norms import DynamicTanh
-from gptexp.runs import Measurement, Metrics, Run
+from gptexp.records import Measurement, Metrics
+from gptexp.runs import Run
 from gptexp.training.module import GPTModule
 
 FLAT, FLAT_TANH = 0.05, 0.97

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, Trainer
 
 from gptexp.config import Config
 from gptexp.data.datamodule import Batch
-from gptexp.runs import Metrics, Run, append_sample
+from gptexp.records import Metrics, append_sample
+from gptexp.runs import Run
 from gptexp.training.module import GPTModule
 
 Watch = Callable[[int, float], bool]

@@ -1,0 +1,100 @@
+"""PowerNorm: batch norm without a mean, over a running statistic, with an approximate gradient.
+
+x is (N, L, C), mask is None or (N, L), False at padding. Under distributed training, statistics are those of
+the global batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptexp.models.reduction import sum_over_ranks, weighted
+from gptexp.models.registry import NormShape, PowerNormSettings
+
+
+class PowerNorm(nn.Module):
+    """y = x / sqrt(psi + eps) * weight + bias, where psi (C,) is the mean of x^2 over sequences and positions.
+
+    No mean is subtracted. With stats=running, the forward pass divides by psi's running average of the steps before,
+    and the backward pass corrects for that with a running average of its own, nu:
+    dx = (dz - nu z) / sqrt(psi + eps), z = x / sqrt(psi + eps), dz = weight dy,
+    nu <- nu (1 - m mean(z^2)) + m mean(dz z), with m the momentum. With stats=batch ("PN-V"), training divides by the
+    batch's own psi and differentiates through it, so it looks ahead. Evaluation uses the running average.
+    prescale first divides each position's vector by its root mean square, as the authors' own layer does.
+    Source: Shen et al. 2020, "PowerNorm: Rethinking Batch Normalization in Transformers", algorithms 1 and 2.
+    """
+
+    running_psi: Tensor
+    running_nu: Tensor
+    exact_gradient = False  # what an audit needs: the derivative of what the forward pass computes
+
+    def __init__(self, settings: PowerNormSettings, shape: NormShape) -> None:
+        super().__init__()
+        self.eps, self.momentum = settings.eps, settings.momentum
+        self.of_batch, self.prescale = settings.stats == "batch", settings.prescale
+        self.weight = nn.Parameter(torch.ones(shape.channels))
+        self.bias = nn.Parameter(torch.zeros(shape.channels))
+        self.register_buffer("running_psi", torch.ones(shape.channels))
+        self.register_buffer("running_nu", torch.zeros(shape.channels))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
+        if mask is not None and self.training:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        wide, weight = weighted(x, mask)
+        if self.prescale:
+            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
+        psi = self.running_psi
+        if self.training:
+            count = sum_over_ranks(weight.sum()).clamp(min=1)
+            with torch.set_grad_enabled(self.of_batch):
+                psi = sum_over_ranks((wide.square() * weight).sum((0, 1))) / count
+        if self.training and not self.of_batch and not self.exact_gradient:
+            scale = torch.rsqrt(self.running_psi + self.eps)
+            z = _Power.apply(wide, scale, self.running_nu, weight * (self.momentum / count))
+        else:
+            used = psi if self.of_batch else self.running_psi.clone()  # which is about to move
+            z = wide * torch.rsqrt(used + self.eps)
+        if self.training:
+            with torch.no_grad():
+                self.running_psi.lerp_(psi.to(self.running_psi.dtype), self.momentum)
+        y: Tensor = z.to(x.dtype) * self.weight + self.bias
+        return y
+
+    @torch.no_grad()
+    def discrepancy(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float]:
+        """How far the running psi is from this batch's: std_drift, as batch norm's, with std = sqrt(psi + eps)."""
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        wide, weight = weighted(x, mask)
+        if self.prescale:
+            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
+        psi = sum_over_ranks((wide.square() * weight).sum((0, 1))) / sum_over_ranks(weight.sum()).clamp(min=1)
+        drift = ((self.running_psi + self.eps) / (psi + self.eps)).sqrt() - 1
+        return {"std_drift": float(drift.abs().mean())}
+
+
+class _Power(torch.autograd.Function):
+    """z = x * scale, with PowerNorm's approximate gradient; the backward pass moves nu, in place.
+
+    weight (N, L, 1) is the momentum over the number of positions, 0 where there is padding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, nu: Tensor, weight: Tensor) -> Tensor:
+        z = x * scale
+        ctx.save_for_backward(z, scale, weight)
+        ctx.nu = nu
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, scale, weight = ctx.saved_tensors
+        nu, dz = ctx.nu, grads[0]
+        dx = (dz - nu.to(z.dtype) * z) * scale
+        sums = torch.stack([(z.square() * weight).sum((0, 1)), (dz * z * weight).sum((0, 1))])
+        gamma, lam = sum_over_ranks(sums).to(nu.dtype)
+        nu.copy_(nu * (1 - gamma) + lam)
+        return dx, None, None, None
