@@ -5,6 +5,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -13,10 +15,30 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gptexp.runs import Run, last_row
+from gptexp.errors import UserError
+from gptexp.records import last_row
+from gptexp.runs import Run
 from gptexp.sweeps import FINAL, Standing, Sweep
 
 BEST = 5  # jobs listed
+STALE = 60  # seconds without a sign before this process began, after which a job counts as killed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job under way has come.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: to do in all.
+        loss: the last training loss, nats a token; nan before the first.
+        moved: when its directory last changed, seconds since the epoch.
+    """
+
+    step: float
+    steps: int
+    loss: float
+    moved: float
 
 
 class Scoreboard:
@@ -32,6 +54,7 @@ class Scoreboard:
     def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
         self.standings = {name: sweep.standing(name) for name in names}
+        self._under_way: dict[str, Progress] = {}
         self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
         self._began, self._start = time.time(), time.perf_counter()
         self._stop = threading.Event()
@@ -69,6 +92,11 @@ class Scoreboard:
             if before.state in FINAL:
                 continue
             now = self.standings[name] = self.sweep.standing(name)
+            self._under_way.pop(name, None)
+            if now.state == "running":
+                # A directory that has gone, or is not yet whole, is no reason for the board to stop.
+                with suppress(OSError, ValueError, KeyError, UserError):
+                    self._under_way[name] = self._progress(name)
             if now.state != before.state and now.state in (*FINAL, "failed") and not self.console.is_terminal:
                 self.console.print(self._line(now), highlight=False, soft_wrap=True)
 
@@ -86,7 +114,7 @@ class Scoreboard:
     def _left(self) -> str:
         """The time left, from what has been done since this process began."""
         ended = {n for n, s in self.standings.items() if s.state in (*FINAL, "failed")}
-        under_way = sum(self._part(n) for n, s in self.standings.items() if s.state == "running")
+        under_way = sum(at.step / at.steps for at in self._running().values())
         done, waiting = len(ended - self._ended_before) + under_way, self.total - len(ended) - under_way
         if done < 0.1 or waiting <= 0:
             return ""
@@ -96,29 +124,25 @@ class Scoreboard:
     def render(self) -> Group:
         """The table: counts, the jobs that run, the best so far."""
         counts = Counter(s.state for s in self.standings.values())
-        running = [s for s in self.standings.values() if s.state == "running" and self._alive(s.name)]
+        running = self._running()
         words = [f"{counts['done']} done", f"{len(running)} running", f"{counts['failed']} failed",
                  *(f"{counts[state]} {state}" for state in ("diverged", "pruned") if counts[state])]  # fmt: skip
         words = [f"{self.sweep.folder.name}: {self.total} jobs", *words, self._left()]
         table = Table(box=None, padding=(0, 1), show_header=False)
-        for standing in running:
-            run = Run(self.sweep.folder / standing.name)
-            row, steps = last_row(run.metrics_path), run.config.max_steps
-            step = row.get("step", 0)
-            table.add_row(standing.name, ProgressBar(steps, step, width=20), f"step {step:.0f}/{steps}",
-                          f"loss {row['train/loss']:.4f}" if "train/loss" in row else "")  # fmt: skip
+        for name, at in running.items():
+            table.add_row(name, ProgressBar(at.steps, at.step, width=20), f"step {at.step:.0f}/{at.steps}",
+                          "" if math.isnan(at.loss) else f"loss {at.loss:.4f}")  # fmt: skip
         finite = sorted((s for s in self.standings.values() if math.isfinite(s.loss)), key=lambda s: s.loss)
         for place, standing in enumerate(finite[:BEST], 1):
             table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
         return Group(Text(" · ".join(filter(None, words))), table)
 
-    def _part(self, name: str) -> float:
-        """How much of a job is done, from 0 to 1."""
-        run = Run(self.sweep.folder / name)
-        return last_row(run.metrics_path).get("step", 0) / run.config.max_steps
+    def _running(self) -> dict[str, Progress]:
+        """The jobs under way; what a killed process left calls itself "running", too."""
+        return {name: at for name, at in self._under_way.copy().items() if at.moved >= self._began - STALE}
 
-    def _alive(self, name: str) -> bool:
-        """Whether a running job has moved since this process began: a killed one is "running", too."""
+    def _progress(self, name: str) -> Progress:
         run = Run(self.sweep.folder / name)
-        times = [p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists()]
-        return bool(times) and max(times) >= self._began - 60
+        row = last_row(run.metrics_path)
+        moved = max(p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists())
+        return Progress(row.get("step", 0), run.config.max_steps, row.get("train/loss", math.nan), moved)

@@ -138,12 +138,11 @@ class Sweep:
         """How a job stands, as its directory tells."""
         run = Run(self.folder / name)
         try:
-            info, result = run.info, run.result or {}
-        except (OSError, ValueError):
+            info, loss = run.info, (run.result or {}).get("best_val_loss")
+            return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
+                            int(info.get("attempts", 0)))  # fmt: skip
+        except (OSError, ValueError, KeyError):  # not yet whole, or gone
             return Standing(name, "waiting")
-        loss = result.get("best_val_loss")
-        return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
-                        int(info.get("attempts", 0)))  # fmt: skip
 
     def is_final(self, name: str) -> bool:
         """Whether nothing is left to do for the job."""
@@ -206,7 +205,7 @@ def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> s
 def draw(sweep: Sweep) -> None:
     """Draw the validation losses of a sweep's runs into its directory."""
     from gptexp.analysis.plots import plot_runs
-    from gptexp.runs import read_metrics
+    from gptexp.records import read_metrics
 
     names = [name for name in sweep.info.get("jobs", []) if Run(sweep.folder / name).metrics_path.exists()]
     if names:
