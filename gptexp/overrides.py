@@ -1,6 +1,7 @@
 """Reads a Hydra command line before Hydra does, to report all of its mistakes at once, each in one line."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,8 @@ from gptexp.models.registry import NORMS, PLACEMENTS, default_norms
 from gptexp.validation import Tree, nearest, show
 
 VERSION_BASE = "1.3"
+
+OF_SWEEPS = re.compile(r"sweep$|sweep\.|hydra[./](sweep|sweeper|launcher)\b")  # keys that only a multirun reads
 
 
 def conf_dir() -> str:
@@ -61,6 +64,8 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
     overrides, problems = parse(arguments)
     problems += [f"{o.input_line}: a sweep goes on when its command is given again; leave it out"
                  for o in overrides if multirun and o.key_or_group == "resume"]  # fmt: skip
+    problems += [f"{o.input_line}: needs --multirun (-m)"
+                 for o in overrides if not multirun and OF_SWEEPS.match(o.key_or_group)]  # fmt: skip
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
         search = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
         groups, values, passed = [], [], []

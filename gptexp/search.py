@@ -71,6 +71,17 @@ def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str
     return wrong
 
 
+def check_pruner(settings: Mapping[str, Any], config: Config) -> None:
+    """Refuse to prune trials that train in processes of their own, which nothing reaches from outside.
+
+    Raises:
+        UserError: when the settings of the sweeper ask for it.
+    """
+    if settings["pruner"] != "none" and config.hardware.strategy != "auto":
+        raise UserError(f"hydra.sweeper.pruner={settings['pruner']}: a trial of hardware.strategy="
+                        f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
+
+
 def open_study(folder: Path, settings: Mapping[str, Any], config: Config) -> "Study":
     """The study of a sweep, new or as it was left.
 

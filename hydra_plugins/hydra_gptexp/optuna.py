@@ -85,8 +85,10 @@ class OptunaSweeper(GridSweeper):
         base = self.prepare(fixed, [])
         if base.error:
             raise base.error
+        config = read_config(base.tree)
+        search.check_pruner(self.settings, config)
         begin(sweep, [base.tree], list(space), [])
-        study = search.open_study(sweep.folder, self.settings, read_config(base.tree))
+        study = search.open_study(sweep.folder, self.settings, config)
         jobs: dict[str, Job] = {}
         with show(sweep, [], self.settings["n_trials"]) as board:
             while trials := self.ask(study, space, sweep):
@@ -108,7 +110,7 @@ class OptunaSweeper(GridSweeper):
         try:
             return report(sweep, [jobs[name] for name in sorted(jobs)])
         finally:
-            log.info("%s", search.summary(study, sweep, read_config(base.tree)))
+            log.info("%s", search.summary(study, sweep, config))
 
     def ask(self, study: "Study", space: dict[str, Any], sweep: "Sweep") -> "list[FrozenTrial]":
         """The trials to work on now: those that a stopped process left, then new ones, `n_jobs` in all.

@@ -39,6 +39,10 @@ WRONG: dict[str, list[str]] = {
     "data.val_fraction=1.5": ["data.val_fraction=1.5: must be a number greater than 0 and less than 1"],
     "max_steps=0": ["max_steps=0: must be an integer of at least 1"],
     "seed=1,2": ["seed=1,2: several values need --multirun (-m)"],
+    "sweep=norms": ["sweep=norms: needs --multirun (-m)"],
+    "sweep.name=mine": ["sweep.name=mine: needs --multirun (-m)"],
+    "hydra/sweeper=optuna hydra.sweeper.n_trials=3": [
+        "hydra/sweeper=optuna: needs --multirun (-m)", "hydra.sweeper.n_trials=3: needs --multirun (-m)"],
     "hardware.precision=fp8": ["hardware.precision=fp8: must be one of auto, 32-true"],
     "gradient_accumulation_steps=3": ["batch_size=4: must be a multiple of hardware.devices=1 * "
                                       "gradient_accumulation_steps=3 = 3"],

@@ -98,6 +98,7 @@ def test_no_trial_repeats_another(search: Callable[..., int], tmp_path: Path) ->
         ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: unknown; did you mean tpe?"),
         ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
         ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
+        ([RATES, "hardware=ddp_cpu"], "hydra.sweeper.pruner=median: a trial of hardware.strategy=ddp"),
     ],
 )
 def test_mistakes(
