@@ -95,27 +95,17 @@ def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import read_settings
+    from gptexp.validation import read_arguments, read_settings
 
-    problems: list[str] = []
-    values: dict[str, Any] = {}
-    folders: list[Path] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or Path(argument).is_dir():  # a directory's name may hold an =
-            folders.append(Path(argument))
-            if not folders[-1].is_dir():
-                problems.append(f"{argument}: there is no such directory")
-        elif key in values:
-            problems.append(f"{argument}: {key} is set twice")
-        else:
-            values[key] = None if value == "null" else value
+    named = [a for a in arguments if "=" not in a or Path(a).is_dir()]  # a directory's name may hold an =
+    problems = [f"{name}: there is no such directory" for name in named if not Path(name).is_dir()]
+    values = read_arguments([a for a in arguments if a not in named], problems)
     config = read_settings(CompareConfig, values, problems)
-    if not folders:
+    if not named:
         problems.append("no directory is given; name sweeps or runs, such as outputs/sweeps/norms")
     if problems or config is None:
         raise UserError(problems)
-    return config, folders
+    return config, [Path(name) for name in named]
 
 
 def show(study: "Study") -> None:

@@ -65,18 +65,10 @@ def parse(arguments: Sequence[str]) -> DashboardConfig:
         UserError: with a line for every mistake, and for what is missing to do as asked.
     """
     from gptexp.tracking import has_api_key
-    from gptexp.validation import read_settings
+    from gptexp.validation import read_arguments, read_settings
 
     problems: list[str] = []
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            problems.append(f"{argument}: cannot be read as a setting; a setting is written key=value")
-        elif key in values:
-            problems.append(f"{argument}: {key} is set twice")
-        else:
-            values[key] = None if value == "null" else value
+    values = read_arguments(arguments, problems)
     config = read_settings(DashboardConfig, values, problems)
     if find_spec("wandb_workspaces") is None:
         problems.append("wandb-workspaces is not installed; pip install 'gptexp[dashboard]'")

@@ -55,26 +55,16 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
-    """The settings and the prompts of a command line. What follows the first = is taken as it stands.
+    """The settings and the prompts of a command line.
 
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import nearest, read_settings
+    from gptexp.validation import nearest, read_arguments, read_settings
 
     problems: list[str] = []
-    values: dict[str, Any] = {}
-    prompts: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            problems.append(f"{argument}: cannot be read as a setting; a setting is written key=value")
-        elif key == "prompt":
-            prompts.append(value)
-        elif key in values:
-            problems.append(f"{argument}: {key} is set twice")
-        else:
-            values[key] = None if value == "null" else value
+    prompts = [a.partition("=")[2] for a in arguments if a.startswith("prompt=")]
+    values = read_arguments([a for a in arguments if not a.startswith("prompt=")], problems)
     config = read_settings(SampleConfig, values, problems)
     if "run" not in values and not any(p.startswith("run") for p in problems):
         hint = next((nearest(a, ["run"]) for a in arguments if "=" not in a), "")

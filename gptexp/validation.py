@@ -13,6 +13,23 @@ Tree = dict[str, Any]
 _T = TypeVar("_T")
 
 
+def read_arguments(arguments: Iterable[str], problems: list[str]) -> Tree:
+    """Values by key of a command line of key=value; what follows the first = is taken as it stands, but for null.
+
+    Adds a line to problems for each argument that is not of that form, or comes twice.
+    """
+    values: Tree = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            problems.append(f"{argument}: cannot be read as a setting; a setting is written key=value")
+        elif key in values:
+            problems.append(f"{argument}: {key} is set twice")
+        else:
+            values[key] = None if value == "null" else value
+    return values
+
+
 def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -> _T | None:
     """An instance of the settings dataclass cls, or None after adding a line to problems for each mistake."""
     values = read_fields(cls, "", tree, problems)
