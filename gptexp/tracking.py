@@ -43,13 +43,15 @@ def open_wandb(settings: WandbConfig, folder: Path, **options: Any) -> Any:
     Returns:
         the `wandb.Run`.
     """
-    import wandb
-
     mode: Any = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not has_api_key():  # logging in would ask a question
         if "online" in (settings.mode, os.environ.get("WANDB_MODE")):
             log.warning("W&B has no API key; the run is kept offline")
         mode = "offline"
+    if mode == "offline":  # else W&B reports on itself, and waits for that where the network does not answer
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
     options |= {
         "project": settings.project, "entity": settings.entity, "dir": str(folder), "reinit": "finish_previous",
         "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
