@@ -53,7 +53,8 @@ def open_wandb(settings: WandbConfig, folder: Path, **options: Any) -> Any:
     import wandb
 
     options |= {
-        "project": settings.project, "entity": settings.entity, "dir": str(folder), "reinit": "finish_previous",
+        "project": settings.project, "entity": settings.entity, "reinit": "finish_previous",
+        "dir": str(folder.absolute()),  # W&B's own process may have been started in another folder
         "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
     }  # fmt: skip
     resume: dict[str, Any] = {} if mode == "offline" else {"resume": "allow"}
@@ -63,7 +64,7 @@ def open_wandb(settings: WandbConfig, folder: Path, **options: Any) -> Any:
         log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
         run = wandb.init(mode="offline", **options)
     if run.offline:
-        log.info("W&B: offline; upload it later with: wandb sync %s", Path(run.dir).parent)
+        log.info("W&B: offline; upload it later with: wandb sync %s", folder / "wandb" / Path(run.dir).parent.name)
     elif not run.disabled:
         log.info("W&B: %s", run.url)
     return run

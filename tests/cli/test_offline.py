@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,16 @@ def test_a_run_without_an_account_connects_to_nothing(
     code, _, err = finish(process)
     assert (code, err) == (0, "")
     assert heard == []
+
+
+def test_the_wandb_run_is_where_its_directory_is_after_a_change_of_folder(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """W&B's own process, which writes the file, stays in the folder that it was started in."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert command(*TINY, f"data.path={corpus}", "logger=wandb", "max_steps=2", "hydra.run.dir=run") == 0
+        (file,) = Path("run").glob("wandb/offline-run-*/run-*.wandb")
+        assert f"wandb sync {file.parent}\n" in capfd.readouterr().out
