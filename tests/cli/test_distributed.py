@@ -34,6 +34,7 @@ def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -
     assert two.info["status"] == "done"
 
 
+@pytest.mark.slow
 def test_multirun_has_one_directory_a_job(corpus: Path, tmp_path: Path) -> None:
     code, out, err = finish(
         spawn("-m", *TINY, f"data.path={corpus}", "hardware=ddp_cpu", "norm=layernorm,rmsnorm", cwd=tmp_path))

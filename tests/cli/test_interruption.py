@@ -139,6 +139,7 @@ def test_two_processes_cannot_train_one_run(corpus: Path, tmp_path: Path) -> Non
     assert err == f"error: resume={folder}: another process is training this run\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(corpus: Path, tmp_path: Path, unbroken: Run) -> None:
     """A limit on the size of files stands in for a full disk: metrics.csv fits, a checkpoint does not."""
     folder = tmp_path / "run"

@@ -45,7 +45,7 @@ NORM = Norm("toynorm:Toy", Settings)
 ENTRY_POINTS = "[gptexp.norms]\ntoy = toynorm:NORM\n"
 
 
-@pytest.fixture(params=["entry point", pytest.param("import", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(way, marks=pytest.mark.slow) for way in ("entry point", "import")])
 def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a machine on which the norm is installed as a package, or lies in the working folder."""
     if request.param == "import":

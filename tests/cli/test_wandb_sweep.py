@@ -56,6 +56,7 @@ def test_every_trial_is_a_valid_command(trial: dict[str, Any]) -> None:
     assert check(line[4:], multirun=False) == []
 
 
+@pytest.mark.slow
 def test_a_run_under_the_agent(corpus: Path, tmp_path: Path) -> None:
     trial = {"model.norm": "rmsnorm", "optimizer.learning_rate": 0.003}
     save_config_file_from_dict(str(tmp_path / "trial.yaml"), {name: {"value": value} for name, value in trial.items()})
