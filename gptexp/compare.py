@@ -70,17 +70,22 @@ def compare(arguments: Sequence[str]) -> "Study":
     from gptexp.analysis.report import write_report
     from gptexp.analysis.study import build_study
 
+    found = collect(folders)
+    if not found.records:
+        begun = [f"{bad.path}: {bad.reason}" for bad in found.unreadable]
+        raise UserError(begun or f"{', '.join(map(str, folders))}: none of the {len(found.missing)} jobs has begun")
     study = build_study(
-        collect(folders), baseline=config.baseline, metric=config.metric, delta=config.delta, alpha=config.alpha
+        found, baseline=config.baseline, metric=config.metric, delta=config.delta, alpha=config.alpha
     )
     folder = Path(config.output) if config.output else folders[0] / "report"
     title = ", ".join(dict.fromkeys(f.resolve().name for f in folders[:5])) + (", …" if len(folders) > 5 else "")
     command = f"python -m gptexp.compare {shlex.join(arguments)}"
-    show(study)
     try:
         page = write_report(study, folder, title, command, config.target)
     except OSError as error:
+        show(study)
         raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
+    show(study)
     log.info("report: %s", page)
     if config.logger == "wandb":
         from gptexp.tracking import log_comparison

@@ -156,7 +156,7 @@ def load_config(path: Path) -> Config:
         UserError: when the file is missing or is not a valid configuration.
     """
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as a configuration ({_first_line(error)})") from error
     if not isinstance(tree, dict):

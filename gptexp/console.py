@@ -1,5 +1,6 @@
 """What every command shares at the terminal: where messages go, and what an error looks like."""
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,19 @@ from gptexp.errors import Interrupted, UserError
 log = logging.getLogger("gptexp")
 
 
-class _Console(logging.StreamHandler[TextIO]):
+class _Quiet(logging.Handler):
+    """A terminal that is gone, a closed pipe or a full disk must not end a run, nor print a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class LogFile(_Quiet, logging.FileHandler):
+    """Writes messages to a file, as far as there is space."""
+
+
+class _Console(_Quiet, logging.StreamHandler[TextIO]):
     """Prints to standard output, whichever object that is at the moment: a progress bar takes it over."""
 
     def __init__(self) -> None:
@@ -22,11 +35,6 @@ class _Console(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stdout
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A terminal that is gone, or a closed pipe, must not end a run."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
 
 
 @contextmanager
@@ -37,6 +45,9 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
         errors: show the lines.
         messages: show what is logged on standard output.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     handler = _Console()
     handler.setLevel(logging.INFO if messages else logging.CRITICAL)
     handler.setFormatter(logging.Formatter("%(message)s"))

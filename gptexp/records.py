@@ -92,7 +92,7 @@ def read_evaluations(path: Path, loss: str) -> list[tuple[float, float, float, f
     An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
     Far faster than `read_metrics`: only the numbers that are asked for are read.
     """
-    header, *lines = path.read_text().split("\n")[:-1] or [",".join(METRICS)]
+    header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [",".join(METRICS)]
     names = header.split(",")
     at, step, tokens, time = (names.index(column) for column in (loss, "step", "tokens", "seconds"))
     found, seconds = [], "0"
@@ -111,7 +111,7 @@ def read_diagnostics(path: Path) -> list[Measurement]:
 
 
 def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     header = rows[0] if rows else []
     return header, [row for row in rows[1:] if len(row) == len(header)]

@@ -60,14 +60,17 @@ def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str
     """
     if find_spec("optuna") is None:
         return ["hydra/sweeper=optuna: optuna is not installed; pip install 'gptexp[optuna]'"]
-    wrong = [] if swept else ["hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
-                              "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'"]  # fmt: skip
+    wrong = []
+    if not swept:
+        wrong.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
+                     "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
     for key, allowed in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         if settings[key] not in allowed:
             wrong.append(f"hydra.sweeper.{key}={show(settings[key])}: unknown{nearest(str(settings[key]), allowed)} "
                          f"allowed: {', '.join(allowed)}")  # fmt: skip
-    wrong += [f"hydra.sweeper.{key}={show(settings[key])}: must be an integer of at least 1"
-              for key in ("n_trials", "n_jobs") if settings[key] < 1]  # fmt: skip
+    least = {"n_trials": 1, "n_jobs": 1, "startup_trials": 0, "seed": 0}
+    wrong += [f"hydra.sweeper.{key}={show(settings[key])}: must be an integer of at least {low}"
+              for key, low in least.items() if settings[key] is None or settings[key] < low]  # fmt: skip
     return wrong
 
 
@@ -80,6 +83,50 @@ def check_pruner(settings: Mapping[str, Any], config: Config) -> None:
     if settings["pruner"] != "none" and config.hardware.strategy != "auto":
         raise UserError(f"hydra.sweeper.pruner={settings['pruner']}: a trial of hardware.strategy="
                         f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
+
+
+def check_space(study: "Study", space: Mapping[str, "BaseDistribution"], words: Mapping[str, str]) -> None:
+    """Refuse to go on with a study over other values.
+
+    Args:
+        study: keeps the space that it was begun with.
+        space: the distributions asked for, by dotted key.
+        words: the same as the user wrote them.
+
+    Raises:
+        UserError: when they differ from those of the study.
+    """
+    from optuna.distributions import distribution_to_json
+
+    asked = {key: [words[key], distribution_to_json(value)] for key, value in space.items()}
+    known = study.user_attrs.get("space")
+    if known is None:
+        study.set_user_attr("space", asked)
+        return
+    nothing = ["(nothing)", ""]
+    different = [k for k in asked | known if known.get(k, nothing)[1] != asked.get(k, nothing)[1]]
+    if different:
+        raise UserError(
+            f"sweep.name={study.study_name}: {k}={asked.get(k, nothing)[0]} differs from the search's "
+            f"{k}={known.get(k, nothing)[0]}; leave it as it was, or give the new search another name"
+            for k in different
+        )
+
+
+def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
+    """How many different trials a space has; infinite where a parameter is continuous."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    count: float = 1
+    for value in space.values():
+        match value:
+            case CategoricalDistribution():
+                count *= len(value.choices)
+            case IntDistribution() | FloatDistribution() if value.step:
+                count *= round((value.high - value.low) / value.step) + 1
+            case _:
+                return math.inf
+    return count
 
 
 def open_study(folder: Path, settings: Mapping[str, Any], config: Config) -> "Study":

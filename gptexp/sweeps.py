@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from gptexp.config import Config, flatten
 from gptexp.errors import UserError
+from gptexp.orphans import at_work
 from gptexp.runs import Run, now, write_atomically
 from gptexp.validation import show
 
@@ -65,13 +66,25 @@ class Sweep:
 
     @property
     def info(self) -> dict[str, Any]:
-        """sweep.json; empty while there is none."""
+        """sweep.json; empty while there is none.
+
+        Raises:
+            UserError: when it cannot be read.
+        """
         path = self.folder / "sweep.json"
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            info = json.loads(path.read_bytes())
+        except ValueError:
+            info = None
+        if not isinstance(info, dict) or not {"settings", "jobs"} <= info.keys():
+            raise UserError(f"{path}: is not whole; remove it, and the same command writes it anew")
+        return info
 
     def join(
-        self, settings: Mapping[str, Any], swept: Sequence[str], varied: Sequence[str], jobs: Sequence[str],
-        command: Sequence[str],
+        self, settings: Mapping[str, Any], swept: Sequence[str], varied: Sequence[str],
+        jobs: Mapping[str, Config | None], command: Sequence[str],
     ) -> None:  # fmt: skip
         """Begin the sweep or go on with it; further jobs, such as more seeds, come after those that it has.
 
@@ -79,11 +92,12 @@ class Sweep:
             settings: what all its jobs share, by dotted key.
             swept: the dotted keys that differ among them.
             varied: the overrides that make them differ, which stand in the jobs' names.
-            jobs: the names of the jobs, in order.
+            jobs: the configurations of the jobs by their names, in order; None where it is wrong.
             command: the command line.
 
         Raises:
-            UserError: when the sweep of this name was begun with other settings, or the folder cannot be written.
+            UserError: when the sweep of this name, or a run in it, was begun with other settings, or the folder cannot
+                be written.
         """
         try:
             (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
@@ -92,9 +106,10 @@ class Sweep:
                 merged = {
                     "name": self.folder.name, "started": info.get("started", now()), "command": list(command),
                     "settings": info.get("settings", dict(settings)), "swept": _union(info.get("swept", []), swept),
-                    "varied": _union(info.get("varied", []), varied), "jobs": _union(info.get("jobs", []), jobs),
+                    "varied": _union(info.get("varied", []), varied), "jobs": _union(info.get("jobs", []), list(jobs)),
                 }  # fmt: skip
                 self._check(merged["settings"], settings, merged["swept"])
+                self._check_runs(jobs)
                 write_atomically(self.folder / "sweep.json", (json.dumps(merged, indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.folder} ({error.strerror})") from error
@@ -141,12 +156,44 @@ class Sweep:
             info, loss = run.info, (run.result or {}).get("best_val_loss")
             return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
                             int(info.get("attempts", 0)))  # fmt: skip
-        except (OSError, ValueError, KeyError):  # not yet whole, or gone
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not yet whole, or gone
             return Standing(name, "waiting")
 
     def is_final(self, name: str) -> bool:
         """Whether nothing is left to do for the job."""
         return self.standing(name).state in FINAL
+
+    def _check_runs(self, jobs: Mapping[str, Config | None]) -> None:
+        problems = []
+        for name, config in jobs.items():
+            if config and (self.folder / name / "run.json").exists():
+                try:
+                    self.check(name, config)
+                except UserError as error:
+                    problems += error.problems
+        if problems:
+            raise UserError(problems)
+
+    def check(self, name: str, config: Config) -> Run:
+        """A job's run, which must be of this configuration. Threads may differ: they change the last bits alone.
+
+        Raises:
+            UserError: when it is not, or cannot be read.
+        """
+        run = Run.open(self.folder / name, key="sweep job")
+        known = run.info.get("fingerprints", {}).get("config")
+        if known == config.fingerprint():
+            return run
+        own = run.config
+        same = replace(config, hardware=replace(config.hardware, threads=own.hardware.threads))
+        if known != same.fingerprint():
+            old, new = flatten(own.essence()), flatten(same.essence())
+            keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+            raise UserError([
+                f"sweep job {run.path}: {k}={show(new.get(k))} differs from the run's {k}={show(old.get(k))}; "
+                "give the new sweep another sweep.name" for k in keys
+            ] or f"sweep job {run.path}: run.json does not belong to config.yaml")
+        return run
 
     def work(
         self, name: str, config: Config, begin: Callable[[Path], float], resume: Callable[[Run], float]
@@ -173,8 +220,7 @@ class Sweep:
                 _remove_begun(path)
             if not path.exists():
                 return self._attempt(name, lambda: begin(path))
-            run = Run.open(path, key="sweep")
-            _check_same(run, config)
+            run = self.check(name, config)
             standing = self.standing(name)
             if standing.state in FINAL:
                 return standing.loss
@@ -184,7 +230,8 @@ class Sweep:
 
     def _attempt(self, name: str, work: Callable[[], float]) -> float:
         try:
-            return work()
+            with at_work():
+                return work()
         except Exception:
             if (self.folder / name / "run.json").exists():
                 run = Run(self.folder / name)
@@ -196,10 +243,16 @@ def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> s
     """Jobs with their lowest validation loss, best first; those that did not come to an end last, with the reason."""
     ended = [s for s in standings if s.name not in errors]
     ended.sort(key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
-    lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}"
-             + (f": {s.error}" if s.state == "failed" else "") for s in ended]  # fmt: skip
+    lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}{_ending(s)}" for s in ended]
     lines += [f"  {'failed':>8}  {name}: {error}" for name, error in errors.items()]
     return "\n".join([f"--- {len(lines)} jobs, best val/loss first", *lines])
+
+
+def _ending(standing: Standing) -> str:
+    """What a line must say besides the loss."""
+    if standing.state == "failed":
+        return f": {standing.error}"
+    return f" ({standing.state})" if standing.state != "done" and not math.isnan(standing.loss) else ""
 
 
 def draw(sweep: Sweep) -> None:
@@ -210,8 +263,11 @@ def draw(sweep: Sweep) -> None:
     names = [name for name in sweep.info.get("jobs", []) if Run(sweep.folder / name).metrics_path.exists()]
     if names:
         path = sweep.folder / "curves.png"
-        plot_runs({name: read_metrics(Run(sweep.folder / name).metrics_path) for name in names}, path)
-        log.info("picture: %s", path)
+        try:
+            plot_runs({name: read_metrics(Run(sweep.folder / name).metrics_path) for name in names}, path)
+            log.info("picture: %s", path)
+        except OSError as error:
+            log.warning("no picture: cannot write %s (%s)", path, error.strerror)
 
 
 def _union(first: Sequence[str], more: Sequence[str]) -> list[str]:
@@ -230,17 +286,3 @@ class Exhausted(Exception):
 
     def __init__(self, standing: Standing) -> None:
         super().__init__(f"failed {standing.attempts} times and is not tried again (sweep.retries): {standing.error}")
-
-
-def _check_same(run: Run, config: Config) -> None:
-    """Refuse to take a run for a job of another configuration. Threads may differ: they change the last bits alone."""
-    threads = run.config.hardware.threads
-    same = replace(config, hardware=replace(config.hardware, threads=threads))
-    if same.fingerprint() == run.info["fingerprints"]["config"]:
-        return
-    old, new = flatten(run.config.tree()), flatten(same.tree())
-    keys = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(FREE)]
-    raise UserError(
-        f"sweep job {run.path}: {k}={show(new.get(k))} differs from the run's {k}={show(old.get(k))}; "
-        "give the new sweep another sweep.name" for k in sorted(keys)
-    )

@@ -61,15 +61,16 @@ def main() -> None:
             problems = check(args.overrides, args.multirun, args.config_dir)
             if problems:
                 raise UserError(problems)
-            if args.multirun and not any(o.startswith("hydra.sweep.dir=") for o in args.overrides):
-                sys.argv.append(f"hydra.sweep.dir={sweep_dir(args.overrides, args.config_dir)}")
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
         try:
+            if runs and args.multirun and not any(o.startswith("hydra.sweep.dir=") for o in args.overrides):
+                sys.argv.append(f"hydra.sweep.dir={sweep_dir(args.overrides, args.config_dir)}")
             hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(" ".join(str(error).split("\n")[:2])) from error
         except OSError as error:  # of Hydra's own folder; a run's errors do not come this way
-            raise UserError(f"output_dir: cannot write {error.filename} ({error.strerror})") from error
+            what = f"cannot write {error.filename}" if error.filename else "cannot be written"
+            raise UserError(f"output_dir: {what} ({error.strerror})") from error
         if _failed:
             raise _failed[0]
 
@@ -140,9 +141,12 @@ def sweep_job(
     Returns:
         the lowest validation loss, in nats a token; None if another process has the job.
     """
+    from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
 
     hardware = config.hardware
+    if not alone:
+        end_with_parent()
     if not alone and hardware.threads is None and hardware.accelerator in ("auto", "cpu"):
         config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
     watch: Watch | None = None

@@ -7,11 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: bits de
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.compare import write_run
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
 
@@ -69,6 +71,27 @@ def tiny(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[
     def run(name: str, *overrides: str) -> Run:
         assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / name}", *overrides) == 0
         return Run.open(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Run]:
+    """Writes a run of a norm, a placement and a seed into a sweep, its losses falling to `loss`."""
+
+    count = iter(range(10**6))
+
+    def run(
+        loss: float | Sequence[float], seed: int = 1, norm: str = "layernorm", placement: str = "pre", **more: Any
+    ) -> Run:
+        settings = {"model": {"norm": norm, "placement": placement, **more.pop("model", {})}, "seed": seed}
+        settings |= more.pop("settings", {})
+        name = more.pop("name", f"{norm}-{placement}-h4-s{seed}")
+        folder = more.pop("folder", "sweep")
+        losses = [4.0, loss + 0.1, loss] if isinstance(loss, float) else list(loss)
+        written = write_run(tmp_path / folder / name, settings, losses, **more)
+        written.update(started=f"2026-01-01 {next(count):06d}")  # one after the other
+        return written
 
     return run
 

@@ -118,27 +118,32 @@ def collect(folders: Iterable[Path]) -> Collection:
     """
     records: list[Record] = []
     unreadable: list[Unreadable] = []
-    missing: list[str] = []
     problems: list[str] = []
     seen: set[Path] = set()
+    present: set[tuple[Path, str]] = set()  # of which sweep, which job
+    expected: dict[tuple[Path, str], None] = {}
     for number, folder in enumerate(folders):
         paths = [path for path in _runs(folder) if path.resolve() not in seen]
         seen |= {path.resolve() for path in paths}
-        jobs = {parent: _jobs(parent) for parent in {path.parent for path in paths} | {folder}}
+        # A run that is named itself speaks for no sweep.
+        sweeps = {path.parent for path in _runs(folder) if path != folder} | {folder}
+        jobs = {sweep: _jobs(sweep) for sweep in sweeps | {path.parent for path in paths}}
         if not folder.is_dir():
             problems.append(f"{folder}: there is no such directory")
-        elif not any(jobs.values()) and not any(folder.resolve() in (path, *path.parents) for path in seen):
+        elif not any(jobs[sweep] for sweep in sweeps) and not any(
+            folder.resolve() in (path, *path.parents) for path in seen
+        ):
             problems.append(f"{folder}: holds no runs")
-        present: dict[Path, set[str]] = {parent: set() for parent in jobs}
+        expected |= dict.fromkeys((sweep.resolve(), job) for sweep in sweeps for job in jobs[sweep])
         for path in paths:
-            present[path.parent].add(path.name)
+            present.add((path.parent.resolve(), path.name))
             try:
                 record = _read(path, number, jobs[path.parent])
-                present[path.parent].add(record.name)
+                present.add((path.parent.resolve(), record.name))
                 records.append(record)
             except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 unreadable.append(Unreadable(path, _reason(path, error)))
-        missing += [job for parent, names in jobs.items() for job in names if job not in present[parent]]
+    missing = [job for sweep, job in expected if (sweep, job) not in present]
     if problems:
         raise UserError(problems)
     return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
@@ -168,14 +173,19 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     name = str(info["name"])
     if lacking := {"config", "data", "code"} - set(info["fingerprints"]):
         raise KeyError(f"fingerprints.{min(lacking)}")
+    if not isinstance(info.get("data", {}), dict) or not all(isinstance(v, str) for v in info["fingerprints"].values()):
+        raise TypeError("run.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
+    curve = _curve(run, "val/loss")
+    if info["status"] == "done" and not len(curve["loss"]):
+        raise UserError("metrics.csv holds no losses")
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
         order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
-        curve=_curve(run, "val/loss"), windows=_curve(run, "val/loss_windows"), result=run.result or {},
+        curve=curve, windows=_curve(run, "val/loss_windows"), result=run.result or {},
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from gptexp.config import Config
+from gptexp.console import LogFile
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.datamodule import CharDataModule
@@ -202,7 +203,7 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
 @contextmanager
 def _log_file(run: Run) -> Iterator[None]:
     """Copy all messages, and the traceback of an error, to train.log."""
-    handler = logging.FileHandler(run.log_path, encoding="utf-8")
+    handler = LogFile(run.log_path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     loggers = (log, logging.getLogger("lightning.pytorch"))
     for logger in loggers:

@@ -5,10 +5,12 @@ Hydra finds its plugins in the namespace package `hydra_plugins` alone.
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
 from omegaconf import open_dict
 
-from gptexp.errors import RunFailed, UserError
+from gptexp.errors import Interrupted, RunFailed, UserError
 
 if TYPE_CHECKING:
     from gptexp.scoreboard import Scoreboard
@@ -51,12 +53,13 @@ class Job:
         overrides: that make it.
         name: of its run and directory.
         error: what is wrong with it, or what ended it.
+        config: its configuration, unless that is what is wrong.
     """
 
     overrides: list[str]
     name: str = ""
     error: Exception | None = None
-    tree: dict[str, Any] = field(default_factory=dict)
+    config: Any = None  # a Config; dataclasses cannot look up its name while Hydra loads plugins
 
 
 class GridSweeper(BasicSweeper):
@@ -81,9 +84,9 @@ class GridSweeper(BasicSweeper):
         sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
-        jobs = [self.prepare(list(combination), varied) for combination in self.split_arguments(overrides, None)[0]]
+        jobs = distinct(self.prepare(list(values), varied) for values in self.split_arguments(overrides, None)[0])
         sound = [job for job in jobs if job.error is None]
-        begin(sweep, [job.tree for job in sound], varied, [job.name for job in sound])
+        begin(sweep, sound, varied)
         with show(sweep, [job.name for job in sound]):
             todo = [job for job in sound if not sweep.is_final(job.name)]
             while todo:
@@ -115,8 +118,10 @@ class GridSweeper(BasicSweeper):
         except UserError as error:
             job.error, job.name = error, " ".join(o for o in overrides if o.partition("=")[0] in varied)
         else:
-            job.name = job_name(config, "|".join(o for o in overrides if o.partition("=")[0] in varied))
-            job.tree = config.tree()
+            shown = [o for o in overrides if o.partition("=")[0] in varied]
+            if "seed" not in varied:
+                shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
+            job.name, job.config = job_name(config, "|".join(shown)), config
         return job
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
@@ -133,16 +138,38 @@ class GridSweeper(BasicSweeper):
         return busy
 
 
-def begin(sweep: "Sweep", trees: Sequence[dict[str, Any]], varied: Sequence[str], names: Sequence[str]) -> None:
-    """Begin the sweep with these configurations, or go on with it if it is the same one."""
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs without those that repeat another; where two of a name differ, their names get a digest."""
+    kept: dict[str, Job] = {}
+    for job in jobs:
+        digest = job.config.fingerprint() if job.config else job.name
+        kept.setdefault(digest, job)
+    names = Counter(job.name for job in kept.values())
+    for digest, job in kept.items():
+        if names[job.name] > 1:
+            job.name += f"-{digest[:6]}"
+    return list(kept.values())
+
+
+def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
+    """Begin the sweep with these jobs, or go on with it if it is the same one.
+
+    Args:
+        sweep: the sweep.
+        jobs: whose configurations it has.
+        varied: the overrides that make them differ.
+
+    Raises:
+        UserError: when what the directory holds was made by another configuration.
+    """
     from gptexp.config import flatten
     from gptexp.train import command
 
-    flat = [flatten(tree) for tree in trees]
-    keys = dict.fromkeys(key for tree in flat for key in tree)
-    fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
+    flat = [flatten(job.config.tree()) for job in jobs if job.config]
     if flat:
-        sweep.join(fixed, [k for k in keys if k not in fixed], varied, names, command())
+        keys = dict.fromkeys(key for tree in flat for key in tree)
+        fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
+        sweep.join(fixed, [k for k in keys if k not in fixed], varied, {j.name: j.config for j in jobs}, command())
 
 
 @contextmanager
@@ -152,6 +179,11 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
 
     from gptexp.scoreboard import Scoreboard
 
+    def stop(number: int, _: Any) -> None:
+        raise Interrupted(number)
+
+    # A run looks after signals itself; between runs, and while a launcher waits for its workers, this does.
+    previous = signal.signal(signal.SIGTERM, stop)
     levels = {handler: handler.level for handler in log.handlers}
     os.environ["GPTEXP_QUIET"] = "1"
     try:
@@ -163,6 +195,7 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
         log.warning("%s: stopped; the same command goes on with it", sweep.folder)
         raise
     finally:
+        signal.signal(signal.SIGTERM, previous)
         del os.environ["GPTEXP_QUIET"]
         for handler, level in levels.items():
             handler.setLevel(level)
@@ -174,13 +207,14 @@ def report(sweep: "Sweep", jobs: Sequence[Job]) -> list[float]:
     Raises:
         RunFailed: when a job failed.
     """
-    from gptexp.sweeps import draw, summary
+    from gptexp.sweeps import FINAL, draw, summary
 
     standings = [sweep.standing(job.name) for job in jobs if job.error is None]
     errors = {job.name: job.error for job in jobs if job.error is not None}
     log.info("%s", summary(standings, errors))
     draw(sweep)
-    failed = [*errors.values(), *(RunFailed(s.error or "") for s in standings if s.state == "failed")]
+    failed = [*errors.values(), *(RunFailed(s.error or f"{s.name} is {s.state}: the same command goes on with it")
+                                  for s in standings if s.state not in FINAL)]  # fmt: skip
     if len(failed) == 1 == len(jobs):
         raise failed[0]
     if failed:

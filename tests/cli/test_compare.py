@@ -1,6 +1,7 @@
 """The command that compares: real runs, what it prints and leaves, and mistakes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from gptexp import compare
 from gptexp.records import read_metrics
 from gptexp.runs import Run
-from tests.analysis.conftest import write  # noqa: F401  the fixture
 from tests.cli.wandb_file import read_run
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 
@@ -85,7 +85,7 @@ def test_mistakes_are_told_together(command: Command, capfd: pytest.CaptureFixtu
 
 
 def test_a_folder_that_cannot_be_written(
-    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     write(2.0, 1)
     (tmp_path / "file").write_text("")
@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written(
 
 @pytest.mark.parametrize("seeds", [0, 1, 2])
 def test_too_little_to_compare(
-    seeds: int, write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+    seeds: int, write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     write([], 7, status="running")
     for seed in range(seeds):
@@ -118,7 +118,7 @@ def test_help_and_the_real_process() -> None:
 
 
 def test_a_level_in_brackets_is_shown(
-    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     for stats in (["batch"], ["batch", "time"]):
         write(2.0, 1, "batchnorm", model={"norms": {"batchnorm": {"stats": stats}}}, name=f"n{len(stats)}")
@@ -127,7 +127,7 @@ def test_a_level_in_brackets_is_shown(
 
 
 def test_a_report_in_wandb(
-    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]  # noqa: F811
+    write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     for seed in range(6):
         write(2.0 + seed / 100, seed, settings={"logger": {"name": "wandb", "project": "mine", "mode": "offline"}})
@@ -160,9 +160,58 @@ def test_a_report_in_wandb(
         assert table["data"][0][0] == stored.iloc[0, 0]
 
 
-def test_an_empty_report_in_wandb(write: Callable[..., Run], tmp_path: Path, command: Command) -> None:  # noqa: F811
+def test_an_empty_report_in_wandb(write: Callable[..., Run], tmp_path: Path, command: Command) -> None:
     write([], 7, status="running")
     assert command(str(tmp_path / "sweep"), "logger=wandb", main=compare.main) == 0
     (file,) = tmp_path.glob("sweep/report/wandb/offline-run-*/run-*.wandb")
     assert "No run has come to its end" in json.loads(read_run(file).summary["headline"])
     assert command(str(tmp_path / "sweep"), "logger=wandbb", main=compare.main) == 2
+
+
+@pytest.mark.parametrize("named", ["twice", "link", "runs", "run and sweep"])
+def test_what_is_named_twice_or_in_part_counts_once(
+    named: str, write: Callable[..., Run], command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write(2.0 + seed / 10, seed=seed, norm=norm) for norm in ("layernorm", "rmsnorm") for seed in (1, 2)]
+    sweep = runs[0].path.parent
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [run.path.name for run in runs], "settings": {}}))
+    (tmp_path / "link").symlink_to(sweep)
+    folders = {
+        "twice": [sweep, sweep], "link": [tmp_path / "link", sweep], "runs": [runs[0].path, runs[2].path],
+        "run and sweep": [runs[0].path, sweep],
+    }[named]  # fmt: skip
+    assert command(*map(str, folders), f"output={tmp_path / 'report'}", main=compare.main) == 0
+    count = 2 if named == "runs" else 4
+    assert f"{count} runs: {count} done." in capfd.readouterr().out
+
+
+def test_a_sweep_that_has_just_begun(
+    write: Callable[..., Run], command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = write(2.0)
+    sweep = run.path.parent
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [run.path.name], "settings": {}}))
+    (run.path / "run.json").write_text("")
+    assert command(str(sweep), main=compare.main) == 2
+    assert capfd.readouterr().err == f"error: {run.path}: run.json is not valid JSON\n"
+    shutil.rmtree(run.path)
+    assert command(str(sweep), main=compare.main) == 2
+    assert capfd.readouterr().err == f"error: {sweep}: none of the 1 jobs has begun\n"
+
+
+def test_a_terminal_without_unicode(write: Callable[..., Run], tmp_path: Path) -> None:
+    runs = [write(2.0 + seed / 10, seed=seed, settings={"name": "中"}) for seed in (1, 2)]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    process = spawn(str(runs[0].path.parent), cwd=tmp_path, module="gptexp.compare", env=env)
+    code, out, err = finish(process)
+    assert (code, err) == (0, "")
+    assert "2 runs: 2 done." in out
+
+
+def test_a_run_that_is_done_but_has_no_losses_is_told(
+    write: Callable[..., Run], command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write(2.0 + seed / 10, seed=seed) for seed in (1, 2)]
+    runs[1].metrics_path.write_text("")
+    assert command(str(runs[0].path.parent), main=compare.main) == 0
+    assert f"unreadable: {runs[1].path} (metrics.csv holds no losses)" in " ".join(capfd.readouterr().out.split())

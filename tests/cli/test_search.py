@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gptexp.runs import Run
 from gptexp.search import space
+from gptexp.training.callbacks.recorder import Recorder
 from tests.conftest import TINY, finish, spawn
 
 optuna = pytest.importorskip("optuna")
@@ -98,6 +99,10 @@ def test_no_trial_repeats_another(search: Callable[..., int], tmp_path: Path) ->
         ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: unknown; did you mean tpe?"),
         ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
         ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
+        ([RATES, "hydra.sweeper.seed=-5"], "hydra.sweeper.seed=-5: must be an integer of at least 0"),
+        ([RATES, "hydra.sweeper.startup_trials=-1"], "hydra.sweeper.startup_trials=-1: must be an integer of at"),
+        ([RATES, "hydra.sweeper.n_trials=abc"], "hydra.sweeper.n_trials=abc"),
+        ([RATES, "hydra.sweeper.foo=1"], "hydra.sweeper.foo=1"),
         ([RATES, "hardware=ddp_cpu"], "hydra.sweeper.pruner=median: a trial of hardware.strategy=ddp"),
     ],
 )
@@ -128,3 +133,81 @@ def test_killed_and_resumed_it_comes_to_the_planned_number(corpus: Path, tmp_pat
     assert {t.state.name for t in known} <= {"COMPLETE", "PRUNED"}
     assert len({json.dumps(t.params) for t in known}) == 8
     assert sorted(p.name for p in folder.glob("trial-*")) == [f"trial-{n:04d}" for n in range(8)]
+
+
+OVER_NORMS = ["max_steps=4", "eval_interval=2", "hydra.sweeper.pruner=none"]
+
+
+def test_another_space_is_refused(
+    search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert search(RATES, "hydra.sweeper.n_trials=1", *OVER_NORMS) == 0
+    capfd.readouterr()
+    assert search("optimizer.learning_rate=interval(1e-5,1e-1)", "norm=layernorm,rmsnorm", *OVER_NORMS) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "error: sweep.name=mine: optimizer.learning_rate=interval(1e-5,1e-1) differs from the search's "
+        "optimizer.learning_rate=tag(log,interval(1e-5,1e-1)); leave it as it was, or give the new search another name",
+        "error: sweep.name=mine: norm=layernorm,rmsnorm differs from the search's norm=(nothing); leave it as it was, "
+        "or give the new search another name",
+    ]
+    assert len(trials(tmp_path)) == 1
+
+
+def test_a_trial_that_was_half_asked_for_is_not_trained(search: Callable[..., int], tmp_path: Path) -> None:
+    """What a process leaves that is killed while it asks: a trial without parameters, or one that repeats another."""
+    assert search(RATES, "hydra.sweeper.n_trials=1", *OVER_NORMS) == 0
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{tmp_path}/sweeps/mine/optuna.db")
+    study.ask()
+    study.enqueue_trial(study.trials[0].params)
+    study.ask({"optimizer.learning_rate": study.trials[0].distributions["optimizer.learning_rate"]})
+    assert search(RATES, "hydra.sweeper.n_trials=3", *OVER_NORMS) == 0
+    states = {t.number: t.state.name for t in trials(tmp_path)}
+    assert states == {0: "COMPLETE", 1: "FAIL", 2: "FAIL", 3: "COMPLETE", 4: "COMPLETE"}
+    assert sorted(p.name for p in (tmp_path / "sweeps" / "mine").glob("trial-*")) == [
+        "trial-0000", "trial-0003", "trial-0004"]  # fmt: skip
+
+
+def test_a_space_that_is_used_up(
+    search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert search("norm=layernorm,rmsnorm", *OVER_NORMS) == 0
+        assert "n_trials=6: there are no more than 2 combinations" in capfd.readouterr().out
+    counted = [t for t in trials(tmp_path) if "repeats" not in t.user_attrs]
+    assert sorted(t.params["norm"] for t in counted) == ["layernorm", "rmsnorm"]
+    assert len(trials(tmp_path)) < 20
+
+
+def test_a_trial_that_is_wrong_stays_a_failure(
+    search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert search("model.n_head=1,3", *OVER_NORMS) == 1
+        out, err = capfd.readouterr()
+        assert "model.n_head=3: must divide model.n_embd=16" in out
+        assert err == "error: 1 of 2 jobs failed\n"
+
+
+def test_a_failed_trial_is_tried_again_by_the_next_command(
+    search: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+        tried.append(step)
+        raise RuntimeError("in the middle")
+
+    same = [RATES, "hydra.sweeper.n_trials=1", *OVER_NORMS, "sweep.retries=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_train_row", explode)
+        assert [search(*same) for _ in range(2)] == [1, 1]
+    assert len(tried) == 2
+    assert search(*same) == 0
+    (trial,) = trials(tmp_path)
+    assert trial.state.name == "COMPLETE"
+    with monkeypatch.context() as patch:  # and no more than that
+        patch.setattr(Recorder, "_train_row", explode)
+        more = [RATES, "hydra.sweeper.n_trials=2", *OVER_NORMS, "sweep.retries=0"]
+        assert [search(*more) for _ in range(2)] == [1, 1]
+    assert len(tried) == 3
+    assert trials(tmp_path)[1].state.name == "FAIL"

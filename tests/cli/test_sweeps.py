@@ -1,11 +1,14 @@
 """Sweeps that are stopped, continued, shared and repeated, with real runs."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -240,6 +243,152 @@ def test_a_named_sweep_has_its_jobs(
     jobs: list[grid.Job] = []
     Plugins.instance()  # looks for plugins once a process, and executes their modules anew
     monkeypatch.setattr(grid.GridSweeper, "send", lambda self, todo: jobs.extend(todo) or [])
-    assert command("-m", f"sweep={name}", f"output_dir={tmp_path}") == 0
+    assert command("-m", f"sweep={name}", f"output_dir={tmp_path}") == 1  # for no job has run
     assert len({job.name for job in jobs}) == count
     assert Sweep(tmp_path / "sweeps" / name).info["jobs"] == [job.name for job in jobs]
+
+
+SHORT = ["max_steps=2", "eval_interval=2"]
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_a_job(
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A swept group brings its settings along, so the sweep's own settings do not tell that one of them has changed."""
+    assert sweep("sweep.name=mine", "optimizer=adamw,sgd", *SHORT) == 0
+    capfd.readouterr()
+    assert sweep("sweep.name=mine", "optimizer=adamw,sgd", "optimizer.learning_rate=0.5", *SHORT) == 2
+    folder = tmp_path / "sweeps" / "mine"
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: sweep job {folder}/layernorm-pre-h2-s1337-optimizer_{name}: optimizer.learning_rate=0.5 differs from "
+        f"the run's optimizer.learning_rate={rate}; give the new sweep another sweep.name"
+        for name, rate in (("adamw", "0.001"), ("sgd", "0.1"))
+    ]
+
+
+def test_a_name_of_ones_own_has_the_seed_added(sweep: Callable[..., int], tmp_path: Path) -> None:
+    for seed in (1, 2):
+        assert sweep("sweep.name=mine", "name=foo", "norm=layernorm,rmsnorm", f"seed={seed}", *SHORT) == 0
+    runs = runs_of(tmp_path / "sweeps" / "mine")
+    assert {(name, run.config.seed) for name, run in runs.items()} == {
+        (f"foo-norm_{norm}-s{seed}", seed) for norm in ("layernorm", "rmsnorm") for seed in (1, 2)}  # fmt: skip
+
+
+def test_values_that_make_one_name_make_two_jobs(sweep: Callable[..., int], tmp_path: Path, corpus: Path) -> None:
+    for name in ("a b.txt", "a_b.txt"):
+        (tmp_path / name).write_text(corpus.read_text() + name)
+    texts = ",".join(f"'{tmp_path}/{name}'" for name in ("a b.txt", "a_b.txt"))
+    for _ in range(2):
+        assert sweep("sweep.name=mine", f"data.path={texts}", *SHORT) == 0
+    runs = runs_of(tmp_path / "sweeps" / "mine")
+    assert {Path(run.config.data.path).name for run in runs.values()} == {"a b.txt", "a_b.txt"}
+    assert Sweep(tmp_path / "sweeps" / "mine").info["jobs"] == sorted(runs, key=lambda n: runs[n].info["started"])
+
+
+def test_a_value_given_twice_is_one_job(
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("sweep.name=mine", "optimizer.learning_rate=0.1,1e-1", "seed=1,1,2", *SHORT) == 0
+    assert len(runs_of(tmp_path / "sweeps" / "mine")) == 2
+    assert "--- 2 jobs" in capfd.readouterr().out
+
+
+def test_a_directory_that_is_deleted_meanwhile_is_a_failure(
+    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = grid.report
+
+    def deleted(one, jobs):  # type: ignore[no-untyped-def]
+        shutil.rmtree(one.folder / NAMES[0])
+        return whole(one, jobs)
+
+    with monkeypatch.context() as patch:
+        Plugins.instance()
+        patch.setattr(grid, "report", deleted)
+        assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 1
+    assert capfd.readouterr().err == "error: 1 of 2 jobs failed\n"
+    assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 0
+    assert len(runs_of(tmp_path / "sweeps" / "mine")) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {'])
+def test_a_broken_list_of_jobs_is_told(
+    content: str, sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweeps" / "mine" / "sweep.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 2
+    assert capfd.readouterr().err == (
+        f"error: {path}: is not whole; remove it, and the same command writes it anew\n")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("run.json", "{}", "run.json does not belong to config.yaml"),
+        ("run.json", "{", "run.json is not valid JSON"),
+        ("config.yaml", "a: [", "cannot be read as a configuration"),
+    ],
+)
+def test_a_broken_run_is_told(
+    file: str, content: str, told: str, sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 0
+    (tmp_path / "sweeps" / "mine" / NAMES[0] / file).write_text(content)
+    capfd.readouterr()
+    code = sweep("sweep.name=mine", "seed=1,2", *SHORT)
+    out, err = capfd.readouterr()
+    assert (code, told in err, err.count("\n")) == (2, True, 1) or (file == "config.yaml" and code == 0), out + err
+
+
+def test_a_full_disk_at_the_end_costs_the_picture_alone(
+    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gptexp.analysis import plots
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "plot_runs", full)
+        assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 0
+    path = tmp_path / "sweeps" / "mine" / "curves.png"
+    assert f"no picture: cannot write {path} (No space left on device)" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_has_started_them(
+    number: signal.Signals, corpus: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    long = ["seed=1,2", "max_steps=20000", "eval_interval=50", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = begin(corpus, tmp_path, *long)
+    folder, deadline = tmp_path / "sweeps" / "mine", time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline and len(list(folder.glob("*/metrics.csv"))) < 2:
+        time.sleep(0.1)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    while time.monotonic() < deadline and any(map(alive, workers)):
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] if int(fields[1]) == parent else []
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
