@@ -142,12 +142,11 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     """The jobs without those that repeat another; where two of a name differ, their names get a digest."""
     kept: dict[str, Job] = {}
     for job in jobs:
-        digest = job.config.fingerprint() if job.config else job.name
-        kept.setdefault(digest, job)
+        kept.setdefault(repr(job.config or job.name), job)
     names = Counter(job.name for job in kept.values())
-    for digest, job in kept.items():
-        if names[job.name] > 1:
-            job.name += f"-{digest[:6]}"
+    for job in kept.values():
+        if names[job.name] > 1 and job.config:
+            job.name += f"-{job.config.fingerprint()[:6]}"
     return list(kept.values())
 
 
