@@ -328,7 +328,6 @@ def test_a_broken_list_of_jobs_is_told(
     [
         ("run.json", "{}", "run.json does not belong to config.yaml"),
         ("run.json", "{", "run.json is not valid JSON"),
-        ("config.yaml", "a: [", "cannot be read as a configuration"),
     ],
 )
 def test_a_broken_run_is_told(
@@ -337,9 +336,9 @@ def test_a_broken_run_is_told(
     assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 0
     (tmp_path / "sweeps" / "mine" / NAMES[0] / file).write_text(content)
     capfd.readouterr()
-    code = sweep("sweep.name=mine", "seed=1,2", *SHORT)
-    out, err = capfd.readouterr()
-    assert (code, told in err, err.count("\n")) == (2, True, 1) or (file == "config.yaml" and code == 0), out + err
+    assert sweep("sweep.name=mine", "seed=1,2", *SHORT) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(told)
 
 
 def test_a_full_disk_at_the_end_costs_the_picture_alone(
