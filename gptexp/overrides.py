@@ -76,10 +76,10 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 problems.append(f"{override.input_line}: several values need --multirun (-m)")
             elif override.is_delete():
                 passed.append(override.input_line or "")
-            elif override.is_add() and _is_group(override.key_or_group):
+            elif override.is_add() and is_group(override.key_or_group):
                 plainly = str(override.input_line).lstrip("+")
                 problems.append(f"{override.input_line}: this group has a choice already; write {plainly}")
-            elif _is_group(override.key_or_group):
+            elif is_group(override.key_or_group):
                 problems += _check_group(override, bool(config_dir))
                 groups.append(override)
             elif override.is_add() or override.is_force_add():
@@ -153,13 +153,14 @@ def requested(arguments: Sequence[str]) -> Tree:
             keys: set[str] = set()
             for override in overrides:
                 key = override.key_or_group
-                keys |= _keys_of(key, str(override.value())) if _is_group(key) else {key}
+                keys |= _keys_of(key, str(override.value())) if is_group(key) else {key}
     finally:
         GlobalHydra.instance().hydra = running
     return {k: v for k, v in composed.items() if k in keys}
 
 
-def _is_group(key: str) -> bool:
+def is_group(key: str) -> bool:
+    """Whether an override's key names a group of conf/, in a running Hydra."""
     return bool(_repository().group_exists(key))
 
 

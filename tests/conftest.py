@@ -110,6 +110,11 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, s
     return process.returncode, out, err
 
 
+def runs_of(folder: Path) -> dict[str, Run]:
+    """The runs in a folder by the names of their directories."""
+    return {p.name: Run.open(p) for p in sorted(folder.iterdir()) if (p / "run.json").exists()}
+
+
 def timeless(run: Run) -> list[list[str]]:
     """The cells of metrics.csv but for the times, as the bytes they are in the file."""
     keep = [i for i, column in enumerate(METRICS) if column not in TIMES]

@@ -19,6 +19,7 @@ from gptexp.runs import Run
 from gptexp.validation import show
 
 AXES = ("step", "tokens", "seconds")
+NUMBERS = ("parameters", "tokens_per_second", "seconds")  # of result.json, that a table has
 
 Curve = dict[str, npt.NDArray[np.float64]]
 
@@ -123,16 +124,15 @@ def collect(folders: Iterable[Path]) -> Collection:
     present: set[tuple[Path, str]] = set()  # of which sweep, which job
     expected: dict[tuple[Path, str], None] = {}
     for number, folder in enumerate(folders):
-        paths = [path for path in _runs(folder) if path.resolve() not in seen]
+        found = _runs(folder)
+        paths = [path for path in found if path.resolve() not in seen]
         seen |= {path.resolve() for path in paths}
         # A run that is named itself speaks for no sweep.
-        sweeps = {path.parent for path in _runs(folder) if path != folder} | {folder}
+        sweeps = {path.parent for path in found if path != folder} | {folder}
         jobs = {sweep: _jobs(sweep) for sweep in sweeps | {path.parent for path in paths}}
         if not folder.is_dir():
             problems.append(f"{folder}: there is no such directory")
-        elif not any(jobs[sweep] for sweep in sweeps) and not any(
-            folder.resolve() in (path, *path.parents) for path in seen
-        ):
+        elif not found and not any(jobs[sweep] for sweep in sweeps):
             problems.append(f"{folder}: holds no runs")
         expected |= dict.fromkeys((sweep.resolve(), job) for sweep in sweeps for job in jobs[sweep])
         for path in paths:
@@ -155,6 +155,8 @@ def _runs(folder: Path) -> list[Path]:
         if "run.json" in files:
             found.append(Path(path))
             folders.clear()
+        links = (Path(path, name) for name in folders if Path(path, name).is_symlink())
+        found += [link for link in links if (link / "run.json").exists()]  # a chosen set of runs, perhaps
     return sorted(found)
 
 
@@ -175,6 +177,9 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         raise KeyError(f"fingerprints.{min(lacking)}")
     if not isinstance(info.get("data", {}), dict) or not all(isinstance(v, str) for v in info["fingerprints"].values()):
         raise TypeError("run.json is not as it was written")
+    result = run.result or {}
+    if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in NUMBERS):
+        raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
@@ -185,7 +190,7 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
         order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
-        curve=curve, windows=_curve(run, "val/loss_windows"), result=run.result or {},
+        curve=curve, windows=_curve(run, "val/loss_windows"), result=result,
     )  # fmt: skip
 
 

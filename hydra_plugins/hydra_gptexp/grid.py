@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.utils import JobStatus
-from omegaconf import open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gptexp.errors import Interrupted, RunFailed, UserError
 
@@ -67,6 +67,7 @@ class GridSweeper(BasicSweeper):
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         super().__init__(max_batch_size=None, params=params)
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def sweep(self, arguments: list[str]) -> list[float]:
         """Bring all jobs to their end.
@@ -107,14 +108,9 @@ class GridSweeper(BasicSweeper):
         from gptexp.config import plain, read_config
         from gptexp.train import job_name
 
-        assert self.hydra_context is not None
-        assert self.config is not None
         job = Job(overrides)
         try:
-            tree = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            with open_dict(tree):
-                del tree["hydra"]
-            config = read_config(plain(tree))
+            config = read_config(plain(self.compose(overrides)))
         except UserError as error:
             job.error, job.name = error, " ".join(o for o in overrides if o.partition("=")[0] in varied)
         else:
@@ -123,6 +119,25 @@ class GridSweeper(BasicSweeper):
                 shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
             job.name, job.config = job_name(config, "|".join(shown)), config
         return job
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """A job's settings. Jobs that differ in values alone share what Hydra, far slower, makes of the groups."""
+        from gptexp.overrides import is_group
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        values = [o for o in parsed if o.type == OverrideType.CHANGE and not is_group(o.key_or_group)]
+        groups = tuple(str(o.input_line) for o in parsed if o not in values)
+        if groups not in self.composed:
+            tree = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
+            with open_dict(tree):
+                del tree["hydra"]
+            self.composed[groups] = tree
+        tree = self.composed[groups].copy()
+        for override in values:
+            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
+        return tree
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""

@@ -201,6 +201,15 @@ def test_several_folders_and_single_runs(write: Write, study: Build, tmp_path: P
     assert len(study("sweep", "sweep/layernorm-pre-h4-s1", "other").records) == 2  # none is read twice
 
 
+def test_a_folder_of_links_to_chosen_runs(write: Write, study: Build, tmp_path: Path) -> None:
+    (tmp_path / "chosen").mkdir()
+    for seed in (1, 2):
+        run = write(2.0, seed)
+        (tmp_path / "chosen" / run.path.name).symlink_to(run.path)
+    assert len(study("chosen").records) == 2
+    assert len(study("chosen", "sweep").records) == 2  # they are the same runs
+
+
 def test_mistaken_folders_are_told_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as error:
@@ -217,6 +226,8 @@ def test_mistaken_folders_are_told_together(tmp_path: Path) -> None:
         ("run.json", '{"status": "done"}', "run.json lacks 'name'"),
         ("run.json", '{"name": "x", "status": "done", "fingerprints": {}}', "run.json lacks 'fingerprints.code'"),
         ("result.json", '{"status": "do', "a file of it is not valid JSON"),
+        ("result.json", "[1]", "result.json is not as it was written"),
+        ("result.json", '{"seconds": "many"}', "result.json is not as it was written"),
         ("config.yaml", "seed: -1", "config.yaml: seed=-1: must be an integer"),
         ("config.yaml", "seed: [", "config.yaml: cannot be read as a configuration"),
         ("metrics.csv", "step,tokens,seconds,val/loss,val/loss_windows\n1,1,1,x,\n", "metrics.csv cannot be read"),
