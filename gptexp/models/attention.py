@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptexp.models.generation import Place
 from gptexp.models.norms import build_norm
 from gptexp.models.registry import NormShape
 from gptexp.models.settings import GPTConfig
@@ -79,10 +80,24 @@ class CausalSelfAttention(nn.Module):
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.transpose(-2, -1) * self.scale).masked_fill(later, -math.inf)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C); rope holds cosines and sines, (L, D) each."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, place: Place | None = None
+    ) -> Tensor:
+        """(N, L, C) to (N, L, C).
+
+        Args:
+            x: what to attend from.
+            rope: cosines and sines, (L, D) or (N, 1, L, D) each.
+            place: where keys and values of earlier positions are, to which x also attends.
+        """
         q, k, v = self.heads(x, rope)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale)
+        causal, known = True, None
+        if place is not None:
+            k, v, known = place.extend(self, k, v)
+            causal = place.at is None  # else a single query, after all that is kept
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=known, dropout_p=self.dropout if self.training else 0.0, is_causal=causal,
+            scale=self.scale,
+        )  # fmt: skip
         y = y.transpose(1, 2).reshape(x.shape)
         return F.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)

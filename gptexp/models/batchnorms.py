@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptexp.models.generation import At
 from gptexp.models.reduction import ranks, sum_over_ranks, weighted
 from gptexp.models.registry import (
     BatchNormSettings,
@@ -35,13 +36,12 @@ class _Running(nn.Module):
         self.register_buffer("running_mean", torch.zeros(size))
         self.register_buffer("running_var", torch.ones(size))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
-        # With per-position statistics, a sequence shorter than block_size uses the first L rows (views, so that
-        # updates in place reach the buffers).
-        L = x.shape[1]
-        mean, var = (self.running_mean[:L], self.running_var[:L]) if self.per_position else (
-            self.running_mean, self.running_var)
+    def forward(self, x: Tensor, mask: Tensor | None = None, at: At | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C); `at` are the positions of x where it does not begin at the first."""
+        mean, var = self.running_mean, self.running_var
+        if self.per_position:  # slices are views, so that updates in place reach the buffers
+            place = slice(x.shape[1]) if at is None else at
+            mean, var = mean[place], var[place]
         if not self.training:
             return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
         return self.normalise(x, mask, mean, var) * self.weight + self.bias

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptexp.models.attention import CausalSelfAttention, rope_table, sinusoidal_table
+from gptexp.models.generation import At, CachedReader, Place
 from gptexp.models.language_model import LanguageModel, initialise, initialise_as_torch
 from gptexp.models.norms import build_norm
 from gptexp.models.settings import GPTConfig
@@ -66,14 +67,12 @@ class Residual(nn.Module):
             _norm(config) if wanted else None for wanted in (place.before, place.after, place.around)
         )
 
-    def forward(self, x: Tensor, f: Callable[[Tensor], Tensor], mask: Tensor | None) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
-        y = f(x if self.before is None else self.before(x, mask))
-        if self.after is not None:
-            y = self.after(y, mask)
+    def forward(self, x: Tensor, f: Callable[[Tensor], Tensor], mask: Tensor | None, at: At | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C); `at` are the positions of x, for norms to which they matter."""
+        y = _normalised(self.after, f(_normalised(self.before, x, mask, at)), mask, at)
         if self.alpha:
             y = (x if self.alpha == 1.0 else self.alpha * x) + y
-        return y if self.around is None else self.around(y, mask)
+        return _normalised(self.around, y, mask, at)
 
 
 class Block(nn.Module):
@@ -85,10 +84,13 @@ class Block(nn.Module):
         self.residual2 = Residual(config) if config.inner_dim else None
         self.mlp = FeedForward(config) if config.inner_dim else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
-        x = self.residual1(x, lambda h: self.attn(h, rope), mask)
-        return x if self.residual2 is None or self.mlp is None else self.residual2(x, self.mlp, mask)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, at: At | None = None,
+        place: Place | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(N, L, C) to (N, L, C); see `CausalSelfAttention` for rope and place."""
+        x = self.residual1(x, lambda h: self.attn(h, rope, place) if place else self.attn(h, rope), mask, at)
+        return x if self.residual2 is None or self.mlp is None else self.residual2(x, self.mlp, mask, at)
 
 
 class GPT(LanguageModel):
@@ -156,22 +158,47 @@ class GPT(LanguageModel):
         Returns:
             (N, L, V).
         """
-        L = ids.shape[1]
+        return self._logits(ids, mask)
+
+    def extend(self, ids: Tensor, at: At, place: Place) -> Tensor:
+        """Logits for the symbol after each of some further tokens of contexts that are in a cache.
+
+        Args:
+            ids: (n, L) int64; L is 1 unless the contexts begin here.
+            at: their positions, of all rows or (n, 1) of each.
+            place: the rows of the cache.
+
+        Returns:
+            (n, L, V).
+        """
+        return self._logits(ids, None, at, place)
+
+    def reader(self, n_rows: int) -> CachedReader:
+        """A reader with a cache of keys and values."""
+        return CachedReader(self, n_rows)
+
+    def _logits(self, ids: Tensor, mask: Tensor | None, at: At | None = None, place: Place | None = None) -> Tensor:
         x = self.wte(ids)  # (N, L, C)
-        rope = None
+        rows, rope = slice(ids.shape[1]) if at is None else at, None
         if self.wpe is not None:
-            x = x + self.wpe.weight[:L]
+            x = x + self.wpe.weight[rows]
         elif self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[:L]
+            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[rows]
         elif self.config.position == "rope":
-            rope = self.get_buffer("rope_cos")[:L], self.get_buffer("rope_sin")[:L]
+            cos, sin = self.get_buffer("rope_cos")[rows], self.get_buffer("rope_sin")[rows]  # (L, D) or (N, 1, D)
+            rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, mask, rope)
-        if self.norm_f is not None:
-            x = self.norm_f(x, mask)
-        logits: Tensor = self.head(x)
+            x = block(x, mask, rope, at, place)
+        logits: Tensor = self.head(_normalised(self.norm_f, x, mask, at))
         return logits
+
+
+def _normalised(norm: nn.Module | None, x: Tensor, mask: Tensor | None, at: At | None) -> Tensor:
+    if norm is None:
+        return x
+    y: Tensor = norm(x, mask, at) if at is not None and getattr(norm, "per_position", False) else norm(x, mask)
+    return y
 
 
 def _norm(config: GPTConfig) -> nn.Module:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptexp.models.generation import Reader, WindowReader, choose
+
 
 class LanguageModel(nn.Module):
     """Token ids (N, L) to logits (N, L, V), called as model(ids, mask).
@@ -32,6 +34,10 @@ class LanguageModel(nn.Module):
         linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
         return 6.0 * sum(m.weight.numel() for m in linear)
 
+    def reader(self, n_rows: int) -> Reader:
+        """What computes the next logits of `n_rows` growing rows of tokens."""
+        return WindowReader(self)
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
         """Continue every prompt; see `stream` for the options. Returns the new ids of each, without the prompt."""
         rows: list[list[int]] = [[] for _ in prompts]
@@ -55,8 +61,8 @@ class LanguageModel(nn.Module):
     ) -> Iterator[list[int | None]]:
         """Sample one token a step for every prompt, in evaluation mode.
 
-        A row's text depends on the seed, its index and its prompt, not on the other rows. Each step sees the last
-        `block_size` tokens of its row.
+        A row's text depends on the seed, its index and its prompt, not on the other rows. Which of its tokens a step
+        sees is the reader's matter: see `CachedReader` for a GPT, `WindowReader` for other models.
 
         Args:
             prompts: one or more prompts of any lengths, at least one token each.
@@ -71,22 +77,16 @@ class LanguageModel(nn.Module):
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token")
-        was_training, device = self.training, next(self.parameters()).device
+        was_training = self.training
         self.eval()
         try:
-            rows = [list(p) for p in prompts]
+            rows, reader = [list(p) for p in prompts], self.reader(len(prompts))
             starts = [len(r) for r in rows]
             done = [False] * len(rows)
             chances = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, f"row {i}"))
                                    for i in range(len(rows))])  # (N, max_new_tokens)
             for t in range(max_new_tokens):
-                # Rows of unequal lengths are padded at the right, where causal attention never looks from the left.
-                context = [r[-self.config.block_size:] for r in rows]
-                lengths = torch.tensor([len(c) for c in context])
-                ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-                for i, c in enumerate(context):
-                    ids[i, : len(c)] = torch.tensor(c)
-                logits = self(ids.to(device))[torch.arange(len(rows)), lengths - 1].float().cpu()  # (N, V)
+                logits = reader.read(rows).float().cpu()  # (N, V)
                 tokens = choose(logits, chances[:, t], temperature, top_k, top_p).tolist()
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]
                 for i, row in enumerate(rows):
@@ -97,24 +97,6 @@ class LanguageModel(nn.Module):
                     return
         finally:
             self.train(was_training)
-
-
-def choose(logits: Tensor, chance: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Pick one id a row from logits (N, V) with the uniform numbers chance (N,) in [0, 1). Returns (N,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, order = torch.sort((logits / temperature).softmax(-1), dim=-1, descending=True, stable=True)
-    total = probs.cumsum(-1)
-    keep = torch.ones_like(probs, dtype=torch.bool)
-    if top_k is not None:
-        keep[:, top_k:] = False
-    if top_p is not None:
-        keep &= total - probs < top_p  # a token stays while those before it do not reach p
-    keep[:, 0] = True
-    total = (probs * keep).cumsum(-1)
-    pick = torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True)
-    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, pick).squeeze(-1)
 
 
 def initialise(model: nn.Module, seed: int, deviation: Callable[[str], float | Tensor]) -> None:

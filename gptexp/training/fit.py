@@ -34,6 +34,7 @@ from gptexp.training.callbacks.recorder import Recorder, Watch
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
 from gptexp.training.loggers import Samples, build_loggers, close_loggers
+from gptexp.training.memory import keep_freed_memory
 from gptexp.training.module import GPTModule
 from gptexp.training.outcome import leave_results, versions
 
@@ -65,6 +66,7 @@ def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
     devices = device_count(config)
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
+    keep_freed_memory()
     resuming = _checkpoint_to_resume(run, config)
 
     model: LanguageModel = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)

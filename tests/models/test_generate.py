@@ -1,13 +1,13 @@
 """Sampling: what is chosen, from what, and where it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from gptexp.models.generation import choose
 from gptexp.models.gpt import GPT
-from gptexp.models.language_model import choose
 from gptexp.models.registry import NORMS, PLACEMENTS
 
 V, BLOCK = 11, 8
@@ -15,12 +15,21 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0, 1, 2, 3, 4, 5]]  # the last is
 Lively = Callable[..., GPT]
 
 
+def contexts(tokens: list[int], start: int) -> Iterator[list[int]]:
+    """What is seen before each token from `start` on: a full block loses its older half to the token that comes."""
+    seen = tokens[:start][-BLOCK:]
+    for token in tokens[start:]:
+        yield seen
+        seen = [*(seen[BLOCK // 2 :] if len(seen) == BLOCK else seen), token]
+
+
 def greedy(model: GPT, prompt: list[int], n: int) -> list[int]:
-    """The likeliest continuation, one prompt and one token at a time."""
+    """The likeliest continuation, one prompt and one token at a time, everything computed anew."""
     ids = list(prompt)
     for _ in range(n):
+        *_, seen = contexts([*ids, 0], len(prompt))
         with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids[-BLOCK:]]))[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -41,13 +50,45 @@ VARIANTS = [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_greedy_is_a_loop_of_argmax(lively: Lively, changes: dict) -> None:
-    """Also past the block, where each step sees the last block_size tokens; and each row as if alone."""
+    """Also past the block, where the older half of the context is dropped; and each row as if alone."""
     model = lively(tie_weights=False, **changes)  # tied random weights repeat themselves
     expected = [greedy(model, prompt, 15) for prompt in PROMPTS]
     assert model.generate(PROMPTS, 15, temperature=0) == expected
     assert [model.generate([prompt], 15, temperature=0)[0] for prompt in PROMPTS] == expected
     if changes.get("norm") == "layernorm":
         assert len({tuple(row) for row in expected}) == 3  # not one and the same text
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, {"position": "sinusoidal"}, {"position": "none"}], ids=str)
+def test_the_cache_gives_the_logits_of_the_whole_context(lively: Lively, changes: dict) -> None:
+    """Rows of unequal lengths, which reach the end of the block at different steps."""
+    model = lively(**changes)
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, V, (n + 20,), generator=draw).tolist() for n in (3, 1, 12, 8)]
+    with torch.no_grad():
+        reader = model.reader(4)
+        cached = [reader.read([row[: n + t] for row, n in zip(rows, (3, 1, 12, 8), strict=True)]) for t in range(20)]
+        for i, n in enumerate((3, 1, 12, 8)):
+            for t, seen in enumerate(contexts(rows[i], n)):
+                whole = model(torch.tensor([seen]))[0, -1]
+                torch.testing.assert_close(cached[t][i], whole, atol=1e-4, rtol=1e-5)
+                assert float(whole.std()) > 0.01
+
+
+def test_a_step_computes_new_positions_alone(lively: Lively) -> None:
+    model, lengths = lively(), []
+    model.blocks[0].attn.qkv.register_forward_hook(lambda _, args, out: lengths.append(tuple(args[0].shape[:2])))
+    model.generate([[1, 2, 3], [1, 2, 3]], 9, temperature=0)
+    assert lengths == [(2, 3), *[(2, 1)] * 5, (2, BLOCK // 2 + 1), (2, 1), (2, 1)]
+
+
+def test_a_block_of_one_token(lively: Lively) -> None:
+    model = lively(block_size=1)
+    expected, token = [], 3
+    for _ in range(5):
+        token = int(model(torch.tensor([[token]])).argmax())
+        expected.append(token)
+    assert model.generate([[1, 2, 3]], 5, temperature=0) == [expected]
 
 
 def test_only_the_last_block_of_a_prompt_is_seen(lively: Lively) -> None:
@@ -79,8 +120,8 @@ def test_a_sample_follows_its_seed_its_row_and_its_prompt(lively: Lively) -> Non
 def test_a_stop_sequence_ends_its_row_alone(lively: Lively) -> None:
     model = lively()
     text = model.generate(PROMPTS, 20)
-    stop = text[0][4:7]
-    places = [[end for end in range(3, 21) if row[end - 3 : end] == stop] for row in text]
+    stop = text[0][3:7]
+    places = [[end for end in range(4, 21) if row[end - 4 : end] == stop] for row in text]
     assert places == [[7], [], []]  # the sequence is in the first row alone
     assert model.generate(PROMPTS, 20, stop=stop) == [text[0][:7], *text[1:]]
 

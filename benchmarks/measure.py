@@ -1,0 +1,65 @@
+"""What the benchmarks share: contestants that take turns, the spread of their ratios, a table and a JSON file."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from gptexp.records import read_metrics
+
+
+def parser(doc: str | None, name: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks take: --rounds, --out and further settings of gptexp.train."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"times that each has its turn ({rounds})")
+    made.add_argument("--out", type=Path, default=Path(f"outputs/benchmarks/{name}.json"), help="JSON with all figures")
+    made.add_argument("settings", nargs="*", help="further settings of gptexp.train")
+    return made
+
+
+def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """What each contestant measures in each round. Who begins changes from round to round."""
+    names, results = list(contestants), []
+    for number in track(range(rounds), "rounds", console=Console(stderr=True)):
+        order = names if number % 2 == 0 else names[::-1]
+        taken = {name: contestants[name]() for name in order}
+        results.append({name: taken[name] for name in names})
+    return results
+
+
+def command_seconds(folder: Path, steps: int, skipped: int, settings: Sequence[str]) -> float:
+    """Seconds of a training step of a run of the real command, without evaluation and without the first steps."""
+    arguments = [*settings, f"max_steps={steps}", f"eval_interval={steps}", "eval_windows=1", "sample_tokens=0",
+                 f"hydra.run.dir={folder}"]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "gptexp.train", *arguments], check=True, stdout=subprocess.DEVNULL)
+    seconds = {row["step"]: row["seconds"] for row in read_metrics(folder / "metrics.csv")[1:]}
+    return (seconds[steps] - seconds[skipped]) / (steps - skipped)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def ratios(rounds: Sequence[Mapping[str, float]], over: str, under: str) -> dict[str, float]:
+    """The spread of one contestant's figure over another's, round by round."""
+    return spread([r[over] / r[under] for r in rounds])
+
+
+def told(ratio: Mapping[str, float]) -> str:
+    """A spread in words."""
+    return "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio)
+
+
+def write(out: Path, report: Mapping[str, Any]) -> None:
+    """Write the JSON and say where."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    Console().print(f"{out}")
