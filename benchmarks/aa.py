@@ -6,7 +6,6 @@ different seeds, so nothing is gained by pairing: it is the test's error that is
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import write
 from gptexp.analysis.stats import judge
 from gptexp.runs import Run
 
@@ -62,11 +62,8 @@ def main() -> None:
     table = Table("a variant against itself", "", title="disjoint seeds")
     for key, value in report.items():
         table.add_row(key.replace("_", " "), f"{value:.4g}")
-    console = Console()
-    console.print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report | {"losses": losses}, indent=2) + "\n")
-    console.print(f"{arguments.out}")
+    Console().print(table)
+    write(arguments.out, report | {"losses": losses})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ them by the real command, and prints the seconds and the peak memory of it.
 """
 
 import argparse
-import json
 import math
 import resource
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import write
 from gptexp.config import read_config
 from gptexp.records import Metrics
 from gptexp.runs import Run
@@ -104,8 +104,7 @@ def main() -> None:
     table.add_row(str(report["runs"]), str(report["rows"]), f"{report['seconds']:.1f}",
                   f"{report['gigabytes']:.2f} GiB", f"{report['page_kilobytes']:.0f} kB")  # fmt: skip
     Console().print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def command_seconds(folder: Path, steps: int, skipped: int, settings: Sequence[s
     arguments = [*settings, f"max_steps={steps}", f"eval_interval={steps}", "eval_windows=1", "sample_tokens=0",
                  f"hydra.run.dir={folder}"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "gptexp.train", *arguments], check=True, stdout=subprocess.DEVNULL)
-    seconds = {row["step"]: row["seconds"] for row in read_metrics(folder / "metrics.csv")[1:]}
+    seconds = {row["step"]: row["seconds"] for row in read_metrics(folder / "metrics.csv")[1:]} | {0: 0.0}
     return (seconds[steps] - seconds[skipped]) / (steps - skipped)
 
 

@@ -1,5 +1,7 @@
 """nanoGPT as the peer of a benchmark: a copy of a checkout of its own, run as its README says."""
 
+import contextlib
+import importlib.util
 import re
 import shutil
 import statistics
@@ -9,6 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+
+from gptexp.data.batches import split_corpus
+from gptexp.data.corpora import find_corpus
+from gptexp.data.encoded import encode_corpus
+from gptexp.data.settings import DataConfig
+from gptexp.training.metrics import summed_loss
 
 CPU_RECIPE = {
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
@@ -72,6 +83,27 @@ class NanoGPT:
         if process.returncode:
             raise SystemExit(f"nanoGPT's train.py ended with status {process.returncode}")
         return Trained(times, steps, time.perf_counter() - begin)
+
+    def loss(self, checkpoint: Path) -> float:
+        """The loss of a checkpoint over the whole validation split, as `val/loss` is: nats a token."""
+        spec = importlib.util.spec_from_file_location("nanogpt_model", self.folder / "model.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        stored = torch.load(checkpoint, weights_only=True)
+        with contextlib.redirect_stdout(None):
+            model = module.GPT(module.GPTConfig(**stored["model_args"])).eval()
+        model.load_state_dict(stored["model"])
+        config = DataConfig(offline_fallback=None)
+        _, val = split_corpus(encode_corpus(find_corpus(config), config), config, stored["model_args"]["block_size"])
+        total = 0.0
+        with torch.no_grad():
+            for begin in range(0, val.n_rows, 64):
+                rows = val.rows(np.arange(begin, min(begin + 64, val.n_rows)))
+                x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y)
+                total += float(summed_loss(model(x, y)[0], y))  # with targets, it gives all positions' logits
+        return total / val.n_tokens
 
     def sample(self, out_dir: str, **settings: object) -> float:
         """Seconds that its sample.py takes."""

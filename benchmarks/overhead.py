@@ -37,13 +37,16 @@ def bare(config: Config) -> float:
     train, _ = split_corpus(encoded, config.data, config.model.block_size)
     model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
     optimizer = build_optimizer(config.optimizer, list(model.named_parameters()),
-                                {n for n, p in model.named_parameters() if p.ndim >= 2})  # fmt: skip
+                                {n for n, p in model.named_parameters() if p.ndim >= 2},
+                                model.hidden_matrices)  # fmt: skip
     begin = 0.0
     for step in range(config.max_steps):
         if step == SKIPPED:
             begin = time.perf_counter()
         rows = train.train_batch(config.seed, step, config.batch_size)
         loss = summed_loss(model(torch.from_numpy(rows.x)), torch.from_numpy(rows.y)) / rows.tokens
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.learning_rate * group.get("lr_scale", 1.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -57,7 +60,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     arguments.add_argument("--bare", action="store_true", help="run the bare loop once, and print its milliseconds")
     asked = arguments.parse_args()
-    settings = ["experiment=nanogpt_cpu", "data.offline_fallback=null", *asked.settings]
+    settings = ["experiment=nanogpt_cpu", *asked.settings]
     if asked.bare:
         print(bare(compose_config([*settings, f"max_steps={asked.steps}"])))
         return

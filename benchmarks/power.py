@@ -6,7 +6,6 @@ find a difference, of the verdict and of other tests.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.measure import write
 from gptexp.analysis.stats import Array, interval, judge, sign_flip
 
 
@@ -146,9 +146,7 @@ def main() -> None:
         for n, row in rows.items():
             table.add_row(str(n), *(f"{share:.1%}" for share in row.values()))
         console.print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"{arguments.out}")
+    write(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -247,6 +247,11 @@ def _cross_check(values: Tree) -> list[str]:
     batch_size = values.get("batch_size", Config.batch_size)
     accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
     problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
+    if getattr(values.get("optimizer"), "name", "") == "muon":
+        if hardware and hardware.strategy == "fsdp":
+            problems.append("optimizer.name=muon: needs whole matrices, which hardware.strategy=fsdp cuts in pieces")
+        if model and model.name == "bigram":
+            problems.append("optimizer.name=muon: model.name=bigram has no hidden layers; allowed: adamw, sgd")
     problems += _check_diagnostics(values.get("diagnostics_interval"), hardware)
     micro = batch_size // accumulation
     if model and micro < model.min_sequences:

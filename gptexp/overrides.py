@@ -68,28 +68,15 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                  for o in overrides if not multirun and OF_SWEEPS.match(o.key_or_group)]  # fmt: skip
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
         search = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
-        groups, values, passed = [], [], []
+        kinds: dict[str, list[Override]] = {kind: [] for kind in ("group", "wrong", "value", "passed", "")}
         for override in overrides:
-            if override.key_or_group.partition(".")[0].partition("/")[0] == "hydra":
-                continue
-            if override.is_sweep_override() and not multirun:
-                problems.append(f"{override.input_line}: several values need --multirun (-m)")
-            elif override.is_delete():
-                passed.append(override.input_line or "")
-            elif override.is_add() and is_group(override.key_or_group):
-                plainly = str(override.input_line).lstrip("+")
-                problems.append(f"{override.input_line}: this group has a choice already; write {plainly}")
-            elif is_group(override.key_or_group):
-                problems += _check_group(override, bool(config_dir))
-                groups.append(override)
-            elif override.is_add() or override.is_force_add():
-                passed += [] if override.is_sweep_override() else [override.input_line or ""]
-            else:
-                values.append(override)
+            kind, found = _sort(override, multirun, bool(config_dir))
+            kinds[kind].append(override)
+            problems += found
+        groups, passed = kinds["group"], [o.input_line or "" for o in kinds["passed"]]
         # Which settings a misspelt choice has cannot be known, so those below it go unchecked.
-        wrong = {g.key_or_group for g in groups if _check_group(g, bool(config_dir))}
-        groups = [g for g in groups if g.key_or_group not in wrong]
-        values = [v for v in values if v.key_or_group.partition(".")[0] not in wrong]
+        wrong = {o.key_or_group for o in kinds["wrong"]}
+        values = [v for v in kinds["value"] if v.key_or_group.partition(".")[0] not in wrong]
         chosen = [f"{g.key_or_group}={_texts(g)[0]}" for g in groups]
         try:
             base = compose("config", [*search, *chosen, *passed])
@@ -106,6 +93,31 @@ def check(arguments: Sequence[str], multirun: bool, config_dir: str | None = Non
                 except UserError as error:
                     problems += error.problems
     return _unique(problems)
+
+
+def _sort(override: Override, multirun: bool, more_folders: bool) -> tuple[str, list[str]]:
+    """What an override is, and what is wrong with it.
+
+    Returns:
+        "group" or "value"; "wrong" for a choice that its group does not have; "passed" where Hydra takes it as it is;
+        "" for what is no setting of ours or cannot be one; and a line for each problem.
+    """
+    key, line = override.key_or_group, override.input_line or ""
+    kind, problems = "value", []
+    if key.partition(".")[0].partition("/")[0] == "hydra":
+        kind = ""
+    elif override.is_sweep_override() and not multirun:
+        kind, problems = "", [f"{line}: several values need --multirun (-m)"]
+    elif override.is_delete():
+        kind = "passed"
+    elif is_group(key) and override.is_add():
+        kind, problems = "", [f"{line}: this group has a choice already; write {line.lstrip('+')}"]
+    elif is_group(key):
+        problems = _check_group(override, more_folders)
+        kind = "wrong" if problems else "group"
+    elif override.is_add() or override.is_force_add():
+        kind = "" if override.is_sweep_override() else "passed"
+    return kind, problems
 
 
 def sweep_dir(arguments: Sequence[str], config_dir: str | None = None) -> Path:
@@ -184,15 +196,15 @@ def _keys_of(group: str, choice: str) -> set[str]:
 def _check_group(override: Override, more_folders: bool) -> list[str]:
     """A problem for each choice that its group does not have."""
     group = override.key_or_group
+    wrong = [t for t in _texts(override)
+             if t != "null" and not more_folders and not _repository().config_exists(f"{group}/{t}")]  # fmt: skip
+    if not wrong:  # the options are slow to find
+        return []
     loader = GlobalHydra.instance().config_loader()
     options = [o for o in loader.get_group_options(group) if o != "defaults"]
     for folder in loader.get_group_options(group, results_filter=ObjectType.GROUP):
         options += [f"{folder}/{o}" for o in loader.get_group_options(f"{group}/{folder}")]
-    problems = []
-    for text in _texts(override):
-        if text != "null" and not more_folders and not _repository().config_exists(f"{group}/{text}"):
-            problems.append(f"{group}={text}: unknown{nearest(text, options)} allowed: {', '.join(options)}")
-    return problems
+    return [f"{group}={text}: unknown{nearest(text, options)} allowed: {', '.join(options)}" for text in wrong]
 
 
 def _check_values(base: DictConfig, values: list[Override], cross_check: bool) -> list[str]:

@@ -41,6 +41,11 @@ def _angles(length: int, channels: int) -> Tensor:
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()  # (L, channels/2)
 
 
+def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
+    """x after dropout; x itself where there is none, without a call, since sampling is made of such calls."""
+    return F.dropout(x, rate) if rate and training else x
+
+
 class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D), causal) v for H heads of size D = C / H, then a projection back to C.
 
@@ -100,4 +105,4 @@ class CausalSelfAttention(nn.Module):
             scale=self.scale,
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(x.shape)
-        return F.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)
+        return dropped(y if self.proj is None else self.proj(y), self.dropout, self.training)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptexp.models.generation import At
+from gptexp.models.norms import Positional
 from gptexp.models.reduction import ranks, sum_over_ranks, weighted
 from gptexp.models.registry import (
     BatchNormSettings,
@@ -20,7 +21,7 @@ from gptexp.models.registry import (
 )
 
 
-class _Running(nn.Module):
+class _Running(Positional):
     """A weight and a bias a channel, and the running averages of batch statistics, which evaluation uses."""
 
     running_mean: Tensor

@@ -151,14 +151,13 @@ def choose(logits: Tensor, chance: Tensor, temperature: float, top_k: int | None
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = torch.sort((logits / temperature).softmax(-1), dim=-1, descending=True, stable=True)
-    total = probs.cumsum(-1)
-    keep = torch.ones_like(probs, dtype=torch.bool)
     if top_k is not None:
-        keep[:, top_k:] = False
+        probs[:, top_k:] = 0.0
+    total = probs.cumsum(-1)
     if top_p is not None:
-        keep &= total - probs < top_p  # a token stays while those before it do not reach p
-    keep[:, 0] = True
-    total = (probs * keep).cumsum(-1)
+        probs[:, 1:] *= total[:, :-1] < top_p  # a token stays while those before it do not reach p
+        total = probs.cumsum(-1)
     pick = torch.searchsorted(total, chance[:, None] * total[:, -1:], right=True)
-    pick = torch.minimum(pick, keep.sum(-1, keepdim=True) - 1)
+    # Rounding can take the last bound to or below the chance.
+    pick = torch.minimum(pick, (probs > 0).sum(-1, keepdim=True) - 1)
     return order.gather(-1, pick).squeeze(-1)

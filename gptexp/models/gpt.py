@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.attention import CausalSelfAttention, rope_table, sinusoidal_table
+from gptexp.models.attention import CausalSelfAttention, dropped, rope_table, sinusoidal_table
 from gptexp.models.generation import At, CachedReader, Place
 from gptexp.models.language_model import LanguageModel, initialise, initialise_as_torch
-from gptexp.models.norms import build_norm
+from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
 
 
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, L, C)."""
         h = self.act(self.fc(x)) if self.gate is None else self.act(self.gate(x)) * self.fc(x)  # (N, L, 4C)
-        return F.dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
+        return dropped(h if self.proj is None else self.proj(h), self.dropout, self.training)
 
 
 class Residual(nn.Module):
@@ -187,7 +187,7 @@ class GPT(LanguageModel):
         elif self.config.position == "rope":
             cos, sin = self.get_buffer("rope_cos")[rows], self.get_buffer("rope_sin")[rows]  # (L, D) or (N, 1, D)
             rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropped(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rope, at, place)
         logits: Tensor = self.head(_normalised(self.norm_f, x, mask, at))
@@ -197,7 +197,7 @@ class GPT(LanguageModel):
 def _normalised(norm: nn.Module | None, x: Tensor, mask: Tensor | None, at: At | None) -> Tensor:
     if norm is None:
         return x
-    y: Tensor = norm(x, mask, at) if at is not None and getattr(norm, "per_position", False) else norm(x, mask)
+    y: Tensor = norm(x, mask, at) if at is not None and isinstance(norm, Positional) else norm(x, mask)
     return y
 
 

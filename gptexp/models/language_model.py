@@ -26,6 +26,15 @@ class LanguageModel(nn.Module):
         """Number of trainable parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def hidden_matrices(self) -> dict[str, int]:
+        """Linear layers' weights but for the head's, by name, and how many matrices each is, such as those of q, k, v.
+
+        These stand one below the other, all of one size.
+        """
+        linear = [name for name, m in self.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+        return {f"{name}.weight": 3 if name.endswith(".qkv") else 1 for name in linear}
+
     def flops_per_token(self) -> float:
         """Floating-point operations of one training step (forward and backward) for each token.
 
@@ -47,7 +56,7 @@ class LanguageModel(nn.Module):
                     row.append(token)
         return rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(
         self,
         prompts: Sequence[Sequence[int]],

@@ -26,6 +26,10 @@ from gptexp.models.registry import (
 )
 
 
+class Positional(nn.Module):
+    """A norm to which it matters which positions x has: called as norm(x, mask, at) where they are not the first."""
+
+
 class Identity(nn.Module):
     """No normalization: returns x."""
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from gptexp.config import Config
 from gptexp.data.batches import draw
 from gptexp.data.datamodule import Batch
+from gptexp.models.language_model import LanguageModel
 from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.optimizers import build_optimizer
 from gptexp.training.schedules import learning_rate
@@ -59,7 +60,7 @@ class GPTModule(LightningModule):
         chars_per_token: of the validation split, for bits per character.
     """
 
-    def __init__(self, model: nn.Module, config: Config, chars_per_token: float = 1.0) -> None:
+    def __init__(self, model: LanguageModel, config: Config, chars_per_token: float = 1.0) -> None:
         super().__init__()
         self.model, self.config = model, config
         self.state = TrainState()
@@ -86,7 +87,7 @@ class GPTModule(LightningModule):
             c = self.config
             self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
             for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
-                group["lr"] = self.learning_rate
+                group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact.
@@ -114,7 +115,8 @@ class GPTModule(LightningModule):
         """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
         # A fused step under a loss scaler would skip the unscaling that clipping needs.
         fused = self.trainer.precision != "16-mixed"
-        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices, fused)
+        hidden = {f"model.{name}": parts for name, parts in self.model.hidden_matrices.items()}
+        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices, hidden, fused)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:

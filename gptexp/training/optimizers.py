@@ -1,27 +1,35 @@
-"""Optimizers over two groups of parameters: matrices, which decay, and the rest, which do not."""
+"""Optimizers over groups of parameters: what decays and what does not, and for Muon the matrices of hidden layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gptexp.training.settings import AdamWConfig, OptimizerConfig
+from gptexp.training.muon import Muon
+from gptexp.training.settings import AdamWConfig, MuonConfig, OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], matrices: set[str], fused: bool = True
-) -> Optimizer:
-    """An optimizer whose weight decay acts on the parameters named in `matrices` alone.
+    config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], matrices: set[str],
+    hidden: Mapping[str, int] | None = None, fused: bool = True,
+) -> Optimizer:  # fmt: skip
+    """An optimizer whose weight decay acts on matrices alone: with Muon, on those of hidden layers.
 
     Args:
         config: which optimizer, and its settings.
         parameters: (name, parameter) pairs.
         matrices: names of the parameters of two or more dimensions, embeddings among them. Named in advance,
             because a sharded parameter no longer shows its shape.
+        hidden: names of the matrices of hidden layers, and of how many equal parts each is made.
         fused: update all parameters in one kernel.
+
+    Returns:
+        an optimizer; a group's "lr_scale", if it has one, is its part of the learning rate.
     """
     named = list(parameters)
+    if isinstance(config, MuonConfig):
+        return _muon(config, named, hidden or {}, fused)
     groups = [
         {"params": [p for n, p in named if n in matrices], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if n not in matrices], "weight_decay": 0.0},
@@ -33,3 +41,14 @@ def build_optimizer(
     return torch.optim.SGD(
         groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused
     )
+
+
+def _muon(config: MuonConfig, named: list[tuple[str, nn.Parameter]], hidden: Mapping[str, int], fused: bool) -> Muon:
+    scale = config.adam_learning_rate / config.learning_rate
+    groups = [
+        {"params": [p for n, p in named if hidden.get(n) == parts], "parts": parts,
+         "weight_decay": config.weight_decay} for parts in sorted(set(hidden.values()))
+    ]  # fmt: skip
+    groups.append({"params": [p for n, p in named if n not in hidden], "lr_scale": scale})
+    return Muon(groups, momentum=config.momentum, iterations=config.iterations, betas=(config.beta1, config.beta2),
+                eps=config.eps, fused=fused)  # fmt: skip

@@ -9,8 +9,6 @@ import lightning
 import numpy as np
 import torch
 
-from gptexp.analysis.layers import plot_diagnostics
-from gptexp.analysis.plots import plot_curves
 from gptexp.records import read_diagnostics, read_metrics, read_samples
 from gptexp.runs import Run
 from gptexp.training.loggers import summarise
@@ -56,6 +54,9 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
     summarise(module.trainer.loggers, {"status": status, "parameters": n_params, **seen})
     run.finish(status)
     try:
+        from gptexp.analysis.layers import plot_diagnostics  # here, because matplotlib is slow to import
+        from gptexp.analysis.plots import plot_curves
+
         plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
         if module.config.diagnostics_interval:
             plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)

@@ -32,6 +32,29 @@ class SGDConfig:
 
 
 @dataclass(frozen=True)
+class MuonConfig:
+    """Muon for the matrices of hidden layers (Jordan et al. 2024), AdamW for everything else.
+
+    Attributes:
+        learning_rate: of the matrices; the schedule moves both alike.
+        adam_learning_rate: of the others.
+        momentum: of the matrices.
+        iterations: of Newton and Schulz, that make an update orthogonal.
+        weight_decay: of the matrices of hidden layers.
+    """
+
+    name: Literal["muon"] = "muon"
+    learning_rate: Annotated[float, Gt(0)] = 0.02
+    adam_learning_rate: Annotated[float, Gt(0)] = 3e-3
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    iterations: Annotated[int, Ge(1)] = 5
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    eps: Annotated[float, Gt(0)] = 1e-10
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+
+
+@dataclass(frozen=True)
 class ConstantConfig:
     """The learning rate stays at its peak after `warmup_steps`."""
 
@@ -136,7 +159,7 @@ class NoLoggerConfig:
     name: Literal["none"] = "none"
 
 
-OptimizerConfig = AdamWConfig | SGDConfig
+OptimizerConfig = AdamWConfig | SGDConfig | MuonConfig
 ScheduleConfig = ConstantConfig | LinearConfig | CosineConfig | WSDConfig
 LoggerConfig = WandbConfig | TensorBoardConfig | NoLoggerConfig
 

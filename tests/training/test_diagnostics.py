@@ -40,8 +40,8 @@ GPT = ["model.n_layer=1", "model.n_head=2"]
 @pytest.fixture
 def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """Trains a run of seven steps without the command line and without pictures, and returns it."""
-    for name in ("plot_curves", "plot_diagnostics"):
-        monkeypatch.setattr(f"gptexp.training.outcome.{name}", lambda *_: None)
+    for name in ("plots.plot_curves", "layers.plot_diagnostics"):
+        monkeypatch.setattr(f"gptexp.analysis.{name}", lambda *_: None)
 
     def run(name: str, *overrides: str) -> Run:
         settings: dict[str, Any] = {}
@@ -333,7 +333,7 @@ def test_the_loggers_hold_what_is_in_the_file(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     caplog.set_level("INFO", "gptexp")
-    monkeypatch.setattr("gptexp.training.outcome.plot_diagnostics", plot_diagnostics)
+    monkeypatch.setattr("gptexp.analysis.layers.plot_diagnostics", plot_diagnostics)
     run = tiny("run", "diagnostics_interval=3", "logger.name=tensorboard")
     assert f"picture: {run.heat_maps_path}" in run.log_path.read_text()
     assert run.heat_maps_path.read_bytes().startswith(b"\x89PNG")

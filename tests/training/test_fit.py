@@ -165,7 +165,7 @@ def test_eval_windows(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("override", [
-    "data.tokenizer=byte", "optimizer=sgd", "schedule=constant", "schedule=linear", "schedule=wsd",
+    "data.tokenizer=byte", "optimizer=sgd", "optimizer=muon", "schedule=constant", "schedule=linear", "schedule=wsd",
     "model.position=rope", "model.position=sinusoidal", "model.position=none", "model.activation=swiglu",
     "model.activation=relu_squared", "model.tie_weights=false model.bias=true", "grad_clip=0",
     "hardware.precision=bf16-mixed", "hardware.precision=64-true", "hardware.precision=bf16-true",

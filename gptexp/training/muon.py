@@ -1,0 +1,102 @@
+"""Muon: momentum whose updates of matrices are made orthogonal; AdamW for all other parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
+    """Matrices (n, rows, columns), rows <= columns, with all singular values near 1 and the singular vectors unchanged.
+
+    A quintic Newton-Schulz iteration: each singular value s becomes a s + b s^3 + c s^5, after a division by the
+    Frobenius norm; the coefficients are those that raise small values fastest, so that the values end between 0.7
+    and 1.2, which is near enough.
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    """
+    a, b, c = COEFFICIENTS
+    x: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(Optimizer):
+    """The optimizer of two kinds of parameter groups.
+
+    A group with "parts" holds matrices, each of that many matrices of equal size one below the other, such as the
+    three of queries, keys and values: with momentum m, and gradient g,
+    m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g, w <- w (1 - lr weight_decay) - lr scale O(u),
+    where O makes orthogonal and scale is the root of max(1, rows / columns), as in `torch.optim.Muon`. That one works
+    in bfloat16 on one matrix at a time; this one in the gradient's own precision, and on all matrices of a shape
+    together, which is several times faster on a CPU. Every other group is AdamW's.
+
+    Args:
+        groups: parameter groups, each with "lr" and "weight_decay".
+        momentum: of the matrices.
+        iterations: of `orthogonalized`.
+        betas: AdamW's.
+        eps: AdamW's.
+        fused: AdamW in one kernel.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, momentum: float, iterations: int, betas: tuple[float, float],
+        eps: float, fused: bool,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "iterations": iterations, "betas": betas,
+                    "eps": eps, "fused": fused}  # fmt: skip
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns what the closure does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if "parts" in group:
+                self._muon(group, parameters)
+            else:
+                self._adamw(group, parameters)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for p in parameters:
+            state, grad = self.state[p], p.grad
+            assert grad is not None
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(state["momentum"], group["momentum"])
+            for part, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
+                shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, u))
+        for (rows, columns), pairs in shapes.items():
+            stack = torch.stack([u.T if rows > columns else u for _, u in pairs])
+            made = orthogonalized(stack, group["iterations"])
+            lr = group["lr"]
+            for (part, _), u in zip(pairs, made, strict=True):
+                part.mul_(1 - lr * group["weight_decay"])
+                part.add_(u.T if rows > columns else u, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}  # fmt: skip
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters, [p.grad for p in parameters if p.grad is not None], [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            foreach=False, fused=group["fused"], amsgrad=False, maximize=False, beta1=group["betas"][0],
+            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
