@@ -8,7 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -98,11 +98,10 @@ class Config:
 
     def essence(self) -> Tree:
         """Every setting that can change a result; names, paths, loggers and diagnostics cannot."""
-        tree = self.tree()
-        tree["model"] = self.model.tree()
-        for key in ("output_dir", "name", "logger", "diagnostics_interval"):
-            del tree[key]
-        return tree
+        without = ("model", "sweep", "resume", "output_dir", "name", "logger", "diagnostics_interval")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
+        plainly = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+        return plainly | {"model": self.model.tree()}
 
     def fingerprint(self) -> str:
         """SHA-256 over `essence`."""
@@ -228,6 +227,8 @@ def _read_norms(table: Any, problems: list[str]) -> Tree:
     for name, entry in table.items():
         if name not in NORMS:
             problems.append(f"model.norms.{name}: unknown norm{nearest(str(name), NORMS)} allowed: {', '.join(NORMS)}")
+            continue
+        if repr(entry) == repr(read[name]):  # true is not 1
             continue
         if not isinstance(entry, Mapping):
             problems.append(f"model.norms.{name}={show(entry)}: must be a table of settings")

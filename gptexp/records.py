@@ -86,22 +86,30 @@ def last_row(path: Path) -> dict[str, float]:
     return {k: float(v) for k, v in zip(header, whole[-1], strict=True) if v} if whole else {}
 
 
-def read_evaluations(path: Path, loss: str) -> list[tuple[float, float, float, float]]:
-    """Step, tokens, seconds of training and a loss of the rows of a metrics.csv that have it as a finite number.
+Evaluations = list[tuple[float, float, float, float]]
+
+
+def read_evaluations(path: Path, losses: Sequence[str]) -> list[Evaluations]:
+    """Step, tokens, seconds of training and loss, for each loss of the rows of a metrics.csv that have it, if finite.
 
     An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
     Far faster than `read_metrics`: only the numbers that are asked for are read.
     """
     header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [",".join(METRICS)]
     names = header.split(",")
-    at, step, tokens, time = (names.index(column) for column in (loss, "step", "tokens", "seconds"))
-    found, seconds = [], "0"
-    for line in lines:
-        cells = line.split(",")
-        if len(cells) == len(names):
-            seconds = cells[time] or seconds
-            if cells[at] and math.isfinite(float(cells[at])):
-                found.append((float(cells[step]), float(cells[tokens]), float(seconds), float(cells[at])))
+    step, tokens, time, *columns = (names.index(column) for column in ("step", "tokens", "seconds", *losses))
+    nothing = "," * (1 + sum(name.startswith("val/") for name in names))  # in a row of training alone
+    found: list[Evaluations] = [[] for _ in losses]
+    for number, line in enumerate(lines):
+        cells = [] if nothing in line else line.split(",")
+        if len(cells) != len(names):
+            continue
+        if not cells[time]:
+            before = (row.split(",") for row in reversed(lines[:number]))
+            cells[time] = next((row[time] for row in before if len(row) == len(names) and row[time]), "0")
+        for evaluations, column in zip(found, columns, strict=True):
+            if cells[column] and math.isfinite(float(cells[column])):
+                evaluations.append(tuple(float(cells[i]) for i in (step, tokens, time, column)))  # type: ignore[arg-type]
     return found
 
 

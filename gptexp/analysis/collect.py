@@ -183,21 +183,23 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
-    curve = _curve(run, "val/loss")
+    curve, windows = _curves(run)
     if info["status"] == "done" and not len(curve["loss"]):
         raise UserError("metrics.csv holds no losses")
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
         order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
-        curve=curve, windows=_curve(run, "val/loss_windows"), result=result,
+        curve=curve, windows=windows, result=result,
     )  # fmt: skip
 
 
-def _curve(run: Run, loss: str) -> Curve:
-    points = read_evaluations(run.metrics_path, loss) if run.metrics_path.exists() else []
-    columns = np.array(points, dtype=np.float64).reshape(-1, 4).T
-    return dict(zip((*AXES, "loss"), columns, strict=True))
+def _curves(run: Run) -> list[Curve]:
+    """The evaluations of the whole validation split, and those of some of its windows."""
+    losses = ("val/loss", "val/loss_windows")
+    found = read_evaluations(run.metrics_path, losses) if run.metrics_path.exists() else [[], []]
+    tables = (np.array(points, dtype=np.float64).reshape(-1, 4).T for points in found)
+    return [dict(zip((*AXES, "loss"), columns, strict=True)) for columns in tables]
 
 
 def _reason(path: Path, error: Exception) -> str:

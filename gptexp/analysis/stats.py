@@ -11,6 +11,7 @@ the protocol of "When +1% Is Not Enough" (arXiv 2511.19794) on the paired seeds 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -76,18 +77,21 @@ def sign_flip(differences: Array, alternative: Literal["two-sided", "less", "gre
     Returns:
         (...)
     """
-    n = differences.shape[-1]
-    exact = 2**n <= FLIPS
-    if exact:
-        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    else:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, n))
+    signs, exact = _signs(differences.shape[-1])
     towards = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[alternative]
     # One product for all choices of signs: scipy's permutation_test, which agrees, takes 20 times as long.
     sums, observed = towards(differences @ signs.T), towards(differences.sum(-1))
     tolerance = 1e-12 * np.abs(differences).sum(-1)  # sums of the same terms in another order are the same
     count = (sums >= (observed - tolerance)[..., None]).sum(-1)
     return np.asarray(count / len(signs) if exact else (count + 1) / (len(signs) + 1), dtype=np.float64)
+
+
+@cache
+def _signs(n: int) -> tuple[Array, bool]:
+    """Choices of n signs (choices, n), and whether they are all that there are."""
+    if 2**n <= FLIPS:
+        return np.asarray(1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1), np.float64), True
+    return np.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, n)), np.float64), False
 
 
 def equivalence(differences: Array, delta: float) -> Array:

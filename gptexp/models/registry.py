@@ -5,10 +5,12 @@ in `norms.py` and one line in `NORMS`; its settings become `model.norms.<name>.*
 by an entry point of the group `gptexp.norms`, or from a module that the environment variable `GPTEXP_IMPORT` names.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
@@ -207,7 +209,13 @@ PLACEMENTS: dict[str, Placement] = {
 
 def default_norms() -> dict[str, dict[str, Any]]:
     """The table `model.norms`: the default settings of every registered norm."""
-    return {name: asdict(norm.settings()) for name, norm in NORMS.items()}
+    table: dict[str, dict[str, Any]] = json.loads(_default_norms(tuple(NORMS.items())))
+    return table
+
+
+@cache  # a comparison reads thousands of configurations
+def _default_norms(norms: tuple[tuple[str, Norm], ...]) -> str:
+    return json.dumps({name: asdict(norm.settings()) for name, norm in norms})
 
 
 def add_plugins() -> None:

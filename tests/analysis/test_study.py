@@ -264,15 +264,15 @@ def test_a_run_without_metrics_yet(write: Write, study: Build) -> None:
 def test_a_run_that_is_deleted_while_it_is_read(write: Write, study: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     write(2.0, 1)
     doomed = write(2.0, 2).path
-    read = collecting._curve
+    read = collecting._curves
 
-    def delete_first(run, loss):  # type: ignore[no-untyped-def]
+    def delete_first(run):  # type: ignore[no-untyped-def]
         if run.path == doomed:
             shutil.rmtree(doomed, ignore_errors=True)
             raise FileNotFoundError(doomed)
-        return read(run, loss)
+        return read(run)
 
-    monkeypatch.setattr(collecting, "_curve", delete_first)
+    monkeypatch.setattr(collecting, "_curves", delete_first)
     found = study()
     assert len(found.records) == 1
     assert found.unreadable[0].reason == "was deleted meanwhile"
