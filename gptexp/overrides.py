@@ -37,6 +37,8 @@ def conf_dir() -> str:
 def register_choices() -> None:
     """Give Hydra the table of all norms' settings, and a choice for each norm and placement without a file in conf/."""
     store = ConfigStore.instance()
+    # Hydra copies it whenever it composes or looks up a group, a hundred times for --help, and only reads the copy.
+    ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
     store.store(group="norms", name="defaults", node=default_norms())
     for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
         for name in names:
