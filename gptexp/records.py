@@ -98,10 +98,11 @@ def read_evaluations(path: Path, losses: Sequence[str]) -> list[Evaluations]:
     header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [",".join(METRICS)]
     names = header.split(",")
     step, tokens, time, *columns = (names.index(column) for column in ("step", "tokens", "seconds", *losses))
-    nothing = "," * (1 + sum(name.startswith("val/") for name in names))  # in a row of training alone
+    nothing = "," * (1 + sum(name.startswith("val/") for name in names))
     found: list[Evaluations] = [[] for _ in losses]
     for number, line in enumerate(lines):
-        cells = [] if nothing in line else line.split(",")
+        # A row of training alone has nothing there, and times at its end, which one of evaluation alone has not.
+        cells = [] if nothing in line and not line.endswith(",") else line.split(",")
         if len(cells) != len(names):
             continue
         if not cells[time]:

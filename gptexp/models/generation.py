@@ -135,9 +135,10 @@ class Place(NamedTuple):
 
 
 def padded(rows: Sequence[Sequence[int]], model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Rows as ids (n, L) on the model's device, padded at the right, where causal attention never looks from the left;
+    """Rows as one tensor, padded at the right, where causal attention never looks from the left.
 
-    and the number (n,) of each row's last position.
+    Returns:
+        ids (n, L) int64 on the model's device, and the number (n,) of each row's last position.
     """
     last = torch.tensor([len(row) - 1 for row in rows])
     ids = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long)

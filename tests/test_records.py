@@ -1,0 +1,32 @@
+"""The files that grow while a run trains, read back."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptexp.records import METRICS, TIMES, Metrics, read_evaluations, read_metrics
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["", "val/loss", "val/loss_windows", "both"])), max_size=8))
+def test_evaluations_are_those_of_all_rows(kinds: list[tuple[bool, str]]) -> None:
+    """Of rows with and without training, with one loss, the other, both or none; as `read_metrics` finds them."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "metrics.csv")
+        table = Metrics(path, None)
+        for step, (trained, loss) in enumerate(kinds):
+            row = {"step": step, "tokens": step} | dict.fromkeys(METRICS[2:5] + TIMES if trained else (), step + 0.5)
+            row |= {k: 2.0 + step for k in ("val/loss", "val/loss_windows") if loss in (k, "both")}
+            row |= {"val/bpc": 1.0, "val/accuracy": 0.5} if loss in ("val/loss", "both") else {}
+            table.append(row)
+        table.close()
+        expected: list[list[tuple[float, ...]]] = [[], []]
+        seconds = 0.0
+        for row in read_metrics(path):
+            seconds = row.get("seconds", seconds)
+            for losses, key in zip(expected, ("val/loss", "val/loss_windows"), strict=True):
+                if key in row:
+                    losses.append((row["step"], row["tokens"], seconds, row[key]))
+        assert read_evaluations(path, ["val/loss", "val/loss_windows"]) == expected
