@@ -77,8 +77,19 @@ class CachedReader:
         places = [self.count[i] - 1 for i in which]
         same = len(set(places)) == 1
         at: At = slice(places[0], places[0] + 1) if same else torch.tensor(places, device=device)[:, None]
-        logits: Tensor = self.model.extend(ids, at, self.cache.at(which, at))[:, -1]
+        place = self.cache.at(which, at)
+        if self.model.config.ngram > 1:
+            before = [self._before(rows[i], self.first[i]) for i in which]
+            place = place._replace(before=torch.tensor(before, device=device))
+        logits: Tensor = self.model.extend(ids, at, place)[:, -1]
         return logits
+
+
+    def _before(self, row: Sequence[int], first: int) -> list[int]:
+        """The tokens of the context before a row's last one that n-grams see; V where there are none."""
+        n = self.model.config.ngram - 1
+        known = list(row[max(first, len(row) - 1 - n) : -1])
+        return [self.model.config.vocab_size] * (n - len(known)) + known
 
 
 class Cache:
@@ -104,11 +115,12 @@ class Cache:
 
 
 class Place(NamedTuple):
-    """Rows of a cache, and the position at which they go on."""
+    """Rows of a cache, the position at which they go on, and the few tokens before it that n-grams see (n, k)."""
 
     cache: Cache
     rows: slice | Tensor
     at: At | None
+    before: Tensor | None = None
 
     def extend(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep a layer's keys and values (n, H, L, D).
@@ -116,7 +128,7 @@ class Place(NamedTuple):
         Returns:
             those of all positions so far, and which of them each row has: None for all, or (n, 1, 1, positions).
         """
-        cache, rows, at = self
+        cache, rows, at, _ = self
         if layer not in cache.layers:
             size = (cache.n_rows, k.shape[1], cache.positions, k.shape[3])
             cache.layers[layer] = k.new_zeros(size), v.new_zeros(size)

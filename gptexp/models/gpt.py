@@ -32,6 +32,46 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class NGrams(nn.Embedding):
+    """Embeddings of the last 2, 3 .. n tokens, summed; at first all 0.
+
+    The sequences of one length have a table of their own: a row for each where there are `ngram_rows` or fewer, else a
+    row that a hash chooses. Tokens before the first one count as a further symbol, V.
+    Sources: Huang et al. 2025, "Over-Tokenized Transformer"; Pagnoni et al. 2024, "Byte Latent Transformer" (hashing).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        base, rows = config.vocab_size + 1, config.ngram_rows
+        sizes = [min(rows, base**k) for k in range(2, config.ngram + 1)]
+        super().__init__(sum(sizes), config.n_embd)
+        self.base, self.sizes = base, sizes
+
+    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """(N, L, C).
+
+        Args:
+            ids: (N, L) int64.
+            before: (N, n - 1), the tokens before those, V where there are none; None where ids begin their rows.
+        """
+        (N, L), n = ids.shape, len(self.sizes) + 1
+        if before is None:
+            before = ids.new_full((N, n - 1), self.base - 1)
+        known, number = torch.cat([before, ids], dim=1), ids
+        found, offset = [], 0
+        for k, size in enumerate(self.sizes, 2):
+            power = (self.base ** (k - 1) + 2**63) % 2**64 - 2**63  # wrapped, as int64 products are
+            number = number + known[:, n - k : n - k + L] * power  # one for each sequence of k tokens
+            row = number if size == self.base**k else _hashed(number) % size
+            found.append(row + offset)
+            offset += size
+        return F.embedding(torch.stack(found, dim=-1), self.weight).sum(-2)
+
+
+def _hashed(number: Tensor) -> Tensor:
+    """Numbers of 40 bits that differ in all bits where int64 numbers differ in any: Fibonacci hashing, Knuth 6.4."""
+    return (number * -0x61C8864680B583EB >> 24) & (2**40 - 1)
+
+
 class FeedForward(nn.Module):
     """Two linear layers around a non-linearity, 4C wide; projection=false leaves out the second.
 
@@ -105,6 +145,7 @@ class GPT(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngram = NGrams(config) if config.ngram > 1 else None
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         if config.position == "rope":
             tables = rope_table(config.block_size, config.head_dim)
@@ -121,6 +162,9 @@ class GPT(LanguageModel):
             initialise_as_torch(self, seed)
         else:
             initialise(self, seed, self._deviation)
+        for name, p in self.named_parameters():
+            if name == "ngram.weight" or (config.zero_init and name.endswith("proj.weight")):
+                nn.init.zeros_(p)
 
     def _deviation(self, name: str) -> Any:
         """GPT-2's initial weights, or those of the placement.
@@ -179,6 +223,8 @@ class GPT(LanguageModel):
 
     def _logits(self, ids: Tensor, mask: Tensor | None, at: At | None = None, place: Place | None = None) -> Tensor:
         x = self.wte(ids)  # (N, L, C)
+        if self.ngram is not None:
+            x = x + self.ngram(ids, place.before if place else None)
         rows, rope = slice(ids.shape[1]) if at is None else at, None
         if self.wpe is not None:
             x = x + self.wpe.weight[rows]

@@ -45,6 +45,8 @@ VARIANTS = [
     {"projection": False},
     {"n_inner": 0},
     {"n_layer": 0},
+    {"ngram": 2},
+    {"ngram": 5, "ngram_rows": 20},
 ]
 
 
