@@ -14,9 +14,22 @@ from gptexp.models.language_model import LanguageModel, initialise, initialise_a
 from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
 
+_ONEDNN: Any = torch.backends.mkldnn
+
 
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()  # So et al. 2021, "Primer"
+
+
+def _gelu(x: Tensor) -> Tensor:
+    if not torch.is_inference_mode_enabled() or x.numel() > 8192:
+        return F.gelu(x)
+    # oneDNN takes several times as long for few numbers as torch's own kernel, and divides even those among threads.
+    enabled, _ONEDNN.enabled = _ONEDNN.enabled, False
+    try:
+        return F.gelu(x)
+    finally:
+        _ONEDNN.enabled = enabled
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -24,7 +37,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
+    "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
     "relu_squared": _relu_squared,
