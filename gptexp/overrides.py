@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -39,11 +40,23 @@ def register_choices() -> None:
     store = ConfigStore.instance()
     # Hydra copies it whenever it composes or looks up a group, a hundred times for --help, and only reads the copy.
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
+    Hydra.get_mode = _mode  # type: ignore[assignment, method-assign]
     store.store(group="norms", name="defaults", node=default_norms())
     for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
         for name in names:
             if not (Path(conf_dir()) / group / f"{name}.yaml").exists():
                 store.store(group=group, name=name, node={"model": {group: name}}, package="_global_")
+
+
+_composed_mode = Hydra.get_mode
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """The mode that the configuration sets, for which Hydra composes it once more; here the flag -m alone does it."""
+    places = hydra.config_loader.get_search_path().get_path()
+    if any(o.startswith("hydra.mode") for o in overrides) or any(p.provider == "command-line" for p in places):
+        return _composed_mode(hydra, config_name, overrides)
+    return None
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:

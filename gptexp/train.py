@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptexp.console import report_errors
+from gptexp.console import importing, report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -42,25 +42,16 @@ def command() -> list[str]:
 def main() -> None:
     """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
     with report_errors():
+        os.environ[COMMAND] = json.dumps(sys.argv)
+        _failed.clear()
+        with importing():
+            args, runs = _checked()
         from hydra import main as hydra_main
-        from hydra._internal.utils import get_args_parser
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
-        from gptexp.overrides import VERSION_BASE, check, conf_dir, register_choices, sweep_dir
+        from gptexp.overrides import VERSION_BASE, conf_dir, sweep_dir
 
-        os.environ[COMMAND] = json.dumps(sys.argv)
-        _failed.clear()
-        register_choices()
-        flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
-        sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
-        args = get_args_parser().parse_args()
-        # Shown by Hydra itself: help, a printed configuration, completion.
-        runs = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
-        if runs:
-            problems = check(args.overrides, args.multirun, args.config_dir)
-            if problems:
-                raise UserError(problems)
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
         try:
             if runs and args.multirun and not any(o.startswith("hydra.sweep.dir=") for o in args.overrides):
@@ -73,6 +64,29 @@ def main() -> None:
             raise UserError(f"output_dir: {what} ({error.strerror})") from error
         if _failed:
             raise _failed[0]
+
+
+def _checked() -> tuple[Any, bool]:
+    """The command line's arguments, and whether they ask for a run, whose settings are then free of mistakes.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from gptexp.overrides import check, register_choices
+
+    register_choices()
+    flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
+    sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
+    args = get_args_parser().parse_args()
+    # Shown by Hydra itself: help, a printed configuration, completion.
+    runs = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+    if runs:
+        problems = check(args.overrides, args.multirun, args.config_dir)
+        if problems:
+            raise UserError(problems)
+    return args, runs
 
 
 _failed: list[Exception] = []  # what ended a single run: of one that passes through it, Hydra would print more

@@ -77,6 +77,7 @@ def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
     hardware, kind = config.hardware, accelerator(config.hardware)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()  # by an earlier run of this process
     strategy: Any = "auto"
     if devices > 1:
         if hardware.strategy == "fsdp":
@@ -93,7 +94,8 @@ def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
         "devices": devices,
         "strategy": strategy,
         "precision": precision(hardware),
-        "deterministic": hardware.deterministic if kind == "cuda" else False,
+        # None where it is so already: to be told, torch imports its compiler.
+        "deterministic": (hardware.deterministic and kind == "cuda") or (False if was_deterministic else None),
         "plugins": [LightningEnvironment()],
     }
 

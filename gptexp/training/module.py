@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from gptexp.config import Config
 from gptexp.data.batches import draw
@@ -122,11 +121,14 @@ class GPTModule(LightningModule):
     def whole_weights(self) -> Iterator[None]:
         """Every rank holds all weights in here, also of a model that is shared out among ranks."""
         wrapped = self.trainer.strategy.model
-        if isinstance(wrapped, FullyShardedDataParallel):
-            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-                yield
-        else:
-            yield
+        if self.config.hardware.strategy == "fsdp":
+            from torch.distributed.fsdp import FullyShardedDataParallel  # here, because it takes a second to import
+
+            if isinstance(wrapped, FullyShardedDataParallel):  # a single device shares nothing out
+                with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                    yield
+                return
+        yield
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

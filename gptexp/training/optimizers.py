@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from gptexp.training.muon import Muon
 from gptexp.training.settings import AdamWConfig, MuonConfig, OptimizerConfig
+from gptexp.training.uncompiled import SGD, AdamW, Optimizer
 
 
 def build_optimizer(
@@ -37,10 +36,8 @@ def build_optimizer(
     groups = [g for g in groups if g["params"]]
     if isinstance(config, AdamWConfig):
         betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused
-    )
+        return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+    return SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
 
 
 def _muon(config: MuonConfig, named: list[tuple[str, nn.Parameter]], hidden: Mapping[str, int], fused: bool) -> Muon:

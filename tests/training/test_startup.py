@@ -1,9 +1,21 @@
-"""Lightning is imported without the heavy packages that other metrics of torchmetrics would load."""
+"""What a run does without until it is needed: packages for other metrics than ours, and torch.compile's."""
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
 
 HEAVY = ("scipy", "transformers", "matplotlib")
+
+
+def python(program: str, *arguments: str) -> str:
+    """What a program prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_heavy_packages_stay_out_and_can_be_imported_afterwards() -> None:
@@ -24,8 +36,7 @@ for name in installed:
     __import__(name)
 print(installed)
 """
-    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    loaded, installed = map(eval, out.splitlines())
+    loaded, installed = map(eval, python(program).splitlines())
     assert loaded == []
     assert {"matplotlib", "transformers"} <= set(installed)
 
@@ -39,5 +50,85 @@ from torchmetrics.utilities.imports import _MATPLOTLIB_AVAILABLE
 import matplotlib.pyplot
 print(bool(_MATPLOTLIB_AVAILABLE))
 """
-    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    assert out == "True\n"
+    assert python(program) == "True\n"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_run_needs_no_compiler(optimizer: str, corpus: Path, tmp_path: Path) -> None:
+    """From its beginning to its end."""
+    program = """
+import sys
+from gptexp.train import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp") if name in sys.modules])
+"""
+    arguments = [*TINY, f"optimizer={optimizer}", f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert python(program, *arguments).splitlines()[-1] == "[]"
+
+
+def test_what_is_compiled_later_is_known_as_such() -> None:
+    program = """
+import sys
+from gptexp.training.startup import import_lightning
+import_lightning()
+import torch
+from lightning.fabric import wrappers
+model = torch.nn.Linear(2, 2)
+assert not isinstance(model, wrappers.OptimizedModule)
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(model, backend="eager")
+assert isinstance(compiled, wrappers.OptimizedModule) and not isinstance(model, wrappers.OptimizedModule)
+assert wrappers._unwrap_compiled(compiled)[0] is model
+x = torch.ones(1, 2)
+assert torch.equal(compiled(x), model(x))
+print(type(compiled).__name__, torch._dynamo.OptimizedModule is type(compiled))
+"""
+    assert python(program) == "OptimizedModule True\n"
+
+
+def test_a_compiler_that_is_loaded_stays() -> None:
+    program = """
+import torch._dynamo
+from gptexp.training.startup import import_lightning
+import_lightning()
+from lightning.fabric import wrappers
+print(wrappers.OptimizedModule is torch._dynamo.OptimizedModule)
+"""
+    assert python(program) == "True\n"
+
+
+def test_a_lightning_that_needs_more_of_the_compiler_gets_it() -> None:
+    """Stood for by one that is lent less."""
+    program = """
+from gptexp.training import startup
+del startup._LENT["OptimizedModule"]
+startup.import_lightning()
+import torch._dynamo
+from lightning.fabric import wrappers
+from lightning.pytorch import Trainer
+print(wrappers.OptimizedModule is torch._dynamo.OptimizedModule)
+"""
+    assert python(program) == "True\n"
+
+
+def test_the_search_for_garbage_goes_on_after_imports() -> None:
+    program = """
+import gc
+from gptexp.console import importing
+with importing():
+    assert not gc.isenabled()
+    import hydra
+assert gc.isenabled() and gc.get_freeze_count()
+frozen = gc.get_freeze_count()
+with importing():
+    import hydra
+assert gc.get_freeze_count() == frozen  # a later run's garbage is not kept
+gc.disable()
+with importing():
+    pass
+print(gc.isenabled())
+"""
+    assert python(program) == "False\n"
