@@ -50,8 +50,8 @@ class CachedReader:
 
     def __init__(self, model: Any, n_rows: int) -> None:
         self.model: Any = direct(model)
-        self.block_size, self.n_weights = model.config.block_size, model.n_params
-        self.device = next(model.parameters()).device
+        self.block_size, self.device = model.config.block_size, next(model.parameters()).device
+        self.small = n_rows * model.n_params <= SMALL
         self.cache = Cache(n_rows, self.block_size)
         self.first, self.count = [0] * n_rows, [0] * n_rows  # a row's context is row[first : first + count]
 
@@ -85,15 +85,16 @@ class CachedReader:
         return self._logits(ids, at, self.cache.at(which, at)).squeeze(1)
 
     def _logits(self, ids: Tensor, at: At, place: "Place") -> Tensor:
-        with one_thread() if ids.numel() * self.n_weights <= SMALL else nullcontext():
+        with one_thread() if self.small else nullcontext():
             logits: Tensor = self.model.extend(ids, at, place)
         return logits
 
 
 SMALL = 2**23
-"""Multiplications up to which the work is done by one thread.
+"""The most multiplications of a step whose sampling is done by one thread.
 
-Threads wait for each other at every operation: here for longer than the work takes, where others use the cores.
+Threads wait for each other at every operation: where the operations are so small, for about as long as they save, and
+for much longer where others use the cores. What begins anew is larger, but seldom.
 """
 
 
