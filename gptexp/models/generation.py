@@ -51,8 +51,8 @@ class CachedReader:
     def __init__(self, model: Any, n_rows: int) -> None:
         self.model: Any = direct(model)
         self.block_size, self.ngram = model.config.block_size, model.config.ngram
-        self.multiplications = model.flops_per_token() / 6  # of a token
         self.device = next(model.parameters()).device
+        self.small = n_rows * model.flops_per_token() / 6 <= SMALL  # a multiplication is 6 of a training step's
         self.cache = Cache(n_rows, self.block_size)
         self.first, self.count = [0] * n_rows, [0] * n_rows  # a row's context is row[first : first + count]
 
@@ -95,15 +95,16 @@ class CachedReader:
         return [self.model.config.vocab_size] * (self.ngram - 1 - len(known)) + known
 
     def _logits(self, ids: Tensor, at: At, place: "Place") -> Tensor:
-        with one_thread() if ids.numel() * self.multiplications <= SMALL else nullcontext():
+        with one_thread() if self.small else nullcontext():
             logits: Tensor = self.model.extend(ids, at, place)
         return logits
 
 
 SMALL = 2**23
-"""Multiplications up to which the work is done by one thread.
+"""The most multiplications of a step whose sampling is done by one thread.
 
-Threads wait for each other at every operation: here for longer than the work takes, where others use the cores.
+Threads wait for each other at every operation: where the operations are so small, for about as long as they save, and
+for much longer where others use the cores. What begins anew is larger, but seldom.
 """
 
 

@@ -22,7 +22,7 @@ def _relu_squared(x: Tensor) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    if not torch.is_inference_mode_enabled() or x.numel() > 8192:
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.numel() > 8192:
         return F.gelu(x)
     # oneDNN takes several times as long for few numbers as torch's own kernel, and divides even those among threads.
     enabled, _ONEDNN.enabled = _ONEDNN.enabled, False
