@@ -65,10 +65,10 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code
-print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp") if name in sys.modules])
+print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "wandb") if name in sys.modules])
 """
     arguments = [*TINY, f"optimizer={optimizer}", f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert python(program, *arguments).splitlines()[-1] == "[]"
+    assert python(program, *arguments, "logger=wandb").splitlines()[-1] == "[]"
 
 
 def test_what_is_compiled_later_is_known_as_such() -> None:
