@@ -54,11 +54,14 @@ def measure(point: dict[str, int], steps: int, settings: list[str]) -> tuple[flo
     return (seconds[steps] - seconds[SKIPPED]) / (steps - SKIPPED) * 1000, usage.ru_maxrss / 1024
 
 
+def sized(point: dict[str, int]) -> Any:
+    """The model of a point."""
+    return build_model(GPTConfig(**{k.removeprefix("model."): v for k, v in point.items() if k != "batch_size"}))
+
+
 def operations(point: dict[str, int]) -> float:
     """Floating-point operations of a step, in 10^9."""
-    sizes = {key.removeprefix("model."): value for key, value in point.items() if key != "batch_size"}
-    model = build_model(GPTConfig(**sizes))
-    return float(model.flops_per_token() * point["batch_size"] * point["model.block_size"] / 1e9)
+    return float(sized(point).flops_per_token() * point["batch_size"] * point["model.block_size"] / 1e9)
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR ...`.
 
-NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads or attention_scale; SWEEP_DIR is what the sweep on that
-page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`.
+NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads, attention_scale or fast; SWEEP_DIR is what the sweep on
+that page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`.
 """
 
 import math
@@ -216,8 +216,52 @@ def ladder(folder: Path) -> tuple[list[str], Figure]:
     return lines, new
 
 
+def fast(folder: Path) -> tuple[list[str], Figure]:
+    """What each single change of the recipe of `fast_recipe` does, in the sweeps `fast_*` of a folder."""
+    (recipe,) = runs_of(folder / "fast_recipe", lambda r: "").values()
+    before = {run.config.seed: final(run) for run in recipe}
+    rows = []
+    for sweep in sorted(folder.glob("fast_*")):
+        if sweep.name == "fast_recipe":
+            continue
+        for label, runs in runs_of(sweep, lambda r: _changes(recipe[0], r)).items():
+            differences = [final(r) - before[r.config.seed] for r in runs]
+            half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
+            rows.append((mean(differences), half, label, spread(map(final, runs))))
+    rows.sort()
+    lines = ["| change | val/loss | difference (95 %) |", "|---|---|---|", f"| none | {spread(before.values())} | |"]
+    lines += [f"| `{label}` | {losses} | {d:+.4f} ± {half:.4f} |" for d, half, label, losses in rows]
+    new, (left,) = figure(1)
+    new.set_size_inches(7.5, 0.3 * len(rows) + 1)
+    near = [i for i, (d, *_) in enumerate(rows) if abs(d) <= 0.2]
+    left.errorbar([rows[i][0] for i in near], near, xerr=[rows[i][1] for i in near], fmt="o", capsize=3)
+    far = [i for i, (d, *_) in enumerate(rows) if d > 0.2]
+    left.plot([0.2] * len(far), far, ">", color="C0")  # beyond the edge: the label says how far
+    left.set_yticks(range(len(rows)), [f"{label}  (+{d:.2f})" if d > 0.2 else label for d, _, label, *_ in rows])
+    left.axvline(0, color="black", linewidth=0.8)
+    left.invert_yaxis()
+    left.set(xlabel="val/loss, changed - fast_cpu (nats a token)", xlim=(-0.1, 0.21))
+    return lines, new
+
+
+def _changes(recipe: Run, run: Run) -> str:
+    """The settings by which a run differs from the recipe, as on the command line; of another optimizer, its rate."""
+    ours, theirs = (dict(_flat(r.config.tree())) for r in (recipe, run))
+    minor = ("seed", "optimizer.beta", "optimizer.eps", "optimizer.weight_decay", "schedule.min_lr_ratio")
+    changed = [k for k in ours if k in theirs and ours[k] != theirs[k] and not k.startswith(minor)]
+    return " ".join(f"{k}={str(theirs[k]).lower()}".replace(".name=", "=") for k in changed)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 PAGES: dict[str, Callable[..., tuple[list[str], Figure]]] = {
-    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder)
+    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder, fast)
 }
 
 if __name__ == "__main__":

@@ -128,16 +128,14 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
         [row for _, row in repeated], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, stop=stop, seed=config.seed,
     )  # fmt: skip
-    shown = ""
+    shown = 0
     for tokens in stream:
         for row, token in zip(new, tokens, strict=True):
             if token is not None:
                 row.append(token)
-        if live:
-            # A character of several bytes is shown once it is complete.
-            text = tokenizer.decode(new[0]).rstrip("\ufffd")
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        if live and not (text := tokenizer.decode(new[0][shown:])).endswith("\ufffd"):
+            print(text, end="", flush=True)  # a character of several bytes is shown once it is complete
+            shown = len(new[0])
     if live:
         print()
         return

@@ -97,6 +97,8 @@ def test_nanogpts_recipes() -> None:
     [
         (["experiment=names_mlp"], 19_915), (["experiment=names_mlp", "norm=batchnorm"], 20_427),
         (["experiment/ladder=1_bigram"], 4_225), (["experiment/ladder=7_scaled"], 10_788_929),
+        # Embeddings and head, n-grams, block and norms.
+        (["experiment=fast_cpu"], 2 * 65 * 64 + (66**2 + 3 * 16384) * 64 + 12 * 64**2 + 3 * 64),
     ],
 )  # fmt: skip
 def test_published_parameter_counts(overrides: list[str], parameters: int) -> None:
@@ -106,9 +108,12 @@ def test_published_parameter_counts(overrides: list[str], parameters: int) -> No
     assert build_model(config.sized(27 if config.data.name == "names" else 65)).n_params == parameters
 
 
-def test_an_experiment_takes_another_optimizer_and_schedule() -> None:
-    config = read_config(composed("experiment=nanogpt_cpu", "optimizer=sgd", "schedule=wsd"))
-    assert (config.optimizer.name, config.schedule.name) == ("sgd", "wsd")
+@pytest.mark.parametrize("experiment", ["nanogpt_cpu", "nanogpt_gpu", "fast_cpu", "fast_gpu", "names_mlp"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_an_experiment_takes_another_optimizer_and_schedule(experiment: str, optimizer: str, schedule: str) -> None:
+    config = read_config(composed(f"experiment={experiment}", f"optimizer={optimizer}", f"schedule={schedule}"))
+    assert (config.optimizer.name, config.schedule.name) == (optimizer, schedule)
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

@@ -105,10 +105,18 @@ class Windows:
             return 1.0
         return _count_characters(self._ids, self._first_target, self._stop) / self.n_tokens
 
+    @property
+    def ids(self) -> NDArray[Any]:
+        """The ids of the part, a view of the corpus."""
+        return self._ids[self._start : self._stop]
+
+    def starts(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Indices:
+        """Where in `ids` the rows `rows` of a training batch begin: anywhere, so that they lie wholly inside."""
+        return draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
+
     def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
-        """Windows that begin anywhere in the part and lie wholly inside it."""
-        starts = self._start + draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
-        x, y = self._pairs(starts)
+        """Windows that begin at `starts`."""
+        x, y = self._pairs(self._start + self.starts(seed, step, batch_size, rows))
         return Rows(x, y, None, float(batch_size * self.width))
 
     def rows(self, indices: ArrayLike) -> Rows:

@@ -49,7 +49,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, which takes the place of `path` in one step when the block ends well.
+    """A binary file to write and read, which takes the place of `path` in one step when the block ends well.
 
     To be used under the lock of `path`: what a killed process left behind is then known to be nobody's.
     """
@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         leftover.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with open(part, "xb") as file:
+        with open(part, "x+b") as file:
             yield file
         os.replace(part, path)
     finally:

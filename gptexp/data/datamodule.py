@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gptexp.data.batches import Indices, Rows, Split
+from gptexp.data.batches import Indices, Rows, Split, Windows
 from gptexp.errors import UserError
+
+HELD = 2**28
+"""The most ids that are copied to a GPU as a whole, at four bytes each."""
 
 
 class Batch(NamedTuple):
@@ -97,6 +100,12 @@ class CharDataModule(LightningDataModule):
         """This process's rank and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def held_windows(self) -> "HeldWindows | None":
+        """The training part held on the GPU, or None: elsewhere, for documents, and where it is too large."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        fits = isinstance(self.train, Windows) and len(self.train.ids) <= HELD
+        return HeldWindows(self.train, device) if fits and device.type == "cuda" else None  # type: ignore[arg-type]
+
     def tensors(self, rows: Rows, tokens: float) -> Batch:
         """`rows` as tensors, in memory from which a GPU can copy on its own if there is one."""
         arrays = [rows.x, rows.y] + ([] if rows.mask is None else [rows.mask])
@@ -119,12 +128,40 @@ class TrainBatches:
         shares = world * data.accumulate
         size = data.batch_size // shares
         step = 0 if data.trainer is None else data.trainer.global_step
+        held = data.held_windows()
         while True:
             for micro in range(data.accumulate):
                 begin = (micro * world + rank) * size
-                rows = data.train.train_batch(data.seed, step, data.batch_size, slice(begin, begin + size))
+                place = data.seed, step, data.batch_size, slice(begin, begin + size)
+                if held is not None:
+                    yield held.train_batch(*place, shares)
+                    continue
+                rows = data.train.train_batch(*place)
                 yield data.tensors(rows, rows.tokens / shares)
             step += 1
+
+
+class HeldWindows:
+    """The training part's ids on a device, which cuts the batches out of them by itself: a step sends it row starts.
+
+    Args:
+        windows: the training part.
+        device: where to hold its ids.
+    """
+
+    def __init__(self, windows: Windows, device: torch.device) -> None:
+        self._windows, self._device = windows, device
+        self._ids = torch.from_numpy(windows.ids.astype(np.int32)).to(device)
+        self._offsets = torch.arange(windows.width + 1, device=device)
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice, shares: int) -> Batch:
+        """The batch that `Windows.train_batch` gives, divided among `shares`."""
+        starts = torch.from_numpy(self._windows.starts(seed, step, batch_size, rows))
+        if self._device.type == "cuda":
+            starts = starts.pin_memory()
+        window = self._ids[starts.to(self._device, non_blocking=True)[:, None] + self._offsets].long()  # (b, L + 1)
+        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        return Batch(x, y, None, batch_size * self._windows.width / shares)
 
 
 class EvalBatches:

@@ -7,6 +7,7 @@ The entry of a corpus in the cache is a folder with `ids.bin` (the ids, in the m
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from gptexp.errors import UserError
 
 Job = Callable[[], object]
 CHUNK = 2**20  # bytes; larger ones are slower, as they outgrow the processor's cache
+BLOCK = 2**16  # characters; for the same reason, as numpy takes ids by integers of 8 bytes
+AHEAD = 2  # steps that may wait for their turn, so that no thread waits for another at every step
+EARLY = 16  # pieces, in which most texts have shown all their characters
 FORMAT = 1  # of the cache entry; to be raised whenever the same corpus would be written otherwise
 
 
@@ -81,19 +85,17 @@ def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUN
 
 def _build(folder: Path, key: str, corpus: Corpus, kind: str, *, terminator: str, chunk_bytes: int) -> None:
     """Write the entry, the ids first: so the description never speaks of ids that are not there."""
-    tokenizer: CharTokenizer | ByteTokenizer = ByteTokenizer()
-    if kind == "char":
-        tokenizer = CharTokenizer(_vocabulary(corpus, terminator, chunk_bytes), terminator)
-    dtype = _id_dtype(tokenizer)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # of the very bytes that became ids
     with replacing(folder / "ids.bin") as file:
+        chars = _CharIds(file, corpus, terminator) if kind == "char" else None
         _overlapped(
-            (partial(digest.update, chunk), partial(_write, file, ids))
-            for chunk, ids in _encoded_chunks(corpus, tokenizer, dtype, chunk_bytes)
+            (partial(digest.update, chunk), partial(chars.add, text) if chars else partial(_write, file, chunk))
+            for chunk, text in _chunks(corpus, chunk_bytes)
         )
-        n = file.tell() // dtype.itemsize
         if digest.hexdigest() != corpus.sha256:
             raise UserError(f"data.path={corpus.path}: changed while it was being read; allowed: a file at rest")
+        tokenizer = chars.settle() if chars else ByteTokenizer()
+        n = file.tell() // _id_dtype(tokenizer).itemsize
     description = {"key": key, "n": n, "tokenizer": tokenizer.to_dict()}
     with replacing(folder / "entry.json") as file:
         file.write(json.dumps(description).encode())
@@ -117,81 +119,121 @@ def _read(folder: Path, key: str, corpus: Corpus) -> Encoded | None:
     return Encoded(ids, tokenizer, fingerprint, corpus.documents)
 
 
-def _vocabulary(corpus: Corpus, terminator: str, chunk_bytes: int) -> str:
-    """The distinct characters of the corpus, sorted; the terminator in place of the newline for documents."""
-    ascii_seen = b""
-    other_seen = np.zeros(0x110000, bool)  # by code point
+class _CharIds:
+    """The ids of a text, written while its vocabulary is still unknown, so that it is read only once.
 
-    def jobs() -> Iterator[tuple[Job, ...]]:
-        nonlocal ascii_seen
-        for chunk, text in _chunks(corpus, chunk_bytes):
-            if text is not None:
-                yield (partial(_mark, other_seen, _code_points(text)),)
-                continue
-            # What is left when the known characters are deleted is new. A set is slow, so it only sees a little.
-            rest = chunk.translate(None, ascii_seen)
-            while rest:
-                ascii_seen += bytes(set(rest[:4096]))
-                rest = rest.translate(None, ascii_seen)
+    A character gets the next free id when it is first met. After the first pieces, and again at the end, the ids
+    in the file are replaced by those in order of code point; mostly none has changed since the first time.
+    """
 
-    _overlapped(jobs())
-    symbols = set(ascii_seen.decode()) | {chr(code) for code in np.flatnonzero(other_seen)}
-    if not corpus.documents:
-        return "".join(sorted(symbols))
-    if terminator != "\n" and terminator in symbols:
-        raise UserError(
-            f"data.terminator={terminator!r}: occurs in {corpus.path}; allowed: a character that does not, or '\\n'"
-        )
-    return "".join(sorted(symbols - {"\n"} | {terminator}))
+    def __init__(self, file: BinaryIO, corpus: Corpus, terminator: str) -> None:
+        self._file = file
+        self._corpus = corpus
+        self._terminator = terminator
+        self._pieces = 0
+        self._dtype = np.dtype(np.uint8)
+        self._codes = np.zeros(0, np.uint32)  # the character of each id
+        self._ids = np.full(0x110000, -1, np.int32)  # the id of each character; -1 until it is met
+        # The newline of documents is in the vocabulary whether it occurs or not.
+        self._number(np.array([ord("\n")] if corpus.documents else [], np.uint32))
+
+    def add(self, text: str) -> None:
+        """Write the ids of one more piece.
+
+        Raises:
+            UserError: the terminator occurs.
+        """
+        for start in range(0, len(text), BLOCK):
+            _write(self._file, self._encoded(text[start : start + BLOCK]))
+        self._pieces += 1
+        if self._pieces == EARLY:
+            self.settle()
+
+    def settle(self) -> CharTokenizer:
+        """Put the ids that were written in order, and return what they mean."""
+        symbols = "".join(map(chr, self._codes))
+        if self._corpus.documents:
+            symbols = symbols.replace("\n", self._terminator)
+        tokenizer = CharTokenizer("".join(sorted(symbols)), self._terminator)
+        dtype = _id_dtype(tokenizer)
+        ids = tokenizer.table(dtype)[self._codes]
+        if dtype != self._dtype or (ids[1:] < ids[:-1]).any():
+            _replace(self._file, self._dtype, ids)
+            self._dtype = dtype
+            in_order = self._codes[np.argsort(ids)]
+            self._codes = in_order[:0]
+            self._number(in_order)
+        return tokenizer
+
+    def _encoded(self, text: str) -> bytes:
+        if self._ascii and text.isascii():
+            ids = text.encode().translate(self._ascii)  # quickest, and 255 tells of a character that was not met
+            if 255 not in ids:
+                return ids if self._dtype == np.uint8 else np.frombuffer(ids, np.uint8).astype(self._dtype).tobytes()
+        codes = _code_points(text)
+        found = np.take(self._ids, codes)
+        if found.min() < 0:
+            self._meet(np.unique(codes[found < 0]))
+            found = np.take(self._ids, codes)
+        return found.astype(self._dtype).tobytes()
+
+    def _meet(self, codes: NDArray[Any]) -> None:
+        if self._terminator != "\n" and ord(self._terminator) in codes:
+            raise UserError(
+                f"data.terminator={self._terminator!r}: occurs in {self._corpus.path}; "
+                "allowed: a character that does not, or '\\n'"
+            )
+        self._number(codes)
+        if len(self._codes) > np.iinfo(self._dtype).max + 1:
+            self.settle()  # with more bytes an id
+
+    def _number(self, codes: NDArray[Any]) -> None:
+        """Give the next ids to the characters."""
+        self._ids[codes] = np.arange(len(self._codes), len(self._codes) + len(codes))
+        self._codes = np.append(self._codes, codes)
+        ids = self._ids[:128]
+        self._ascii = np.resize(ids, 256).astype(np.uint8).tobytes() if ids.max() < 256 else b""  # -1 becomes 255
 
 
-def _mark(seen: NDArray[np.bool_], codes: NDArray[Any]) -> None:
-    known = np.take(seen, codes, mode="clip")  # several times quicker than setting them all
-    seen[codes[~known]] = True
+def _replace(file: BinaryIO, old: np.dtype[Any], table: NDArray[Any]) -> None:
+    """Put `table[id]` in the place of every id in the file.
+
+    From the end to the beginning, for then wider ids only take the place of those that were read already.
+    """
+    n = file.tell() // old.itemsize
+    in_bytes = np.resize(table, 256).tobytes() if old == table.dtype == np.uint8 else b""
+    for start in reversed(range(0, n, CHUNK)):
+        file.seek(start * old.itemsize)
+        ids = file.read(min(CHUNK, n - start) * old.itemsize)
+        ids = ids.translate(in_bytes) if in_bytes else np.take(table, np.frombuffer(ids, old)).tobytes()
+        file.seek(start * table.itemsize)
+        _write(file, ids)
+    file.seek(n * table.itemsize)
 
 
-def _encoded_chunks(
-    corpus: Corpus, tokenizer: CharTokenizer | ByteTokenizer, dtype: np.dtype[Any], chunk_bytes: int
-) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
-    """Pieces of the file, and for each a function that gives its ids as bytes."""
-    if isinstance(tokenizer, ByteTokenizer):
-        yield from ((chunk, partial(bytes, chunk)) for chunk, _ in _chunks(corpus, chunk_bytes))
-        return
-    table = tokenizer.table(dtype)
-    ascii_table = np.resize(table[:128], 256).tobytes() if dtype == np.uint8 else b""
-    for chunk, text in _chunks(corpus, chunk_bytes):
-        if text is None and ascii_table:
-            yield chunk, partial(chunk.translate, ascii_table)
-        else:
-            yield chunk, partial(_taken, table, np.frombuffer(chunk, np.uint8) if text is None else _code_points(text))
+def _write(file: BinaryIO, ids: bytes) -> None:
+    file.write(ids)
 
 
-def _taken(table: NDArray[Any], codes: NDArray[Any]) -> bytes:
-    # Clipping, rather than an IndexError, where the file has changed since the vocabulary was made.
-    return np.take(table, codes, mode="clip").tobytes()
-
-
-def _write(file: BinaryIO, ids: Callable[[], bytes]) -> None:
-    file.write(ids())
-
-
-def _overlapped(steps: Iterable[tuple[Job, ...]]) -> None:
-    """Do the jobs of each step side by side while the next step is prepared, but never run ahead of them.
+def _overlapped(steps: Iterable[tuple[Job, Job]]) -> None:
+    """Do the first jobs of all steps in turn, the second jobs in turn beside them, and prepare steps meanwhile.
 
     Hashing, writing and numpy let go of the interpreter's lock, so that a second core is of use.
     """
-    with ThreadPoolExecutor(2) as pool:
-        running: list[Future[object]] = []
-        for jobs in steps:
-            for future in running:
+    waiting: deque[list[Future[object]]] = deque()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for one, other in steps:
+            waiting.append([first.submit(one), second.submit(other)])
+            if len(waiting) > AHEAD:
+                for future in waiting.popleft():
+                    future.result()
+        for futures in waiting:
+            for future in futures:
                 future.result()
-            running = [pool.submit(job) for job in jobs]
-        for future in running:
-            future.result()
 
 
-def _chunks(corpus: Corpus, chunk_bytes: int) -> Iterator[tuple[bytes, str | None]]:
-    """The file in pieces of whole characters: the bytes, and the text unless it is ASCII.
+def _chunks(corpus: Corpus, chunk_bytes: int) -> Iterator[tuple[bytes, str]]:
+    """The file in pieces of whole characters: the bytes and the text.
 
     Raises:
         UserError: an empty or unreadable file; the offset of the first byte that is not UTF-8.
@@ -208,7 +250,7 @@ def _chunks(corpus: Corpus, chunk_bytes: int) -> Iterator[tuple[bytes, str | Non
                 whole = _whole(chunk) if piece else len(chunk)
                 chunk, carried = chunk[:whole], chunk[whole:]
                 if chunk:
-                    yield chunk, None if chunk.isascii() else _text(corpus, chunk, offset)
+                    yield chunk, _text(corpus, chunk, offset)
                 offset += whole
     except OSError as error:
         raise UserError(f"data.path={corpus.path}: cannot be read ({error.strerror})") from error

@@ -68,13 +68,13 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (N, H, L, D) of x (N, L, C), normalised and rotated."""
         N, L, C = x.shape
-        q, k, v = self.qkv(x).view(N, L, 3, C).unbind(2)  # each (N, L, C)
-        shape = N, L, self.n_head, C // self.n_head
+        q, k, v = self.qkv(x).view(N, L, 3, self.n_head, C // self.n_head).unbind(2)  # each (N, L, H, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
-                norm(part.view(shape) if self.per_head else part) for norm, part in ((self.q_norm, q), (self.k_norm, k))
+                norm(part if self.per_head else part.flatten(2)).view(part.shape)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
             )
-        q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q, k, v

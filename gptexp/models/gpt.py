@@ -14,9 +14,22 @@ from gptexp.models.language_model import LanguageModel, initialise, initialise_a
 from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
 
+_ONEDNN: Any = torch.backends.mkldnn
+
 
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()  # So et al. 2021, "Primer"
+
+
+def _gelu(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.numel() > 8192:
+        return F.gelu(x)
+    # oneDNN takes several times as long for few numbers as torch's own kernel, and divides even those among threads.
+    enabled, _ONEDNN.enabled = _ONEDNN.enabled, False
+    try:
+        return F.gelu(x)
+    finally:
+        _ONEDNN.enabled = enabled
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -24,12 +37,52 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
+    "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
     "relu_squared": _relu_squared,
     "swiglu": F.silu,
 }
+
+
+class NGrams(nn.Embedding):
+    """Embeddings of the last 2, 3 .. n tokens, summed; at first all 0.
+
+    The sequences of one length have a table of their own: a row for each where there are `ngram_rows` or fewer, else a
+    row that a hash chooses. Tokens before the first one count as a further symbol, V.
+    Sources: Huang et al. 2025, "Over-Tokenized Transformer"; Pagnoni et al. 2024, "Byte Latent Transformer" (hashing).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        base, rows = config.vocab_size + 1, config.ngram_rows
+        sizes = [min(rows, base**k) for k in range(2, config.ngram + 1)]
+        super().__init__(sum(sizes), config.n_embd)
+        self.base, self.sizes = base, sizes
+
+    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """(N, L, C).
+
+        Args:
+            ids: (N, L) int64.
+            before: (N, n - 1), the tokens before those, V where there are none; None where ids begin their rows.
+        """
+        (N, L), n = ids.shape, len(self.sizes) + 1
+        if before is None:
+            before = ids.new_full((N, n - 1), self.base - 1)
+        known, number = torch.cat([before, ids], dim=1), ids
+        found, offset = [], 0
+        for k, size in enumerate(self.sizes, 2):
+            power = (self.base ** (k - 1) + 2**63) % 2**64 - 2**63  # wrapped, as int64 products are
+            number = number + known[:, n - k : n - k + L] * power  # one for each sequence of k tokens
+            row = number if size == self.base**k else _hashed(number) % size
+            found.append(row + offset)
+            offset += size
+        return F.embedding(torch.stack(found, dim=-1), self.weight).sum(-2)
+
+
+def _hashed(number: Tensor) -> Tensor:
+    """Numbers of 40 bits that differ in all bits where int64 numbers differ in any: Fibonacci hashing, Knuth 6.4."""
+    return (number * -0x61C8864680B583EB >> 24) & (2**40 - 1)
 
 
 class FeedForward(nn.Module):
@@ -105,6 +158,7 @@ class GPT(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngram = NGrams(config) if config.ngram > 1 else None
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         if config.position == "rope":
             tables = rope_table(config.block_size, config.head_dim)
@@ -121,6 +175,9 @@ class GPT(LanguageModel):
             initialise_as_torch(self, seed)
         else:
             initialise(self, seed, self._deviation)
+        for name, p in self.named_parameters():
+            if name == "ngram.weight" or (config.zero_init and name.endswith("proj.weight")):
+                nn.init.zeros_(p)
 
     def _deviation(self, name: str) -> Any:
         """GPT-2's initial weights, or those of the placement.
@@ -179,6 +236,8 @@ class GPT(LanguageModel):
 
     def _logits(self, ids: Tensor, mask: Tensor | None, at: At | None = None, place: Place | None = None) -> Tensor:
         x = self.wte(ids)  # (N, L, C)
+        if self.ngram is not None:
+            x = x + self.ngram(ids, place.before if place else None)
         rows, rope = slice(ids.shape[1]) if at is None else at, None
         if self.wpe is not None:
             x = x + self.wpe.weight[rows]

@@ -127,6 +127,10 @@ def _trace(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, Ten
     weight = model.wte.weight.detach()
     x = torch.cat([weight[:1], weight[ids.flatten()]]).requires_grad_()
     numbers = torch.arange(1, N * L + 1, device=ids.device).view(N, L)
+    ngram = getattr(model, "ngram", None)
+    if ngram is not None:  # looks up the true tokens; what it adds at a position counts as that position's token
+        known = torch.cat([ids.new_zeros(1), ids.flatten()])
+        ngram.register_forward_pre_hook(lambda _, args: (known[args[0]], *args[1:]))
     with _layers(model) as inner:
         # A tied head keeps the true embedding.
         logits = functional_call(model, {"wte.weight": x}, (numbers,), tie_weights=False)

@@ -93,14 +93,14 @@ class LanguageModel(nn.Module):
             starts = [len(r) for r in rows]
             done = [False] * len(rows)
             chances = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, f"row {i}"))
-                                   for i in range(len(rows))])  # (N, max_new_tokens)
-            for t in range(max_new_tokens):
+                                   for i in range(len(rows))], dim=1)  # (max_new_tokens, N)
+            for chance in chances:
                 logits = reader.read(rows).float().cpu()  # (N, V)
-                tokens = choose(logits, chances[:, t], temperature, top_k, top_p).tolist()
+                tokens = choose(logits, chance, temperature, top_k, top_p).tolist()
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]
                 for i, row in enumerate(rows):
                     row.append(tokens[i])
-                    tail = row[starts[i]:][-len(stop):] if stop else []
+                    tail = row[max(starts[i], len(row) - len(stop)):] if stop else []
                     done[i] = done[i] or (bool(stop) and tail == list(stop))
                 if all(done):
                     return

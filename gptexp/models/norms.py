@@ -56,7 +56,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
-        return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self.size, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt, Predicate
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from gptexp.models.registry import NORMS, PLACEMENTS, NormSettings, NormShape, Placement, default_norms
 
@@ -81,8 +81,13 @@ class GPTConfig(_Normed):
         activation: non-linearity of the feed-forward layer.
         tie_weights: share the token embedding with the output head.
         position: how positions are told apart.
+        ngram: embed the last 2, 3 .. `ngram` tokens, too, and add that to each token's embedding; 1 embeds the token
+            alone.
+        ngram_rows: the most rows that each length's table has; where there are more sequences, several share a row.
         init: initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm); "xavier", as the first
             Transformer's; or "torch", as torch's own layers.
+        zero_init: start the linear layer at the end of each sub-layer at 0, so that each block is at first the
+            identity.
     """
 
     target: ClassVar[str] = "gptexp.models.gpt:GPT"
@@ -106,7 +111,10 @@ class GPTConfig(_Normed):
     activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
     tie_weights: bool = True
     position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
+    ngram: Annotated[int, Ge(1), Le(8)] = 1
+    ngram_rows: Annotated[int, Ge(1)] = 16384
     init: Literal["gpt2", "xavier", "torch"] = "gpt2"
+    zero_init: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -178,6 +186,10 @@ class GPTConfig(_Normed):
                 f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false")
         if self.final_norm and self.norm == "none":
             problems.append("model.final_norm=true: has no effect with model.norm=none")
+        if self.ngram == 1 and self.ngram_rows != GPTConfig.ngram_rows:
+            problems.append(f"model.ngram_rows={self.ngram_rows}: has no effect with model.ngram=1")
+        if self.zero_init and not self.projection:
+            problems.append("model.zero_init=true: has no effect with model.projection=false")
         if self.init != "gpt2" and self.place.beta:
             problems.append(f"model.init={self.init}: model.placement={self.placement} has initial weights of its own")
         return problems + self._norm_problems()

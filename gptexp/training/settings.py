@@ -45,10 +45,10 @@ class MuonConfig:
 
     name: Literal["muon"] = "muon"
     learning_rate: Annotated[float, Gt(0)] = 0.02
-    adam_learning_rate: Annotated[float, Gt(0)] = 3e-3
+    adam_learning_rate: Annotated[float, Gt(0)] = 0.01
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
     iterations: Annotated[int, Ge(1)] = 5
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.8
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     eps: Annotated[float, Gt(0)] = 1e-10
     weight_decay: Annotated[float, Ge(0)] = 0.0

@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from unittest import mock
 
 import numpy as np
@@ -43,6 +46,100 @@ def test_equals_a_naive_encoding_whatever_the_chunks(text, chunk_bytes):
         in_bytes = encode(text, Path(folder), chunk_bytes, tokenizer="byte")
         assert in_bytes.ids.tobytes() == text.encode()
         assert in_bytes.fingerprint != chars.fingerprint
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> str:
+    """A text in which new characters come all the time, in any order, and old ones in between."""
+    first = draw(st.sampled_from([0x00, 0x61, 0x3F0, 0x4E00, 0x1F600]))
+    symbols = [chr(first + i) for i in range(draw(st.integers(1, 330)))]
+    random = Random(draw(st.integers(0, 999)))
+    random.shuffle(symbols)
+    olds = draw(st.integers(0, 3))
+    return "".join(s + "".join(random.choices(symbols[: i + 1], k=olds)) for i, s in enumerate(symbols))
+
+
+@contextmanager
+def small_pieces(chunk: int, block: int, early: int) -> Iterator[None]:
+    with mock.patch.multiple(module, CHUNK=chunk, BLOCK=block, EARLY=early):
+        yield
+
+
+def naive_entry(text: str, newline: str | None) -> dict[str, bytes]:
+    """The files of an entry as their format says; `newline` in place of the newline, which documents have anyway."""
+    if newline is not None:
+        text = text.replace("\n", newline)
+    index = {symbol: number for number, symbol in enumerate(sorted(set(text + (newline or ""))))}
+    width = 1 if len(index) <= 2**8 else 2 if len(index) <= 2**16 else 4
+    tokenizer = {"name": "char", "symbols": "".join(index), "terminator": newline or "\n"}
+    return {
+        "ids.bin": b"".join(index[symbol].to_bytes(width, sys.byteorder) for symbol in text),
+        "entry.json": json.dumps({"n": len(text), "tokenizer": tokenizer}).encode(),
+    }
+
+
+def written_entry(cache: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in entry(cache).iterdir()}
+    description = json.loads(files["entry.json"])
+    assert description.pop("key") == entry(cache).name
+    return {**files, "entry.json": json.dumps(description).encode()}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.one_of(growing(), TEXT),
+    terminator=st.sampled_from([None, "\n", ".", "\0", "é", "😀"]),
+    chunk_bytes=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+    block=st.integers(1, 20),
+    early=st.integers(1, 40),
+)
+@example("".join(map(chr, range(600, 30, -1))), None, 1, 1, 1, 1)  # every piece has a new first character
+@example("".join(map(chr, range(256))) * 2 + "\u0100", None, 1, 5, 1, 100)  # the last one is too many for a byte
+@example("".join(map(chr, range(0x100, 0x200))) + "zyxwv" * 9, None, 3, 5, 2, 99)  # ASCII after 256 others
+@example("".join(map(chr, range(0x100, 0x1FF))) + "a\nba", None, 3, 5, 1, 99)  # the 256th id is that of "a"
+@example("no newline", ".", 1, 1, 1, 1)
+def test_the_entry_is_the_same_whenever_its_characters_come(text, terminator, chunk_bytes, chunk, block, early):
+    documents: dict[str, object] = {} if terminator is None else {"documents": True, "terminator": terminator}
+    if terminator not in (None, "\n"):
+        text = text.replace(terminator, "") or "a"
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, GPTEXP_CACHE=f"{folder}/cache"):
+        with small_pieces(chunk, block, early):
+            encode(text, Path(folder), chunk_bytes, **documents)
+        assert written_entry(Path(folder, "cache")) == naive_entry(text, terminator)
+
+
+def test_ids_of_four_bytes(tmp_path, cache):
+    text = "".join(chr(code) for code in reversed(range(2**16 + 2**12)) if not 0xD800 <= code < 0xE000)
+    encode(text, tmp_path, 50_000)
+    assert written_entry(cache) == naive_entry(text, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "replaced"),
+    [
+        ("hello 中\n" * 100, []),
+        ("hello 中\n" * 100 + "文", []),  # comes late, and after the others
+        ("hello 中\n" * 7 + "!" + "hello 中\n" * 93, [80]),  # soon enough
+        ("hello 中\n" * 100 + "!", [801]),
+    ],
+)
+def test_the_text_is_read_once_and_ids_in_order_stay(text, replaced, tmp_path, cache):
+    sizes = []
+
+    def replace(file, *arguments):
+        sizes.append(file.tell())
+        return real(file, *arguments)
+
+    real = module._replace
+    with (
+        mock.patch.object(module, "_chunks", wraps=module._chunks) as chunks,
+        mock.patch.object(module, "_replace", side_effect=replace),
+        mock.patch.object(module, "EARLY", 2),
+    ):
+        encode(text, tmp_path, 50)
+    assert (chunks.call_count, sizes) == (1, replaced)
+    assert written_entry(cache) == naive_entry(text, None)
 
 
 def test_256_symbols_fit_a_byte(tmp_path):
@@ -147,12 +244,28 @@ def test_file_that_changes_meanwhile(tmp_path):
     path.write_text("abd")
     with pytest.raises(UserError, match="changed while it was being read"):
         encode_corpus(corpus, config)
-    path.write_text("ab中", encoding="utf-8")  # after the vocabulary is known: far outside its table
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+@pytest.mark.parametrize("late", ["a", "z", "中", "more", ""])
+def test_file_that_changes_halfway(late, tokenizer, tmp_path, cache):
+    path = tmp_path / "text.txt"
+    text = "abc\n" * 20_000
+    path.write_text(text)
+    config = DataConfig(name="file", path=str(path), tokenizer=tokenizer)
+    corpus = find_corpus(config)
+    decoded = module._text
+
+    def changes(*arguments):
+        path.write_text(text * 2 if late == "more" else text[: -len(late)] + late, encoding="utf-8")
+        return decoded(*arguments)
+
     with (
-        mock.patch.object(module, "_vocabulary", return_value="abc"),
+        mock.patch.object(module, "_text", side_effect=changes),
         pytest.raises(UserError, match="changed while it was being read"),
     ):
-        encode_corpus(corpus, config)
+        encode_corpus(corpus, config, chunk_bytes=20_000)
+    assert list(entry(cache).iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -168,6 +281,35 @@ def test_full_disk(tmp_path, cache):
         encode("hello", tmp_path)
     [problem] = caught.value.problems
     assert problem.startswith(f"GPTEXP_CACHE={cache}: cannot be written (No space left on device)")
+    assert list(entry(cache).iterdir()) == []
+
+
+@pytest.mark.parametrize("written", range(22))  # 11 ids, and each of them once more, to put them in order
+def test_disk_that_is_full_halfway(written, tmp_path, cache):
+    text = "".join(map(chr, range(300, 290, -1))) + "a"
+    room = iter(range(written))
+    write = module._write
+
+    def full(*arguments):
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    with small_pieces(chunk=1, block=1, early=100):
+        with (
+            mock.patch.object(module, "_write", side_effect=full),
+            pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"),
+        ):
+            encode(text, tmp_path, 1)
+        assert list(entry(cache).iterdir()) == []
+        encode(text, tmp_path, 1)
+    assert written_entry(cache) == naive_entry(text, None)
+
+
+@pytest.mark.parametrize("wrong", [b"\xff", b"."])
+def test_mistake_halfway_leaves_nothing(wrong, tmp_path, cache):
+    with pytest.raises(UserError):
+        encode(b"abc\n" * 100 + wrong, tmp_path, 10, documents=True, terminator=".")
     assert list(entry(cache).iterdir()) == []
 
 

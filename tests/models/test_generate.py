@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from gptexp.models import generation
 from gptexp.models.generation import choose
-from gptexp.models.gpt import GPT
-from gptexp.models.registry import NORMS, PLACEMENTS
+from gptexp.models.gpt import GPT, _gelu
+from gptexp.models.registry import NORMS, PLACEMENTS, Norm, NormSettings, NormShape
 
 V, BLOCK = 11, 8
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0, 1, 2, 3, 4, 5]]  # the last is longer than the block
@@ -45,6 +47,8 @@ VARIANTS = [
     {"projection": False},
     {"n_inner": 0},
     {"n_layer": 0},
+    {"ngram": 2},
+    {"ngram": 5, "ngram_rows": 20},
 ]
 
 
@@ -73,6 +77,101 @@ def test_the_cache_gives_the_logits_of_the_whole_context(lively: Lively, changes
                 whole = model(torch.tensor([seen]))[0, -1]
                 torch.testing.assert_close(cached[t][i], whole, atol=1e-4, rtol=1e-5)
                 assert float(whole.std()) > 0.01
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, {"position": "sinusoidal"}, {"activation": "swiglu"}], ids=str)
+def test_sampling_reads_the_same_numbers(lively: Lively, changes: dict) -> None:
+    """In inference mode and in float64, where nothing but another formula makes a difference."""
+    model = lively(**changes).double()
+    rows = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    with torch.inference_mode():
+        whole, reader = model(torch.tensor(rows)), model.reader(2)
+        for n in (2, 3, 4, 5):
+            cached = reader.read([row[:n] for row in rows])
+            torch.testing.assert_close(cached, whole[:, n - 1], atol=1e-9, rtol=1e-9)
+
+
+class Counting(nn.Module):
+    """A norm from elsewhere, with a state that is not a tensor."""
+
+    def __init__(self, settings: NormSettings, shape: NormShape) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.ones(shape.channels))
+        self.calls = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls, self.shift = self.calls + 1, self.shift + 1.0
+        return x.sinh() * self.shift
+
+
+def test_a_norm_from_elsewhere_is_called_as_it_is(lively: Lively, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NORMS, "counting", Norm(f"{__name__}:Counting"))
+    model = lively(norm="counting")
+    model.generate([[1, 2, 3]], 4, temperature=0)
+    assert model.norm_f.calls == 4
+    assert model.norm_f.shift.tolist() == [5.0] * 16
+
+
+@pytest.mark.parametrize("part", ["blocks.1", "blocks.0.mlp", "blocks.0.residual1.before", "wte", "norm_f", "head"])
+def test_hooks_are_called(lively: Lively, part: str) -> None:
+    """Those of a part, and those of all modules."""
+    model, seen = lively(tie_weights=False), []
+    plain, module = model.generate(PROMPTS[:1], 6), model.get_submodule(part)
+    handles = [module.register_forward_pre_hook(lambda *_: seen.append("before")),
+               module.register_forward_hook(lambda *_: seen.append("after"))]  # fmt: skip
+    assert model.generate(PROMPTS[:1], 6) == plain
+    assert seen == ["before", "after"] * 6
+    for handle in handles:
+        handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda called, *_: seen.append(called))
+    try:
+        assert model.generate(PROMPTS[:1], 6) == plain
+    finally:
+        handle.remove()
+    assert seen.count(module) == 6
+
+
+def test_a_hook_changes_what_is_read(lively: Lively) -> None:
+    model = lively(tie_weights=False)
+    model.head.register_forward_hook(lambda module, args, out: F.one_hot(torch.full(out.shape[:2], 7), V) * 9.0)
+    assert model.generate(PROMPTS[:1], 6, temperature=0) == [[7] * 6]
+
+
+def test_a_forward_of_ones_own_is_called(lively: Lively) -> None:
+    model = lively(tie_weights=False)
+    model.head.forward = lambda x: F.one_hot(torch.full(x.shape[:2], 7), V) * 9.0
+    assert model.generate(PROMPTS[:1], 6, temperature=0) == [[7] * 6]
+
+
+@pytest.mark.parametrize(("small", "used"), [(generation.SMALL, 1), (0, 3)])
+def test_little_work_takes_one_thread(lively: Lively, monkeypatch: pytest.MonkeyPatch, small: int, used: int) -> None:
+    monkeypatch.setattr(generation, "SMALL", small)
+    threads, seen, model = torch.get_num_threads(), set(), lively()
+    model.head.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        for _ in model.stream(PROMPTS, 12):
+            assert torch.get_num_threads() == 3  # between two steps, and
+        with pytest.raises(IndexError):
+            model.generate([[1, V]], 2)
+        assert torch.get_num_threads() == 3  # after a mistake
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == {used}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gelu_of_few_numbers(enabled: bool) -> None:
+    """Another kernel, the same function; and the choice of kernels is restored."""
+    x = torch.linspace(-6, 6, 512)
+    before = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = enabled
+        with torch.inference_mode():
+            torch.testing.assert_close(_gelu(x), F.gelu(x.double()).float(), atol=1e-6, rtol=1e-5)
+        assert torch.backends.mkldnn.enabled == enabled
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def test_a_step_computes_new_positions_alone(lively: Lively) -> None:
@@ -237,6 +336,12 @@ def test_extreme_chances_stay_within_the_support() -> None:
 def test_each_token_owns_the_chances_from_its_lower_bound_to_below_its_upper_one() -> None:
     bounds = torch.tensor([0.0, 0.25, 0.5, 0.75])
     assert choose(torch.zeros(4, 4), bounds, 1.0, None, None).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (2, None), (None, 0.5), (2, 0.5)])
+def test_nothing_is_chosen_from_logits_that_are_no_numbers(top_k: int | None, top_p: float | None) -> None:
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        choose(torch.full((2, 5), torch.nan), torch.tensor([0.2, 0.3]), 1.0, top_k, top_p)
 
 
 def test_rows_are_chosen_apart() -> None:

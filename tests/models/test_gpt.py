@@ -182,3 +182,10 @@ def test_flops_per_token_is_what_torch_counts(changes: dict) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids).sum().backward()
     assert model.flops_per_token() == counter.get_total_flops() / ids.numel()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_model_compiles_as_one_graph(small: Small, activation: str) -> None:
+    model, ids = GPT(small(activation=activation)), torch.arange(16).view(2, 8) % 11
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # an error where a part cannot be compiled
+    assert torch.equal(compiled(ids), model(ids))

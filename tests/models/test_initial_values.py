@@ -36,6 +36,7 @@ VARIANTS = [
     {"bias": True},
     {"qkv_bias": True},
     {"tie_weights": False},
+    {"ngram": 3},
     {"dropout": 0.3},
     {"vocab_size": 12},
     {"block_size": 9},
@@ -88,6 +89,16 @@ def test_an_untrained_model_guesses_evenly() -> None:
     model, ids = GPT(GPTConfig()), torch.arange(128).view(2, 64) % 65
     loss = F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
     assert float(loss.detach()) == pytest.approx(math.log(65), abs=0.1)
+
+
+@pytest.mark.parametrize("init", ["gpt2", "torch", "xavier"])
+def test_with_zero_init_each_block_is_at_first_the_identity(small: Small, init: str) -> None:
+    plain, zeroed = values(small(init=init)), values(small(init=init, zero_init=True))
+    for name, p in zeroed.items():
+        expected = torch.zeros_like(p) if name.endswith("proj.weight") else plain[name]
+        assert torch.equal(p, expected), name
+    model, x = GPT(small(init=init, zero_init=True)), torch.randn(2, 8, 16)
+    assert all(torch.equal(block(x, None, None), x) for block in model.blocks)
 
 
 # --- where two placements have the same parameters ----------------------------------------------------------------

@@ -39,6 +39,8 @@ Small = Callable[..., GPTConfig]
             "model.n_inner=32: must be 0 or model.n_embd=16 with model.projection=false",
         ),
         ({"final_norm": True, "norm": "none"}, "model.final_norm=true: has no effect with model.norm=none"),
+        ({"ngram_rows": 100}, "model.ngram_rows=100: has no effect with model.ngram=1"),
+        ({"zero_init": True, "projection": False}, "model.zero_init=true: has no effect with model.projection=false"),
         (
             {"init": "torch", "placement": "deepnorm"},
             "model.init=torch: model.placement=deepnorm has initial weights of its own",
@@ -71,6 +73,8 @@ def test_combinations_that_work_pass(small: Small, norm: str) -> None:
         {"final_norm": False, "norm": "none"},
         {"final_norm": True, "placement": "deepnorm"},
         {"init": "torch"},
+        {"ngram": 3, "ngram_rows": 100},
+        {"zero_init": True, "placement": "deepnorm"},
         {"qk_norm": "head"},
         {"qk_norm": "full", "attention_scale": False},
         {"norms": {"layernorm": {"affine": False}}, "bias": True},
