@@ -31,27 +31,28 @@ class Processes:
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
 
-    def commands(self) -> dict[int, str]:
-        """The command lines of those that live."""
+    def living(self) -> dict[int, tuple[int, str]]:
+        """Each one's parent and command line."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if self.mark.encode() in (folder / "environ").read_bytes():
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
                     if state != "Z":
-                        found[int(folder.name)] = command
+                        found[int(folder.name)] = int(parent), command
             except OSError:  # it has just ended, or is another user's
                 continue
         return found
 
     def wandb(self) -> list[int]:
-        """The process that serves the run."""
-        return [pid for pid, command in self.commands().items() if "wandb_process" in command]
+        """The process that serves the run; not a copy of it that is about to become another program."""
+        found = {pid: parent for pid, (parent, command) in self.living().items() if "wandb_process" in command}
+        return [pid for pid, parent in found.items() if parent not in found]
 
     def all_end(self) -> bool:
         """Whether they end by themselves."""
-        return wait_for(lambda: not self.commands())
+        return wait_for(lambda: not self.living())
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> bool:
@@ -72,7 +73,7 @@ def rows(folder: Path) -> int:
 def processes() -> Iterator[Processes]:
     found = Processes()
     yield found
-    for pid in found.commands():
+    for pid in found.living():
         os.kill(pid, signal.SIGKILL)
 
 
