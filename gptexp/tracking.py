@@ -32,12 +32,13 @@ def has_api_key() -> bool:
     return False
 
 
-def open_wandb(settings: WandbConfig, folder: Path, **options: Any) -> Any:
+def open_wandb(settings: WandbConfig, folder: Path, pid: int | None = None, **options: Any) -> Any:
     """Begin a W&B run, offline where there is no key or no server.
 
     Args:
         settings: the project, the entity and the mode.
         folder: the run's files go to wandb/ in it.
+        pid: the process whose memory and processor time are recorded; None is this one.
         options: of `wandb.init`, such as the name.
 
     Returns:
@@ -55,13 +56,14 @@ def open_wandb(settings: WandbConfig, folder: Path, **options: Any) -> Any:
     options |= {
         "project": settings.project, "entity": settings.entity, "reinit": "finish_previous",
         "dir": str(folder.absolute()),  # W&B's own process may have been started in another folder
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=30),
+        "settings": wandb.Settings(console="off", silent=True, init_timeout=30, x_stats_pid=pid or os.getpid()),
     }  # fmt: skip
     resume: dict[str, Any] = {} if mode == "offline" else {"resume": "allow"}
     try:
         run = wandb.init(mode=mode, **options, **resume)
     except Exception as error:  # an unreachable server must not cost a run
         log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
+        wandb.teardown()  # else W&B's own process takes the run's id for used
         run = wandb.init(mode="offline", **options)
     if run.offline:
         log.info("W&B: offline; upload it later with: wandb sync %s", folder / "wandb" / Path(run.dir).parent.name)

@@ -260,7 +260,9 @@ def start(run: "Run", watch: "Watch | None" = None) -> float:
     config = run.config
     if config.hardware.strategy == "auto":
         from gptexp.training.startup import import_lightning
+        from gptexp.training.wandb_process import prepare
 
+        prepare(config)
         import_lightning()
         from gptexp.training.fit import fit
 

@@ -1,6 +1,7 @@
-"""Imports Lightning sooner."""
+"""Imports torch and Lightning: sooner, and so that torch shares the machine with others."""
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ _UNUSED = ("matplotlib", "nltk", "pandas", "regex", "scipy", "torchaudio", "torc
 COMPILER = "torch._dynamo"
 """torch.compile's own package. It is as slow to import as torch itself, and only a run that compiles needs it."""
 
+SPINS = 1000
+"""Times that a thread of torch looks whether the others are so far before it sleeps; GNU's OpenMP has it look 300,000
+times. On a machine with nothing else to do a step takes as long; where another process wants a processor, the threads
+would keep it from the very thread that they wait for, and a step would take several times as long."""
+
 
 def import_lightning() -> None:
     """Import torch, torchmetrics and Lightning without the packages that only other metrics and runs than ours need.
@@ -31,6 +37,8 @@ def import_lightning() -> None:
 
 
 def _import_lightning() -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     import torch  # noqa: F401  (it must see everything)
 
     hidden = _Hidden({name for name in _UNUSED if name not in sys.modules})

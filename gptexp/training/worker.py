@@ -78,13 +78,18 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Train the run directory that the command line names, as the rank that the environment names."""
     from gptexp.training.startup import import_lightning
-
-    import_lightning()
-    from gptexp.training.fit import fit
+    from gptexp.training.wandb_process import prepare
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with report_errors(errors=False, messages=os.environ["RANK"] == "0"):  # the launching process shows the error
-        fit(Run.open(sys.argv[1]))
+    first = os.environ["RANK"] == "0"
+    with report_errors(errors=False, messages=first):  # the launching process shows the error
+        run = Run.open(sys.argv[1])
+        if first:
+            prepare(run.config)
+        import_lightning()
+        from gptexp.training.fit import fit
+
+        fit(run)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ class Record:
     summary: dict[str, str] = field(default_factory=dict)  # values as JSON
     artifacts: dict[str, list[str]] = field(default_factory=dict)  # paths of the files, by type and name
     exit_code: int | None = None
+    program: str = ""
+    args: list[str] = field(default_factory=list)
+    imported: set[str] = field(default_factory=set)
 
 
 def records(path: Path) -> Iterator[bytes]:
@@ -55,12 +58,13 @@ def records(path: Path) -> Iterator[bytes]:
 def read_run(path: Path) -> Record:
     """Everything of interest in the file of a run that has ended: W&B's own process writes it a moment later."""
     deadline = time.monotonic() + 30
-    while (found := _read(path)).exit_code is None and time.monotonic() < deadline:
+    while (found := read_so_far(path)).exit_code is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
 
 
-def _read(path: Path) -> Record:
+def read_so_far(path: Path) -> Record:
+    """The same of a run that may go on."""
     found, names = Record(), {}
     for content in records(path):
         record = wandb_internal_pb2.Record()
@@ -87,6 +91,10 @@ def _read(path: Path) -> Record:
                 found.artifacts |= _artifact(record.request.log_artifact.artifact)
             case "artifact":
                 found.artifacts |= _artifact(record.artifact)
+            case "environment" if record.environment.program:
+                found.program, found.args = record.environment.program, list(record.environment.args)
+            case "telemetry":
+                found.imported |= {field.name for field, _ in record.telemetry.imports_init.ListFields()}
             case "exit":
                 found.exit_code = record.exit.exit_code
     found.metrics = names

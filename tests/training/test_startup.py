@@ -1,5 +1,6 @@
 """What a run does without until it is needed: packages for other metrics than ours, and torch.compile's."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from tests.conftest import TINY
 HEAVY = ("scipy", "transformers", "matplotlib")
 
 
-def python(program: str, *arguments: str) -> str:
+def python(program: str, *arguments: str, env: dict[str, str] | None = None) -> str:
     """What a program prints, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -63,10 +65,10 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code
-print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp") if name in sys.modules])
+print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "wandb") if name in sys.modules])
 """
     arguments = [*TINY, f"optimizer={optimizer}", f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert python(program, *arguments).splitlines()[-1] == "[]"
+    assert python(program, *arguments, "logger=wandb").splitlines()[-1] == "[]"
 
 
 def test_what_is_compiled_later_is_known_as_such() -> None:
@@ -112,6 +114,21 @@ from lightning.pytorch import Trainer
 print(wrappers.OptimizedModule is torch._dynamo.OptimizedModule)
 """
     assert python(program) == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_that_wait_let_others_work(given: dict[str, str], spins: str) -> None:
+    program = """
+import os
+from gptexp.training.startup import import_lightning
+import_lightning()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    assert python(program, env=env) == f"{spins}\n"
 
 
 def test_the_search_for_garbage_goes_on_after_imports() -> None:
