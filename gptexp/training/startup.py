@@ -20,9 +20,9 @@ COMPILER = "torch._dynamo"
 
 SPINS = 20_000
 """Times that a thread of torch looks whether the others are so far before it sleeps; GNU's OpenMP has it look 300,000
-times. On a machine with nothing else to do a step takes as long (1,000 would cost 2 % of it); where other processes want
-the processors, the threads would keep them from the very thread that they wait for, and a step would take several times
-as long."""
+times. On a machine with nothing else to do a step takes as long (1,000 would cost 2 % of it); where other processes
+want the processors, the threads would keep them from the very thread that they wait for, and a step would take several
+times as long."""
 
 
 def import_lightning() -> None:
