@@ -18,10 +18,11 @@ _UNUSED = ("matplotlib", "nltk", "pandas", "regex", "scipy", "torchaudio", "torc
 COMPILER = "torch._dynamo"
 """torch.compile's own package. It is as slow to import as torch itself, and only a run that compiles needs it."""
 
-SPINS = 1000
+SPINS = 20_000
 """Times that a thread of torch looks whether the others are so far before it sleeps; GNU's OpenMP has it look 300,000
-times. On a machine with nothing else to do a step takes as long; where another process wants a processor, the threads
-would keep it from the very thread that they wait for, and a step would take several times as long."""
+times. On a machine with nothing else to do a step takes as long (1,000 would cost 2 % of it); where other processes
+want the processors, the threads would keep them from the very thread that they wait for, and a step would take several
+times as long."""
 
 
 def import_lightning() -> None:

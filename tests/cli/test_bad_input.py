@@ -51,7 +51,7 @@ WRONG: dict[str, list[str]] = {
     "+norm=rmsnorm": ["+norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],
     "resume=nowhere": ["resume=nowhere: there is no such directory"],
     "resume=.": ["resume=.: is not a run directory"],
-    "experiment=nanogpt": ["experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: names_mlp, nanogpt_cpu, "],
+    "experiment=nanogpt": ["experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: fast_cpu, fast_gpu, "],
     "norm=groupnorm model.norms.groupnorm.groups=3": ["model.norms.groupnorm.groups=3: must divide the 16 channels"],
     "placement=deepnorm model.residual=false": ["model.residual=false: model.placement=deepnorm weighs the residual"],
     "model=bigram norm=rmsnorm": [

@@ -117,7 +117,7 @@ print(wrappers.OptimizedModule is torch._dynamo.OptimizedModule)
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+    ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
 def test_threads_that_wait_let_others_work(given: dict[str, str], spins: str) -> None:
     program = """
