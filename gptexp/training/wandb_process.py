@@ -72,8 +72,9 @@ class WandbProcess:
         while not self._answers.empty():
             self._understood(*self._answers.get())
         assert self._process.stdin is not None
+        line = json.dumps([kind, content]).encode() + b"\n"
         try:
-            self._process.stdin.write(json.dumps([kind, content]).encode() + b"\n")
+            self._process.stdin.write(line)
             self._process.stdin.flush()
         except BrokenPipeError:
             self.await_answer("")  # that it has ended

@@ -37,6 +37,12 @@ def test_every_job_has_a_readable_directory(sweep: Callable[..., tuple[int, dict
     assert (run.path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_hydras_own_setting_of_the_mode(command: Callable[..., int], corpus: Path, tmp_path: Path) -> None:
+    settings = [*TINY, f"data.path={corpus}", f"output_dir={tmp_path}", "hydra.mode=MULTIRUN", "max_steps=1"]
+    assert command(*settings) == 0
+    assert len(list((tmp_path / "sweeps").glob("*/*/run.json"))) == 1
+
+
 def test_other_settings_stand_in_the_name(
     sweep: Callable[..., tuple[int, dict[str, Run]]], command: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,3 +205,12 @@ def test_two_runs_of_one_name_get_two_directories(
     for _ in range(2):
         assert command(*TINY, f"data.path={corpus}", "max_steps=1", f"hydra.run.dir={tmp_path / 'run'}") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+
+
+def test_a_cpu_run_is_free_of_what_an_earlier_run_on_a_gpu_asked_for(tiny: Tiny) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        tiny("run", "max_steps=1")
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
