@@ -64,6 +64,8 @@ class NanoGPT:
             raise SystemExit(f"--peer {checkout}: holds no train.py; it must be a checkout of karpathy/nanoGPT")
         self.folder = folder / "nanoGPT"
         shutil.copytree(checkout, self.folder, ignore=shutil.ignore_patterns(".git", "out*", "wandb", "*.ckpt"))
+        if importlib.util.find_spec("tiktoken") is None:  # which sample.py imports for GPT-2's tokens alone
+            (self.folder / "tiktoken.py").touch()
         data = self.folder / "data" / "shakespeare_char"
         shutil.copy(text, data / "input.txt")
         self._run(["prepare.py"], data)
