@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.optimize import nnls
 
+from benchmarks.forecast import Size
 from benchmarks.measure import parser, write
 from benchmarks.scaling import BASE, measure, points, sized
 
@@ -21,17 +22,11 @@ STEPS = 20  # the peak is reached in the first ones
 
 
 def counted(point: dict[str, int]) -> tuple[float, float]:
-    """MiB of state and of activations, in float32.
-
-    A token leaves 16 C numbers in each layer (the inputs of both sub-layers and of their norms: 4 C; q, k, v and what
-    attention gives: 4 C; the feed-forward layer before and after its non-linearity: 8 C), and its logits, their
-    logarithms and their gradient at the end: 3 V.
-    """
+    """MiB of state and of activations, in float32; see `benchmarks.forecast`."""
     model = sized(point)
-    c, tokens = model.config, point["batch_size"] * point["model.block_size"]
-    state = 4 * model.n_params
-    activations = tokens * (16 * c.n_embd * c.n_layer + 3 * c.vocab_size)
-    return state * 4 / 2**20, activations * 4 / 2**20
+    c = model.config
+    size = Size(c.n_layer, c.n_embd, c.block_size, c.vocab_size)
+    return 16 * model.n_params / 2**20, size.activations(point["batch_size"]) / 2**20
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR ...`.
 
-NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads, attention_scale or fast; SWEEP_DIR is what the sweep on
-that page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`.
+NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads, attention_scale, fast or scale; SWEEP_DIR is what the
+sweep on that page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`; scale
+takes the two files that its benchmarks have written.
 """
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -22,6 +24,7 @@ from gptexp.runs import Run
 Group = dict[Any, list[Run]]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t, two-sided 95 %, by the number of values."""
+AXES = ("model.n_layer", "model.n_embd", "model.block_size", "batch_size")
 
 
 def runs_of(folder: Path, key: Callable[[Run], Any]) -> Group:
@@ -244,6 +247,36 @@ def fast(folder: Path) -> tuple[list[str], Figure]:
     return lines, new
 
 
+def scale(times: Path, peaks: Path) -> tuple[list[str], Figure]:
+    """What a step costs and needs beside what was fitted, from the files of benchmarks.scaling and benchmarks.memory."""
+    time, memory = (json.loads(path.read_text()) for path in (times, peaks))
+    base = time["points"][0]
+    lines = ["| changed | GFLOP | ms a step | fitted | GFLOP/s | peak MiB | fitted |", "|---|---|---|---|---|---|---|"]
+    new, (left, right) = figure(2)
+    groups: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for row, held in zip(time["points"], memory["points"], strict=True):
+        changed = next((key for key in AXES if row[key] != base[key]), "")
+        size, taken, peak = row["gigaflop"], row["milliseconds"], held["MiB"]
+        fit = time["fit"]
+        fitted = fit["step_ms"] + fit["layer_ms"] * row["model.n_layer"] + 1000 * size / fit["gflops"]
+        fit = memory["fit"]
+        expected = fit["process_MiB"] + fit["state"] * held["state"] + fit["activations"] * held["activations"]
+        groups[changed.removeprefix("model.")].append((fitted, taken, expected, peak))
+        label = f"`{changed}={row[changed]}`" if changed else "none"
+        lines.append(f"| {label} | {size:.2f} | {taken:.1f} | {fitted:.1f} | {1000 * size / taken:.0f} | {peak:.0f} "
+                     f"| {expected:.0f} |")  # fmt: skip
+    for label, points in groups.items():
+        fitted_ms, ms, fitted_mib, mib = zip(*points, strict=True)
+        left.plot(fitted_ms, ms, "o", label=label or "none changed")
+        right.plot(fitted_mib, mib, "o", label=label or "none changed")
+    for axes, what in ((left, "ms a step"), (right, "peak memory (MiB)")):
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+        axes.set(xscale="log", yscale="log", xlabel=f"{what}, fitted", ylabel=f"{what}, measured")
+    left.legend(fontsize="small")
+    return lines, new
+
+
 def _changes(recipe: Run, run: Run) -> str:
     """The settings by which a run differs from the recipe, as on the command line; of another optimizer, its rate."""
     ours, theirs = (dict(_flat(r.config.tree())) for r in (recipe, run))
@@ -261,7 +294,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 PAGES: dict[str, Callable[..., tuple[list[str], Figure]]] = {
-    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder, fast)
+    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder, fast, scale)
 }
 
 if __name__ == "__main__":

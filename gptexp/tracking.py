@@ -5,6 +5,7 @@ import math
 import netrc
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -53,17 +54,19 @@ def open_wandb(settings: WandbConfig, folder: Path, pid: int | None = None, **op
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
+    patience = float(os.environ.get("WANDB_INIT_TIMEOUT") or 30)  # seconds
     options |= {
         "project": settings.project, "entity": settings.entity, "reinit": "finish_previous",
         "dir": str(folder.absolute()),  # W&B's own process may have been started in another folder
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=30, x_stats_pid=pid or os.getpid()),
+        "settings": wandb.Settings(console="off", silent=True, init_timeout=patience, x_stats_pid=pid or os.getpid()),
     }  # fmt: skip
     resume: dict[str, Any] = {} if mode == "offline" else {"resume": "allow"}
     try:
         run = wandb.init(mode=mode, **options, **resume)
     except Exception as error:  # an unreachable server must not cost a run
         log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
-        wandb.teardown()  # else W&B's own process takes the run's id for used
+        with suppress(Exception):  # the process that did not reach the server may have ended
+            wandb.teardown()  # else it takes the run's id for used
         run = wandb.init(mode="offline", **options)
     if run.offline:
         log.info("W&B: offline; upload it later with: wandb sync %s", folder / "wandb" / Path(run.dir).parent.name)

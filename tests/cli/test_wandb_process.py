@@ -92,7 +92,7 @@ def silent() -> Iterator[dict[str, str]]:
     """The environment in which W&B's server takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        yield {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": url}
+        yield {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "10"}
 
 
 def test_it_records_what_the_program_itself_would(begin: Begin, processes: Processes, tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_a_server_that_does_not_answer_costs_no_run(
     begin: Begin, processes: Processes, silent: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    code, out, _ = finish(begin(f"hydra.run.dir={folder}", **silent))
-    assert code == 0
+    code, out, err = finish(begin(f"hydra.run.dir={folder}", **silent))
+    assert code == 0, err + (folder / "train.log").read_text()
     assert "W&B cannot be reached" in out
     assert processes.all_end()
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
