@@ -48,7 +48,7 @@ def main() -> None:
         if asked.peer:
             peer = NanoGPT(asked.peer, find_corpus(DataConfig(offline_fallback=None)).path, Path(folder))
             contestants["nanoGPT"] = lambda: sum(
-                peer.train("out", max_iters=steps, lr_decay_iters=steps, eval_interval=steps).seconds
+                peer.train("out", max_iters=steps, lr_decay_iters=max(steps, 101), eval_interval=steps).seconds
                 for _ in range(jobs)
             )
         rounds = take_turns(contestants, asked.rounds)

@@ -248,7 +248,7 @@ def fast(folder: Path) -> tuple[list[str], Figure]:
 
 
 def scale(times: Path, peaks: Path) -> tuple[list[str], Figure]:
-    """What a step costs and needs beside what was fitted, from the files of benchmarks.scaling and benchmarks.memory."""
+    """What a step costs and needs beside the fits, from the files of benchmarks.scaling and benchmarks.memory."""
     time, memory = (json.loads(path.read_text()) for path in (times, peaks))
     base = time["points"][0]
     lines = ["| changed | GFLOP | ms a step | fitted | GFLOP/s | peak MiB | fitted |", "|---|---|---|---|---|---|---|"]

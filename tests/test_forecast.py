@@ -1,6 +1,7 @@
 """What larger models would need: counts against published models, and against this project's own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def test_counts_are_those_of_the_model(n_layer: int, n_embd: int, block_size: in
 def test_a_day_of_a_gpu() -> None:
     """nanoGPT's README: 124 M on 8 A100 in about 4 days, 600,000 steps of 491,520 tokens: 30 % of their rate."""
     found = forecast(SIZES["124 M"], 100, {"state": 1, "activations": 1}, 0.3 * 312 / 989)
-    assert 8 * 4 == pytest.approx(600_000 * 491_520 / found["tokens/s on an H100"] / 86400, rel=0.1)
+    days = 600_000 * 491_520 / found["tokens/s on an H100"] / 86400 / 8
+    assert days == pytest.approx(4, rel=0.1)
 
 
 def test_a_fit_finds_what_the_rows_were_made_of() -> None:
@@ -52,9 +54,27 @@ def test_its_table_has_the_figures_of_the_files(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "this machine at 123 GFLOP/s" in done.stdout
-    assert "│ 124,439,808 │" in done.stdout
-    assert f"{16 * 1_557_611_200 / 2**30:.2g}" in done.stdout
+    assert "│ 124,439,808 " in done.stdout
+    assert f"│ {16 * 1_557_611_200 / 2**30:.2g} " in done.stdout
     command[-1] = f"--memory={tmp_path}/none.json"
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == f"--memory {tmp_path}/none.json: no such file; python -m benchmarks.memory writes it\n"
+
+
+def test_the_page_draws_its_figure(tmp_path: Path) -> None:
+    fits = {"step_ms": 1.0, "layer_ms": 2.0, "gflops": 100.0}, {"process_MiB": 300.0, "state": 1.0, "activations": 1.0}
+    rows = [p | {"gigaflop": scaling.operations(p), "milliseconds": 9.0, "state": 2.0, "activations": 3.0, "MiB": 310.0}
+            for p in scaling.points()]  # fmt: skip
+    files = [tmp_path / "scaling.json", tmp_path / "memory.json"]
+    for file, fit in zip(files, fits, strict=True):
+        file.write_text(json.dumps({"points": rows, "fit": fit}))
+    script = shutil.copy(REPOSITORY / "docs" / "known_results.py", tmp_path)
+    done = subprocess.run([sys.executable, script, "scale", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    header, _, first, *_ = done.stdout.splitlines()
+    assert header in (REPOSITORY / "docs" / "scale.md").read_text()
+    taken = 1 + 2 * 4 + 1000 * scaling.operations(scaling.BASE) / 100
+    assert first == f"| none | {scaling.operations(scaling.BASE):.2f} | 9.0 | {taken:.1f} | " + (
+        f"{1000 * scaling.operations(scaling.BASE) / 9:.0f} | 310 | 305 |")  # fmt: skip
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-PAGES = sorted(p.stem for p in (REPOSITORY / "docs").glob("*.md") if p.stem != "statistics")
+PAGES = sorted(p.stem for p in (REPOSITORY / "docs").glob("*.md") if p.stem not in ("statistics", "scale"))
 SHORT = ["max_steps=12", "eval_interval=6", "eval_windows=2", "seed=1,2", "logger=none", "hardware=cpu",
          "schedule.warmup_steps=1", "sample_tokens=0"]  # fmt: skip
 
