@@ -40,7 +40,7 @@ def test_the_commands_of_a_page(
     for sweep in commands[:at]:
         assert sweep[:3] == ["python", "-m", "gptexp.train"]
         short = [s for s in SHORT if page != "warmup" or not s.startswith(("schedule", "max_steps=12"))]
-        short += {"warmup": ["max_steps=2"], "fast": ["model.ngram_rows=64"]}.get(page, [])
+        short += ["max_steps=2"] if page == "warmup" else []
         short = short if "-m" in sweep[3:] else [s for s in short if not s.startswith("seed")]
         arguments = [a for a in sweep[3:] if not a.startswith("seed=")]
         assert command(*arguments, *short, "data=file", f"data.path={corpus}") == 0
