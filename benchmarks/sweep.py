@@ -47,6 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if asked.peer:
             peer = NanoGPT(asked.peer, find_corpus(DataConfig(offline_fallback=None)).path, Path(folder))
+            # Its rate decays after a warm-up of 100 steps, by a share of the steps between, which may not be none.
             contestants["nanoGPT"] = lambda: sum(
                 peer.train("out", max_iters=steps, lr_decay_iters=max(steps, 101), eval_interval=steps).seconds
                 for _ in range(jobs)
