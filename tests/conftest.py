@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: bits depend on the number of threads
 
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,9 @@ import pytest
 from benchmarks.compare import write_run
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; the programs would not get it either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 
