@@ -5,7 +5,6 @@ import math
 import netrc
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -65,8 +64,8 @@ def open_wandb(settings: WandbConfig, folder: Path, pid: int | None = None, **op
         run = wandb.init(mode=mode, **options, **resume)
     except Exception as error:  # an unreachable server must not cost a run
         log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
-        with suppress(Exception):  # the process that did not reach the server may have ended
-            wandb.teardown()  # else it takes the run's id for used
+        wandb.teardown()  # else W&B's own process takes the run's id for used,
+        os.environ.pop("WANDB_SERVICE", None)  # as does that of the program which began this one
         run = wandb.init(mode="offline", **options)
     if run.offline:
         log.info("W&B: offline; upload it later with: wandb sync %s", folder / "wandb" / Path(run.dir).parent.name)

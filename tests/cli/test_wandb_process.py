@@ -92,7 +92,7 @@ def silent() -> Iterator[dict[str, str]]:
     """The environment in which W&B's server takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        yield {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "10"}
+        yield {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "5"}
 
 
 def test_it_records_what_the_program_itself_would(begin: Begin, processes: Processes, tmp_path: Path) -> None:
@@ -211,10 +211,26 @@ def test_ctrl_c_while_wandb_waits_for_its_server(
     assert rows(folder) == 1
 
 
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[None]:
+    """W&B has begun in this process, and says so to the programs that it starts."""
+    import wandb
+
+    wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)).finish()
+    assert "WANDB_SERVICE" in os.environ
+    yield
+    wandb.teardown()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("around", [None, "served"])
 def test_a_server_that_does_not_answer_costs_no_run(
-    begin: Begin, processes: Processes, silent: dict[str, str], tmp_path: Path
-) -> None:
+    around: str | None, begin: Begin, processes: Processes, silent: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    if around:
+        request.getfixturevalue(around)
     folder = tmp_path / "run"
     code, out, err = finish(begin(f"hydra.run.dir={folder}", **silent))
     assert code == 0, err + (folder / "train.log").read_text()
