@@ -212,25 +212,24 @@ def test_ctrl_c_while_wandb_waits_for_its_server(
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[None]:
-    """W&B has begun in this process, and says so to the programs that it starts."""
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Whether W&B has begun in this process, which then says so to the programs that it starts."""
     import wandb
 
-    wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)).finish()
-    assert "WANDB_SERVICE" in os.environ
+    wandb.teardown()  # what an earlier test has begun
+    if request.param:
+        wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)).finish()
+    assert ("WANDB_SERVICE" in os.environ) == request.param
     yield
     wandb.teardown()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("around", [None, "served"])
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("served", [False, True], indirect=True)
 def test_a_server_that_does_not_answer_costs_no_run(
-    around: str | None, begin: Begin, processes: Processes, silent: dict[str, str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    if around:
-        request.getfixturevalue(around)
+    begin: Begin, processes: Processes, silent: dict[str, str], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     code, out, err = finish(begin(f"hydra.run.dir={folder}", **silent))
     assert code == 0, err + (folder / "train.log").read_text()
