@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -19,17 +18,22 @@ from gptexp.config import Config
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.encoded import encode_corpus
-from gptexp.models.settings import build_model
 from gptexp.overrides import compose_config
+from gptexp.training.kernels import prepare_kernels
 from gptexp.training.memory import keep_freed_memory
-from gptexp.training.metrics import summed_loss
-from gptexp.training.optimizers import build_optimizer
 
 SKIPPED = 20  # steps at the start
 
 
 def bare(config: Config) -> float:
     """Milliseconds of a step of a loop with nothing in it but the training."""
+    prepare_kernels(config.hardware.fast_mkl)
+    import torch
+
+    from gptexp.models.settings import build_model
+    from gptexp.training.metrics import summed_loss
+    from gptexp.training.optimizers import build_optimizer
+
     keep_freed_memory()
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)

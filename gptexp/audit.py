@@ -88,6 +88,9 @@ def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
 
 def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What audit.json holds, and the maps to draw, by mode."""
+    from gptexp.training.kernels import prepare_kernels
+
+    prepare_kernels(config.hardware.fast_mkl)
     import numpy as np
     import torch
 

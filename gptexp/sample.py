@@ -102,8 +102,10 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
     """
     from gptexp.data.tokenizer import tokenizer_from_dict
     from gptexp.runs import Run
+    from gptexp.training.kernels import prepare_kernels
 
     run = Run.open(str(config.run))
+    prepare_kernels(run.config.hardware.fast_mkl)
     info = run.info
     tokenizer = tokenizer_from_dict(info.get("tokenizer"))
     documents = bool(info.get("data", {}).get("documents"))

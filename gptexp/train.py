@@ -263,7 +263,7 @@ def start(run: "Run", watch: "Watch | None" = None) -> float:
         from gptexp.training.wandb_process import prepare
 
         prepare(config)
-        import_lightning()
+        import_lightning(config.hardware.fast_mkl)
         from gptexp.training.fit import fit
 
         try:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from gptexp.config import Config
 from gptexp.errors import UserError
+from gptexp.training.kernels import prepare_kernels
 from gptexp.training.settings import HardwareConfig, check_batch
 
 
@@ -131,6 +132,7 @@ def describe_device(config: Config, devices: int) -> dict[str, Any]:
         "devices": devices,
         "precision": precision(config.hardware),
         "threads": config.hardware.threads or torch.get_num_threads(),
+        "fast_mkl": prepare_kernels(config.hardware.fast_mkl),
     }
 
 

@@ -104,6 +104,7 @@ class HardwareConfig:
         precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
         compile: compile the model with torch.compile.
         threads: CPU threads of each process; None leaves torch's own choice.
+        fast_mkl: under Linux, have Intel's MKL use its fastest kernels on other makers' processors, too.
         deterministic: use only deterministic algorithms on a GPU.
     """
 
@@ -113,6 +114,7 @@ class HardwareConfig:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
     compile: bool = False
     threads: Annotated[int, Ge(1)] | None = None
+    fast_mkl: bool = True
     deterministic: bool = True
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gptexp.console import importing
+from gptexp.training.kernels import prepare_kernels
 
 # What torchmetrics loads, where it is installed, for metrics of sound, pictures and translations.
 _UNUSED = ("matplotlib", "nltk", "pandas", "regex", "scipy", "torchaudio", "torchvision", "transformers")
@@ -25,14 +26,18 @@ want the processors, the threads would keep them from the very thread that they 
 times as long."""
 
 
-def import_lightning() -> None:
+def import_lightning(fast_mkl: bool = True) -> None:
     """Import torch, torchmetrics and Lightning without the packages that only other metrics and runs than ours need.
 
     torchmetrics, which Lightning itself imports, loads whatever it finds installed: transformers and scipy alone
     are three of eight seconds on two cores. Here they seem absent until it is loaded, and torchmetrics then leaves
     out the metrics that need them. A package that is loaded already stays as it is. Lightning imports torch.compile's
     package for the name of a class, which is lent to it.
+
+    Args:
+        fast_mkl: the setting `hardware.fast_mkl`.
     """
+    prepare_kernels(fast_mkl)
     with importing():
         _import_lightning()
 
