@@ -64,12 +64,20 @@ class GPTModule(LightningModule):
         self.model, self.config = model, config
         self.state = TrainState()
         self.chars_per_token = chars_per_token
+        self.weights = list(model.parameters())  # to gather them anew would be some hundredths of a small step
         self.penalised: list[Any] = [m for m in model.modules() if hasattr(m, "penalty")]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
         self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
         self.grad_norm = torch.zeros(())  # before clipping
         self.learning_rate = 0.0
         self._micro_batch = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's, but for the name of the current hook, which Lightning notes dozens of times a step."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (N, L, V) of ids (N, L)."""
@@ -106,9 +114,9 @@ class GPTModule(LightningModule):
         if hasattr(wrapped, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
             self.grad_norm = wrapped.clip_grad_norm_(limit)
         elif limit == math.inf:
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
         else:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.weights, limit)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
