@@ -30,7 +30,7 @@ def prepare_kernels(wanted: bool = True) -> bool:
     Returns:
         whether this process has those kernels.
     """
-    if wanted and not _libraries and "torch" not in sys.modules and _needed():
+    if wanted and not _libraries and "torch" not in sys.modules and gains(_about_processor()):
         try:
             file = os.memfd_create("mkl_kernels")
             os.write(file, shared_library(QUESTION, YES))
@@ -41,15 +41,18 @@ def prepare_kernels(wanted: bool = True) -> bool:
     return bool(_libraries)
 
 
-def _needed() -> bool:
-    """Whether this is Linux on a processor with AVX2 that is not Intel's."""
+def _about_processor() -> str:
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
+        return ""
     try:
         with open("/proc/cpuinfo") as file:
-            about = file.read().partition("\n\n")[0]
+            return file.read().partition("\n\n")[0]
     except OSError:
-        return False
+        return ""
+
+
+def gains(about: str) -> bool:
+    """Whether a processor of this paragraph of /proc/cpuinfo runs faster kernels than MKL would choose for it."""
     return "GenuineIntel" not in about and {"avx2", "fma"} <= set(about.split())
 
 
