@@ -35,7 +35,7 @@ def bare(config: Config) -> float:
     from gptexp.training.optimizers import build_optimizer
 
     keep_freed_memory()
-    if config.hardware.threads:
+    if isinstance(config.hardware.threads, int):
         torch.set_num_threads(config.hardware.threads)
     encoded = encode_corpus(find_corpus(config.data), config.data)
     train, _ = split_corpus(encoded, config.data, config.model.block_size)

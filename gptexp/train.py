@@ -161,7 +161,7 @@ def sweep_job(
     hardware = config.hardware
     if not alone:
         end_with_parent()
-    if not alone and hardware.threads is None and hardware.accelerator in ("auto", "cpu"):
+    if not alone and hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
         config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
     watch: Watch | None = None
     if search and search["pruner"] != "none":

@@ -37,6 +37,7 @@ from gptexp.training.loggers import Samples, build_loggers, close_loggers
 from gptexp.training.memory import keep_freed_memory
 from gptexp.training.module import GPTModule
 from gptexp.training.outcome import leave_results, versions
+from gptexp.training.threads import thread_count
 
 log = logging.getLogger("gptexp")
 
@@ -64,12 +65,11 @@ def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
     encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
     keep_freed_memory()
     resuming = _checkpoint_to_resume(run, config)
 
     model: LanguageModel = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
+    torch.set_num_threads(thread_count(model, config, devices, run.info.get("device", {}).get("threads")))
     module = GPTModule(model, config, val.chars_per_token)
     if config.hardware.compile:
         model.compile()

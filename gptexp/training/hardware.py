@@ -125,18 +125,19 @@ def peak_flops(config: Config, devices: int) -> float:
 def describe_device(config: Config, devices: int) -> dict[str, Any]:
     """What run.json says of the machine."""
     kind = accelerator(config.hardware)
-    name = torch.cuda.get_device_name(0) if kind == "cuda" else _processor()
+    name = torch.cuda.get_device_name(0) if kind == "cuda" else processor()
     return {
         "accelerator": kind,
         "name": name,
         "devices": devices,
         "precision": precision(config.hardware),
-        "threads": config.hardware.threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "fast_mkl": prepare_kernels(config.hardware.fast_mkl),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     import platform
 
     try:

@@ -103,7 +103,8 @@ class HardwareConfig:
         strategy: how several devices share the work.
         precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
         compile: compile the model with torch.compile.
-        threads: CPU threads of each process; None leaves torch's own choice.
+        threads: CPU threads of each process; None is torch's own choice, "auto" at most that: what is quickest for
+            the size of the model, measured once.
         fast_mkl: under Linux, have Intel's MKL use its fastest kernels on other makers' processors, too.
         deterministic: use only deterministic algorithms on a GPU.
     """
@@ -113,7 +114,7 @@ class HardwareConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
     compile: bool = False
-    threads: Annotated[int, Ge(1)] | None = None
+    threads: Annotated[int, Ge(1)] | Literal["auto"] | None = None
     fast_mkl: bool = True
     deterministic: bool = True
 
