@@ -114,7 +114,7 @@ class HardwareConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
     compile: bool = False
-    threads: Annotated[int, Ge(1)] | Literal["auto"] | None = None
+    threads: Annotated[int, Ge(1)] | Literal["auto"] | None = "auto"
     fast_mkl: bool = True
     deterministic: bool = True
 
