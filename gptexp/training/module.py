@@ -18,6 +18,7 @@ from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.optimizers import build_optimizer
 from gptexp.training.schedules import learning_rate
 
+CLIP_MARGIN = 1e-6  # that torch adds to a norm before it divides by it
 DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 
 
@@ -65,6 +66,7 @@ class GPTModule(LightningModule):
         self.state = TrainState()
         self.chars_per_token = chars_per_token
         self.weights = list(model.parameters())  # to gather them anew would be some hundredths of a small step
+        self.drops = getattr(config.model, "dropout", 0.0) > 0
         self.penalised: list[Any] = [m for m in model.modules() if hasattr(m, "penalty")]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
         self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
@@ -88,13 +90,18 @@ class GPTModule(LightningModule):
         """Dropout's random numbers, and the learning rate, are functions of the seed and the step alone."""
         first = self._micro_batch % self.config.gradient_accumulation_steps == 0
         self._micro_batch = 0 if first else self._micro_batch
-        stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
-        _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
+        if self.drops:
+            stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
+            _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
         if first:
             c = self.config
             self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
             for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
                 group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The batch on the device; on the CPU it is there, and Lightning need not look through it."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact.
@@ -113,10 +120,11 @@ class GPTModule(LightningModule):
         wrapped: Any = self.trainer.strategy.model
         if hasattr(wrapped, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
             self.grad_norm = wrapped.clip_grad_norm_(limit)
-        elif limit == math.inf:
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
-        else:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.weights, limit)
+            return
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
+        # Elsewhere a look at the norm would wait for the device, and to scale by 1 is cheaper than that.
+        if limit < math.inf and (self.device.type != "cpu" or not float(self.grad_norm) + CLIP_MARGIN <= limit):
+            nn.utils.clip_grads_with_norm_(self.weights, limit, self.grad_norm)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
