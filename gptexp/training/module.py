@@ -123,7 +123,7 @@ class GPTModule(LightningModule):
             return
         self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
         # Elsewhere a look at the norm would wait for the device, and to scale by 1 is cheaper than that.
-        if limit < math.inf and (self.device.type != "cpu" or not float(self.grad_norm) + CLIP_MARGIN <= limit):
+        if limit < math.inf and (self.device.type != "cpu" or not limit / (self.grad_norm + CLIP_MARGIN) >= 1):
             nn.utils.clip_grads_with_norm_(self.weights, limit, self.grad_norm)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
