@@ -66,7 +66,6 @@ class GPTModule(LightningModule):
         self.state = TrainState()
         self.chars_per_token = chars_per_token
         self.weights = list(model.parameters())  # to gather them anew would be some hundredths of a small step
-        self.drops = getattr(config.model, "dropout", 0.0) > 0
         self.penalised: list[Any] = [m for m in model.modules() if hasattr(m, "penalty")]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
         self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
@@ -90,9 +89,8 @@ class GPTModule(LightningModule):
         """Dropout's random numbers, and the learning rate, are functions of the seed and the step alone."""
         first = self._micro_batch % self.config.gradient_accumulation_steps == 0
         self._micro_batch = 0 if first else self._micro_batch
-        if self.drops:
-            stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
-            _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
+        stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
+        _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
         if first:
             c = self.config
             self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
