@@ -265,7 +265,8 @@ def _cross_check(values: Tree) -> list[str]:
 def _check_diagnostics(interval: int | None, hardware: HardwareConfig | None) -> list[str]:
     if interval is None or hardware is None:
         return []
-    opaque = {"hardware.compile=true": hardware.compile, "hardware.strategy=fsdp": hardware.strategy == "fsdp"}
+    compiled = f"hardware.compile={str(hardware.compile).lower()}"
+    opaque = {compiled: hardware.compile, "hardware.strategy=fsdp": hardware.strategy == "fsdp"}
     return [f"diagnostics_interval={interval}: sees no layer of a model with {k}" for k, used in opaque.items() if used]
 
 

@@ -205,7 +205,7 @@ def train(
                     warmup, config.max_steps)  # fmt: skip
     if config.logger.name == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard: tensorboard is not installed; pip install 'gptexp[tensorboard]'")
-    if config.hardware.accelerator in ("gpu", "mps"):
+    if config.hardware.accelerator in ("gpu", "mps") or config.hardware.compile == "graphs":
         from gptexp.training.hardware import device_count
 
         device_count(config)  # a machine without them is told before a directory is made

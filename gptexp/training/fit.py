@@ -72,7 +72,7 @@ def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
     torch.set_num_threads(thread_count(model, config, devices, run.info.get("device", {}).get("threads")))
     module = GPTModule(model, config, val.chars_per_token)
     if config.hardware.compile:
-        model.compile()
+        model.compile(mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
     data = CharDataModule(
         train,
         val,

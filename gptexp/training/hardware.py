@@ -42,6 +42,8 @@ def device_count(config: Config) -> int:
     """
     hardware, kind = config.hardware, accelerator(config.hardware)
     precision(hardware)
+    if hardware.compile == "graphs" and kind != "cuda":
+        raise UserError("hardware.compile=graphs: this machine has no NVIDIA GPU; allowed here: true, false")
     if kind == "cuda":  # what deterministic cuBLAS needs, before its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     there = torch.cuda.device_count() if kind == "cuda" else None

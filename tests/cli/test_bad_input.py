@@ -46,6 +46,14 @@ WRONG: dict[str, list[str]] = {
     "hardware.precision=fp8": ["hardware.precision=fp8: must be one of auto, 32-true"],
     "gradient_accumulation_steps=3": ["batch_size=4: must be a multiple of hardware.devices=1 * "
                                       "gradient_accumulation_steps=3 = 3"],
+    "hardware.compile=graph": ["hardware.compile=graph: must be true or false or graphs"],
+    "hardware.compile=graphs": ["hardware.compile=graphs: needs a GPU, not hardware.accelerator=cpu"],
+    "hardware=auto hardware.compile=graphs": ["hardware.compile=graphs: this machine has no NVIDIA GPU; allowed"],
+    "hardware=ddp hardware.compile=graphs gradient_accumulation_steps=2": [
+        "hardware.compile=graphs: needs hardware.strategy=auto, not ddp",
+        "hardware.compile=graphs: needs gradient_accumulation_steps=1, not 2"],
+    "hardware.threads=0": ["hardware.threads=0: must be an integer of at least 1 or auto or null"],
+    "hardware.fast_mkl=2": ["hardware.fast_mkl=2: must be true or false"],
     "hardware=gpu": ["hardware.accelerator=gpu: this machine has none; allowed here: cpu"],
     "hardware=ddp": ["hardware.accelerator=gpu: this machine has none; allowed here: cpu"],
     "+norm=rmsnorm": ["+norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],

@@ -177,6 +177,14 @@ def test_every_choice_learns(override: str, tiny: Tiny) -> None:
     assert rows[-1]["val/bpc"] > 0
 
 
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(tiny: Tiny) -> None:
+    plain, compiled = (read_metrics(tiny(f"run-{c}", f"hardware.compile={c}").metrics_path) for c in ("false", "true"))
+    for row, other in zip(plain, compiled, strict=True):
+        for key in {"train/loss", "val/loss", "grad_norm"} & row.keys():
+            assert other[key] == pytest.approx(row[key], rel=1e-4)
+
+
 def test_tensorboard_holds_the_metrics(tiny: Tiny) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
