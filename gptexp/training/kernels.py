@@ -7,7 +7,7 @@ import struct
 import sys
 
 QUESTION = b"mkl_serv_intel_cpu_true"
-"""The function by which MKL asks whether the processor is Intel's: of others, it has kernels for SSE do most work."""
+"""The function by which MKL asks whether the processor is Intel's; on others it takes slower kernels."""
 
 YES = b"\xb8\x01\x00\x00\x00\xc3"  # x86-64: mov eax, 1; ret
 

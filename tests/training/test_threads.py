@@ -85,6 +85,22 @@ def test_it_is_measured_once_for_a_size(
     assert len(json.loads(cache.read_text())) == 2
 
 
+def test_of_two_that_measure_at_once_the_first_counts(
+    tiny: Callable[..., Run], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("probe")
+    ((key, _),) = json.loads(cache.read_text()).items()
+    cache.unlink()
+
+    def slower(*_: object) -> int:  # another process is done in the meantime
+        cache.write_text(json.dumps({key: 3}))
+        return 1
+
+    monkeypatch.setattr(threads, "fewest", slower)
+    assert _threads(tiny("run")) == 3
+    assert json.loads(cache.read_text()) == {key: 3}
+
+
 def test_a_number_that_is_given_is_taken(tiny: Callable[..., Run], cache: Path) -> None:
     assert _threads(tiny("two", "hardware.threads=2")) == 2
     assert _threads(tiny("own", "hardware.threads=null")) == 4
