@@ -2,7 +2,9 @@
 
 Trains the same jobs by Hydra's own launcher, one after another on all cores, and by joblib, as many at a time as there
 are cores with a thread each, in turn, and compares the seconds of the whole commands. With a checkout of nanoGPT it
-trains that as often, one run after another, for as many steps of the same recipe.
+trains that as often, one run after another, for as many steps of the same recipe. All evaluate at the start and at the
+end, on as many windows as nanoGPT's recipe for a CPU does; a run of this laboratory sees the whole validation split at
+the end, besides.
 """
 
 import subprocess
@@ -16,16 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import parser, ratios, spread, take_turns, told, write
-from benchmarks.nanogpt import NanoGPT
+from benchmarks.nanogpt import CPU_RECIPE, NanoGPT
 from gptexp.data.corpora import find_corpus
 from gptexp.data.settings import DataConfig
+
+WINDOWS = 2 * CPU_RECIPE["eval_iters"] * CPU_RECIPE["batch_size"]
+"""Of an evaluation of nanoGPT, which draws as many from the training split as from the validation split."""
 
 
 def seconds(launcher: str, jobs: int, steps: int, settings: list[str]) -> float:
     """Seconds of wall-clock time that the whole command takes."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"hydra.sweep.dir={folder}/sweep", f"hydra/launcher={launcher}", f"seed=range(1,{jobs + 1})",
-                  f"max_steps={steps}", f"eval_interval={steps}", "sample_tokens=0", "logger=none"]  # fmt: skip
+                  f"max_steps={steps}", f"eval_interval={steps}", f"eval_windows={WINDOWS}", "sample_tokens=0",
+                  "logger=none"]  # fmt: skip
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "gptexp.train", "-m", *wanted, *settings],
                        check=True, stdout=subprocess.DEVNULL)  # fmt: skip

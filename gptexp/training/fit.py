@@ -97,7 +97,6 @@ def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
         if share.looks_ahead:
             log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
                         config.model.label)  # fmt: skip
-    flops = peak_flops(config, devices) if first else math.inf
     loggers = build_loggers(run, config, name, run.info["group"]) if first else []
     samples = Samples(loggers, read_samples(run.samples_path))
     recorder = Recorder(
@@ -107,7 +106,7 @@ def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
         sample=_sampler(model, config, encoded.tokenizer, encoded.documents),
         show_sample=samples.add,
         flops_per_token=model.flops_per_token(),
-        peak_flops=flops,
+        peak_flops=lambda: peak_flops(config, devices) if first else math.inf,
         watch=watch,
     )
     interruption = Interruption(config)

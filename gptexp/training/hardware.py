@@ -115,9 +115,10 @@ def peak_flops(config: Config, devices: int) -> float:
     if kind == "cuda" and (known := get_available_flops(torch.device("cuda", 0), dtype)):
         return float(known) * devices
     size = 8192 if kind == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=kind, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
+    numbers = torch.Generator(kind)  # of its own: those of the run go on as if nothing was timed
+    a, b = (torch.randn(size, size, device=kind, dtype=dtype, generator=numbers) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + 0.2
+    while time.perf_counter() < end or best == float("inf"):
         start = time.perf_counter()
         float(F.linear(a, b)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)

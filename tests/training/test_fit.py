@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from gptexp.data.tokenizer import tokenizer_from_dict
 from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.sample import load_model
+from gptexp.train import start
+from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.module import GPTModule
 from tests.conftest import TINY, timeless
 
 Tiny = Callable[..., Run]
@@ -69,6 +73,37 @@ def test_a_group_and_a_value_are_the_same(group: str, value: str, tiny: Tiny) ->
     assert timeless(one) == timeless(other) != timeless(default)
     assert one.samples_path.read_bytes() == other.samples_path.read_bytes()
     assert one.info["fingerprints"]["config"] == other.info["fingerprints"]["config"]
+
+
+def test_the_peak_is_timed_after_the_first_evaluation_when_other_programs_have_started(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once in a resumed run, which evaluates nothing at its start."""
+    evaluated: list[int] = []
+    evaluate, record = GPTModule.evaluate, Recorder.on_train_batch_end
+
+    def counted(module: GPTModule, batches: object) -> dict[str, float]:
+        evaluated.append(1)
+        return evaluate(module, batches)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GPTModule, "evaluate", counted)
+    monkeypatch.setattr("gptexp.training.fit.peak_flops", lambda *_: 1e9 * len(evaluated))
+
+    def killed(recorder: Recorder, trainer: Any, *args: Any) -> None:
+        record(recorder, trainer, *args)
+        if trainer.global_step == 20:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", killed)
+    # After evaluations at steps 0, 8 and 16, and a last checkpoint at 15.
+    assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    monkeypatch.setattr(Recorder, "on_train_batch_end", record)
+    run = Run.open(tmp_path / "run")
+    start(run)
+    flops = load_model(run, "last", len(run.info["tokenizer"]["symbols"])).flops_per_token()
+    for row in read_metrics(run.metrics_path)[1:]:
+        peak = 1e9 if row["step"] <= 15 else 3e9
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / peak)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(tiny: Tiny) -> None:

@@ -30,7 +30,7 @@ class Recorder(Callback):
         sample: a text from the model as it is now; None samples none.
         show_sample: takes the step and the text, on the first rank.
         flops_per_token: floating-point operations of a training step for each token.
-        peak_flops: floating-point operations a second that the devices can reach together.
+        peak_flops: measures the floating-point operations a second that the devices can reach together.
         watch: is given the step and loss of each evaluation, and prunes the run by returning True.
     """
 
@@ -43,12 +43,13 @@ class Recorder(Callback):
         sample: Callable[[GPTModule], str] | None,
         show_sample: Callable[[int, str], None],
         flops_per_token: float,
-        peak_flops: float,
+        peak_flops: Callable[[], float],
         watch: Watch | None = None,
     ) -> None:
         self.run, self.config, self.val_batches = run, config, val_batches
         self.sample, self.show_sample = sample, show_sample
         self.flops_per_token, self.peak_flops, self.watch = flops_per_token, peak_flops, watch
+        self.peak = math.inf
         self.row: dict[str, float] = {}
         self.text: str | None = None
         self._step = -1
@@ -65,6 +66,8 @@ class Recorder(Callback):
             with self.run.samples_path.open("ab") as samples:
                 samples.truncate(0 if fresh else state.samples_size)
         self._logged = state.tokens, state.seconds
+        if not fresh:
+            self.peak = self.peak_flops()
         self.restart_clock()
 
     def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
@@ -72,6 +75,7 @@ class Recorder(Callback):
         if trainer.global_step == 0:
             self._evaluate(trainer, module, step=0)
             self._write(trainer, module, {"step": 0, "tokens": 0})
+            self.peak = self.peak_flops()  # only now, when W&B's process no longer starts on the same cores
             self.restart_clock()
 
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, _: Any, batch: Batch, i: int) -> None:  # type: ignore[override]
@@ -137,7 +141,7 @@ class Recorder(Callback):
             "grad_norm": grad_norm,
             "seconds": state.seconds,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops,
+            "mfu": rate * self.flops_per_token / self.peak,
         }
 
     def _evaluate(self, trainer: Trainer, module: GPTModule, step: int) -> None:
