@@ -36,7 +36,7 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> l
 
 def command_seconds(folder: Path, steps: int, skipped: int, settings: Sequence[str]) -> float:
     """Seconds of a training step of a run of the real command, without evaluation and without the first steps."""
-    arguments = [*settings, f"max_steps={steps}", f"eval_interval={steps}", "eval_windows=1", "sample_tokens=0",
+    arguments = [*settings, f"max_steps={steps}", f"eval_interval={steps}", "sample_tokens=0",
                  f"hydra.run.dir={folder}"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "gptexp.train", *arguments], check=True, stdout=subprocess.DEVNULL)
     seconds = {row["step"]: row["seconds"] for row in read_metrics(folder / "metrics.csv")[1:]} | {0: 0.0}

@@ -2,10 +2,13 @@
 
 import csv
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gptexp.errors import UserError
 
 METRICS = (
     "step", "tokens", "train/loss", "learning_rate", "grad_norm",
@@ -40,14 +43,22 @@ class Metrics:
     """
 
     def __init__(self, path: Path, size: int | None, columns: Sequence[str] = METRICS) -> None:
-        """Open the file at `size` bytes, or anew when size is None."""
+        """Open the file at `size` bytes, or anew when size is None.
+
+        Raises:
+            UserError: for a file that has lost rows.
+        """
         self.columns = columns
         self._file = path.open("r+b" if size is not None else "wb")
         if size is None:
             self._line(columns)
-        else:
-            self._file.truncate(size)
-            self._file.seek(size)
+            return
+        held = self._file.seek(0, os.SEEK_END)
+        if held < size:  # truncated there, it would be filled up with zeros
+            self._file.close()
+            raise UserError(f"{path}: holds {held} bytes, and {size} at the last checkpoint; the run cannot be resumed")
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def append(self, row: Mapping[str, float | str]) -> None:
         """Write a row; columns that it lacks stay empty."""

@@ -137,6 +137,11 @@ class Run:
         return self.path / "samples.txt"
 
     @property
+    def growing(self) -> list[Path]:
+        """The files that grow while the run trains, and that a checkpoint counts the bytes of."""
+        return [self.metrics_path, self.samples_path, self.diagnostics_path]
+
+    @property
     def curves_path(self) -> Path:
         """curves.png: the loss over the steps."""
         return self.path / "curves.png"

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -195,7 +196,9 @@ def train(
     from gptexp.data.corpora import find_corpus
     from gptexp.data.encoded import encode_corpus
     from gptexp.runs import Run, code_fingerprint
+    from gptexp.training.startup import prepare_torch
 
+    prepare_torch(config.hardware.fast_mkl)  # what is looked at below may import it
     corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
     encoded = encode_corpus(corpus, config.data)
     split_corpus(encoded, config.data, config.model.block_size)
@@ -271,6 +274,7 @@ def start(run: "Run", watch: "Watch | None" = None) -> float:
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # a sweep keeps the error: not with the model in its frames
             raise RunFailed(f"{type(error).__name__}: {error}; traceback in {run.log_path}") from error
     from gptexp.training.hardware import device_count
     from gptexp.training.worker import launch

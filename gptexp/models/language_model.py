@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
             rows, reader = [list(p) for p in prompts], self.reader(len(prompts))
             starts = [len(r) for r in rows]
             done = [False] * len(rows)
-            chances = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed, f"row {i}"))
-                                   for i in range(len(rows))], dim=1)  # (max_new_tokens, N)
-            for chance in chances:
+            own = (_generator(seed, f"row {i}") for i in range(len(rows)))
+            chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float32, generator=g) for g in own], dim=1)
+            for chance in chances:  # (N,)
                 logits = reader.read(rows).float().cpu()  # (N, V)
                 tokens = choose(logits, chance, temperature, top_k, top_p).tolist()
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]

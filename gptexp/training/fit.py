@@ -33,6 +33,7 @@ from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder, Watch
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
+from gptexp.training.kernels import kernels_conflict
 from gptexp.training.loggers import Samples, build_loggers, close_loggers
 from gptexp.training.memory import keep_freed_memory
 from gptexp.training.module import GPTModule
@@ -62,6 +63,8 @@ def fit(run: Run, watch: Watch | None = None) -> float:
 
 
 def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
+    if problem := kernels_conflict(config.hardware.fast_mkl):
+        raise UserError(problem)
     encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)

@@ -111,7 +111,8 @@ def peak_flops(config: Config, devices: int) -> float:
     from lightning.fabric.utilities.throughput import get_available_flops
 
     kind, name = accelerator(config.hardware), precision(config.hardware)
-    dtype = next((d for part, d in (("bf16", torch.bfloat16), ("16", torch.float16)) if part in name), torch.float32)
+    dtypes = (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64))
+    dtype = next((d for part, d in dtypes if part in name), torch.float32)
     if kind == "cuda" and (known := get_available_flops(torch.device("cuda", 0), dtype)):
         return float(known) * devices
     size = 8192 if kind == "cuda" else 1024

@@ -5,6 +5,7 @@ import os
 import platform
 import struct
 import sys
+from contextlib import suppress
 
 QUESTION = b"mkl_serv_intel_cpu_true"
 """The function by which MKL asks whether the processor is Intel's; on others it takes slower kernels."""
@@ -12,6 +13,7 @@ QUESTION = b"mkl_serv_intel_cpu_true"
 YES = b"\xb8\x01\x00\x00\x00\xc3"  # x86-64: mov eax, 1; ret
 
 _libraries: list[ctypes.CDLL] = []  # the one that answers, once it is loaded
+_declined: list[bool] = []  # not empty once a run before torch was loaded did not want it
 
 
 def prepare_kernels(wanted: bool = True) -> bool:
@@ -19,8 +21,7 @@ def prepare_kernels(wanted: bool = True) -> bool:
 
     Loads a library of one function, which the dynamic linker finds before MKL's own of that name; no file is
     changed. On AMD's Zen 2 a product takes a quarter less time; it is of the same precision, with other last digits.
-    Whether it happens depends on the processor and the setting alone. In a process that has loaded torch before,
-    nothing is done.
+    In a process that has loaded torch before, nothing is done; see `kernels_conflict`.
 
     Source: the pull request pytorch/builder#1245, which advises builders of torch for AMD to preload such a library.
 
@@ -30,15 +31,28 @@ def prepare_kernels(wanted: bool = True) -> bool:
     Returns:
         whether this process has those kernels.
     """
-    if wanted and not _libraries and "torch" not in sys.modules and gains(_about_processor()):
-        try:
+    if not _libraries and "torch" not in sys.modules and gains(_about_processor()):
+        if not wanted:
+            _declined.append(True)
+            return False
+        with suppress(OSError, AttributeError):  # no code but that of files may run, or Python lacks the call
             file = os.memfd_create("mkl_kernels")
             os.write(file, shared_library(QUESTION, YES))
             # The file stays open, for the linker knows the library by this name.
             _libraries.append(ctypes.CDLL(f"/proc/self/fd/{file}", ctypes.RTLD_GLOBAL))
-        except OSError:  # a system that runs no code but that of its files
-            return False
     return bool(_libraries)
+
+
+def kernels_conflict(wanted: bool) -> str | None:
+    """What is wrong when an earlier run of this process was to have other kernels: torch keeps those.
+
+    Args:
+        wanted: the setting `hardware.fast_mkl`.
+    """
+    if wanted == bool(_libraries) or (wanted and not _declined):
+        return None
+    return (f"hardware.fast_mkl={str(wanted).lower()}: an earlier run of this process had it otherwise, and torch "
+            "keeps the kernels that it was loaded with; give each value a command of its own")  # fmt: skip
 
 
 def _about_processor() -> str:

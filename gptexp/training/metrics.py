@@ -17,7 +17,8 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (N, L, V).
         targets: (N, L) int64.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class LanguageModelMetrics(Metric):

@@ -37,14 +37,23 @@ def import_lightning(fast_mkl: bool = True) -> None:
     Args:
         fast_mkl: the setting `hardware.fast_mkl`.
     """
-    prepare_kernels(fast_mkl)
+    prepare_torch(fast_mkl)
     with importing():
         _import_lightning()
 
 
-def _import_lightning() -> None:
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
+def prepare_torch(fast_mkl: bool = True) -> None:
+    """What torch's speed and last digits depend on and must be settled before it is loaded.
+
+    Args:
+        fast_mkl: the setting `hardware.fast_mkl`.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    prepare_kernels(fast_mkl)
+
+
+def _import_lightning() -> None:
     import torch  # noqa: F401  (it must see everything)
 
     hidden = _Hidden({name for name in _UNUSED if name not in sys.modules})

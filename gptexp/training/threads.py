@@ -14,6 +14,7 @@ from gptexp.config import Config
 from gptexp.data.cache import cache_folder, locked, replacing
 from gptexp.models.language_model import LanguageModel
 from gptexp.training.hardware import accelerator, processor
+from gptexp.training.kernels import prepare_kernels
 from gptexp.training.metrics import summed_loss
 
 log = logging.getLogger("gptexp")
@@ -56,7 +57,7 @@ def quickest_threads(model: LanguageModel, config: Config) -> int:
         return OWN
     rows = config.batch_size // config.gradient_accumulation_steps
     work = [round(model.flops_per_token()), rows, model.config.block_size]
-    key = json.dumps([processor(), OWN, torch.__version__, config.hardware.fast_mkl, *work])
+    key = json.dumps([processor(), OWN, torch.__version__, prepare_kernels(config.hardware.fast_mkl), *work])
     path = cache_folder() / "threads.json"
     known = _known(path)
     if key not in known:

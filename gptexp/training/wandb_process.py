@@ -47,7 +47,9 @@ class WandbProcess:
     """The process, as this one sees it."""
 
     def __init__(self) -> None:
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+        # What is printed while packages are imported goes where errors go, not among the answers.
+        program = ("import os, sys; out = os.dup(1); os.dup2(2, 1); "
+                   f"sys.path[:] = {sys.path!r}; from {__name__} import main; main(out)")  # fmt: skip
         # In a session of its own, it does not get the terminal's Ctrl-C.
         self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
@@ -125,14 +127,16 @@ class WandbProcess:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            kind, content = json.loads(line)
-            if kind == "message":
-                log.log(*content)
-            else:
-                self._answers.put((kind, content))
+        text = "W&B's process gave an answer that is none"
+        with suppress(ValueError, TypeError):
+            for line in self._process.stdout:
+                kind, content = json.loads(line)
+                if kind == "message":
+                    log.log(*content)
+                else:
+                    self._answers.put((kind, content))
+            text = f"W&B's process has ended with status {self._process.wait()}"
         self._lost = True
-        text = f"W&B's process has ended with status {self._process.wait()}"
         self._answers.put(("error", {"type": "RuntimeError", "text": text, "traceback": ""}))
 
 
@@ -253,14 +257,16 @@ def _serve(lines: Iterable[bytes], out: IO[bytes]) -> Any:
     return run
 
 
-def main() -> None:
-    """Serve the process that has begun this one."""
+def main(answers: int) -> None:
+    """Serve the process that has begun this one.
+
+    Args:
+        answers: the file descriptor that it reads.
+    """
     from gptexp.console import importing
 
-    lines, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)  # W&B's own processes have no business with either
-    os.dup2(2, 1)
+    lines, out = os.fdopen(os.dup(0), "rb"), os.fdopen(answers, "wb")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # W&B's own processes have no business with either
     log.handlers, log.propagate = [_Messages(out)], False
     log.setLevel(logging.DEBUG)
     with importing():

@@ -9,6 +9,7 @@ import pytest
 from gptexp.models.registry import NORMS
 from gptexp.runs import Run
 from tests.conftest import TINY, finish, spawn
+from tests.training.test_kernels import NEEDED
 
 MODULE = '''
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def test_a_norm_of_another_package(environment: dict[str, str], corpus: Path, tm
     assert names == {f"{n}-pre-h2-s1337-power_{p}" for n in ("toy", "rmsnorm") for p in ("0.5", "1")}
     run = Run(tmp_path / "sweep" / "toy-pre-h2-s1337-power_0.5")
     assert run.info["status"] == "done"
+    assert run.info["device"]["fast_mkl"] == NEEDED  # though the norm imports torch before any setting is read
     other = Run(tmp_path / "sweep" / "rmsnorm-pre-h2-s1337-power_1")
     assert run.info["fingerprints"]["code"] != other.info["fingerprints"]["code"]  # the norm's source is part of it
     code, out, err = finish(spawn(f"run={run.path}", cwd=tmp_path, module="gptexp.audit", env=environment))

@@ -283,6 +283,17 @@ def test_a_run_that_fails_is_told_to_wandb(begin: Begin, tmp_path: Path, process
     assert last == read_metrics(folder / "metrics.csv")[-1]["step"]
 
 
+def test_what_a_package_prints_there_is_no_answer(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text("import sys\nprint('hello ' * 100)\nprint('[1', end='', flush=True)\n")
+    env = os.environ | {"GPTEXP_IMPORT": "chatty", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline"}
+    settings = [s for s in TINY if s != "logger=none"]
+    process = spawn(*settings, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path, env=env)
+    code, _, err = finish(process)
+    assert (code, err.replace("hello ", "").strip()) == (0, "[1")
+    assert Run.open(tmp_path / "run").info["status"] == "done"
+    assert list(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
+
+
 def test_python_finds_the_same_modules_there(tmp_path: Path) -> None:
     """Also where this process was started from another folder's path."""
     program = f"""

@@ -216,6 +216,19 @@ def test_a_sample_follows_its_seed_its_row_and_its_prompt(lively: Lively) -> Non
     assert same[0] != same[1] != same[2] != same[0]  # rows with one prompt are different samples
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_sample_does_not_depend_on_the_default_type_of_numbers(lively: Lively, dtype: torch.dtype) -> None:
+    """Which a run of that precision sets while it samples."""
+    model = lively()
+    expected = model.generate([[1, 2], [3]], 60, seed=5)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert model.generate([[1, 2], [3]], 60, seed=5) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_stop_sequence_ends_its_row_alone(lively: Lively) -> None:
     model = lively()
     text = model.generate(PROMPTS, 20)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from gptexp.data.tokenizer import tokenizer_from_dict
+from gptexp.errors import RunFailed
 from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.sample import load_model
@@ -75,12 +77,73 @@ def test_a_group_and_a_value_are_the_same(group: str, value: str, tiny: Tiny) ->
     assert one.info["fingerprints"]["config"] == other.info["fingerprints"]["config"]
 
 
+@contextmanager
+def _killed_after(step: int) -> Iterator[None]:
+    """In here a run fails after this step's row is written, and before a checkpoint of it."""
+    record = Recorder.on_train_batch_end
+
+    def killed(recorder: Recorder, trainer: Any, *args: Any) -> None:
+        record(recorder, trainer, *args)
+        if trainer.global_step == step:
+            raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "on_train_batch_end", killed)
+        yield
+
+
+def test_a_run_stopped_before_its_second_checkpoint_goes_on_as_unbroken(
+    tiny: Tiny, command: Callable[..., int], corpus: Path, tmp_path: Path
+) -> None:
+    """It evaluates the untrained model again, which must not count as an evaluation without progress."""
+    whole = tiny("whole", "early_stop_patience=1")
+    settings = [*TINY, f"data.path={corpus}", "early_stop_patience=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    with _killed_after(3):
+        assert command(*settings) == 1
+    run = Run.open(tmp_path / "run")
+    start(run)
+    assert timeless(run) == timeless(whole)
+    assert run.result is not None
+    assert whole.result is not None
+    assert run.result["step"] == whole.result["step"] == 24
+
+
+def test_the_rows_that_a_checkpoint_counts_must_be_there(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that lost its power may have kept the checkpoint and lost rows."""
+    with _killed_after(20):
+        assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}") == 1
+    path = tmp_path / "run" / "metrics.csv"
+    held = path.read_bytes()[:100]
+    path.write_bytes(held)
+    capfd.readouterr()
+    assert command(f"resume={path.parent}") == 2
+    assert capfd.readouterr().err.startswith(f"error: {path}: holds 100 bytes, and ")
+    assert path.read_bytes() == held
+
+
+def test_the_error_of_a_run_keeps_no_model_alive(corpus: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    """A sweep keeps the errors of its jobs, and may have no memory for a second model."""
+    run = tmp_path / "run"
+    with _killed_after(20):
+        assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={run}") == 1
+    with _killed_after(20), pytest.raises(RunFailed) as caught:
+        start(Run.open(run))
+    assert caught.value.__cause__ is not None
+    trace, frames = caught.value.__cause__.__traceback__, 0
+    while trace is not None:
+        assert not any(isinstance(v, torch.nn.Module) for v in trace.tb_frame.f_locals.values())
+        trace, frames = trace.tb_next, frames + 1
+    assert frames > 5
+
+
 def test_the_peak_is_timed_after_the_first_evaluation_when_other_programs_have_started(
     command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once in a resumed run, which evaluates nothing at its start."""
     evaluated: list[int] = []
-    evaluate, record = GPTModule.evaluate, Recorder.on_train_batch_end
+    evaluate = GPTModule.evaluate
 
     def counted(module: GPTModule, batches: object) -> dict[str, float]:
         evaluated.append(1)
@@ -89,15 +152,9 @@ def test_the_peak_is_timed_after_the_first_evaluation_when_other_programs_have_s
     monkeypatch.setattr(GPTModule, "evaluate", counted)
     monkeypatch.setattr("gptexp.training.fit.peak_flops", lambda *_: 1e9 * len(evaluated))
 
-    def killed(recorder: Recorder, trainer: Any, *args: Any) -> None:
-        record(recorder, trainer, *args)
-        if trainer.global_step == 20:
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", killed)
     # After evaluations at steps 0, 8 and 16, and a last checkpoint at 15.
-    assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}") == 1
-    monkeypatch.setattr(Recorder, "on_train_batch_end", record)
+    with _killed_after(20):
+        assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}") == 1
     run = Run.open(tmp_path / "run")
     start(run)
     flops = load_model(run, "last", len(run.info["tokenizer"]["symbols"])).flops_per_token()

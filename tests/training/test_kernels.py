@@ -53,6 +53,9 @@ import ctypes, json, sys
 from gptexp.training.kernels import prepare_kernels
 if "late" in sys.argv:
     import torch
+if "absent" in sys.argv:  # from a Python that was built for an older system
+    import os
+    vars(os).pop("memfd_create", None)
 done = prepare_kernels("unwanted" not in sys.argv)
 import torch
 torch.manual_seed(0)
@@ -74,12 +77,26 @@ def _run(*arguments: str) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("arguments", [(), ("unwanted",), ("late",)])
+@pytest.mark.parametrize("arguments", [(), ("unwanted",), ("late",), ("absent",)])
 def test_products_are_right_to_float32s_last_digits(arguments: tuple[str, ...]) -> None:
     done, again, worst, answer = _run(*arguments)
     assert done == again == (NEEDED and not arguments)
     assert answer == (1 if done else None)
     assert worst < 2**-23 * 8  # of the sum of the absolute products; a product of 1,000 terms has some roundings
+
+
+@pytest.mark.skipif(not NEEDED, reason="has no other kernels")
+@pytest.mark.parametrize("values", ["true,false", "false,true"])
+def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path) -> None:
+    first, second = values.split(",")
+    sweep = tmp_path / "sweep"
+    process = spawn("-m", *TINY, f"data.path={corpus}", f"hardware.fast_mkl={values}", f"hydra.sweep.dir={sweep}",
+                    cwd=tmp_path)  # fmt: skip
+    code, out, _ = finish(process)
+    assert code == 1
+    assert f"hardware.fast_mkl={second}: an earlier run of this process had it otherwise" in out
+    known = [Run.open(path.parent).info for path in sweep.glob("*/run.json")]
+    assert [info["device"]["fast_mkl"] for info in known if info["status"] == "done"] == [first == "true"]
 
 
 def test_a_run_tells_which_kernels_it_had_and_repeats_with_them(corpus: Path, tmp_path: Path) -> None:

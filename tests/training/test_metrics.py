@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.text import Perplexity
 
-from gptexp.training.metrics import LanguageModelMetrics
+from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,15 @@ def test_against_formulas_and_torchmetrics() -> None:
     reference = Perplexity(ignore_index=-1)
     reference.update(logits, targets)
     assert values["perplexity"] == pytest.approx(reference.compute().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-14), (torch.bfloat16, 1e-6)])
+def test_the_loss_is_as_exact_as_its_logits_but_never_less_than_float32(dtype: torch.dtype, off: float) -> None:
+    logits, targets = data()
+    logits = logits.to(dtype)
+    real = targets >= 0
+    exact = -logits.double().log_softmax(-1)[real].gather(-1, targets[real][:, None]).sum().item()
+    assert summed_loss(logits, targets).item() == pytest.approx(exact, rel=off)
 
 
 @given(st.integers(1, 5))

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -56,8 +57,9 @@ class Checkpoints(Callback):
         try:
             trainer.save_checkpoint(temporary)
             if trainer.is_global_zero:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                for path in (temporary, *self.run.growing):  # the rows that the checkpoint counts, before it counts
+                    with suppress(FileNotFoundError), path.open("rb") as file:
+                        os.fsync(file.fileno())
                 if len(names) == 2:
                     copy = temporary.with_name(".copy.ckpt")
                     shutil.copyfile(temporary, copy)

@@ -11,7 +11,7 @@ from gptexp.config import Config
 from gptexp.data.datamodule import Batch
 from gptexp.records import Metrics, append_sample
 from gptexp.runs import Run
-from gptexp.training.module import GPTModule
+from gptexp.training.module import GPTModule, TrainState
 
 Watch = Callable[[int, float], bool]
 """Is given the step and the loss of an evaluation; returns whether the run is to be pruned."""
@@ -57,8 +57,11 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
         """Open the files where the checkpoint left them."""
-        state, self._step = module.state, trainer.global_step
+        self._step = trainer.global_step
         fresh = self._step == 0
+        if fresh:  # also one that was stopped before its second checkpoint: what comes now came before that, too
+            module.state = TrainState()
+        state = module.state
         if state.status in ("stopped_early", "pruned"):  # killed after its last step, before its results were written
             trainer.should_stop = True
         if trainer.is_global_zero:
@@ -101,7 +104,8 @@ class Recorder(Callback):
         if evaluate:
             self._evaluate(trainer, module, step)
         self._write(trainer, module, row)
-        self.restart_clock()
+        if evaluate:
+            self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step: it went into evaluating or saving."""
@@ -111,6 +115,10 @@ class Recorder(Callback):
         """Close the file."""
         if self._metrics:
             self._metrics.close()
+
+    def on_exception(self, trainer: Trainer, module: GPTModule, exception: BaseException) -> None:  # type: ignore[override]
+        """Close the file."""
+        self.on_train_end(trainer, module)
 
     def _tick(self, module: GPTModule) -> None:
         now = time.perf_counter()
