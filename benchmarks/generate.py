@@ -1,9 +1,12 @@
 """Sampling beside nanoGPT's: `python -m benchmarks.generate --peer DIR [--rounds 5] [--samples 1] [--tokens 2000]`.
 
-Samples from two models of the same size, each by its own real command, in turn. What is compared is the seconds of
-the command, less those of the same command for a single token: importing, and reading the checkpoint.
+Samples on the CPU from two models of the same size, each by its own real command, in turn. What is compared is the
+seconds of the command, less those of the same command for a single token: importing, and reading the checkpoint.
+nanoGPT draws samples one after another, and each token from the last 256; gptexp draws them together, and each token
+from the last 128 to 256.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import NanoGPT
 from gptexp.data.corpora import find_corpus
 from gptexp.data.settings import DataConfig
@@ -26,9 +29,11 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=2000, help="new tokens of each sample")
     arguments.add_argument("--samples", type=int, default=1, help="samples; nanoGPT draws them one after another")
     asked = arguments.parse_args()
+    equal_work(arguments, asked)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        recipe = ["experiment=nanogpt_cpu", "model.block_size=256", "data.offline_fallback=null", "max_steps=1",
+        recipe = ["experiment=nanogpt_cpu", CPU, "model.block_size=256", "data.offline_fallback=null", "max_steps=1",
                   "schedule.warmup_steps=0", "eval_windows=1", "sample_tokens=0", "logger=none"]  # fmt: skip
         command([sys.executable, "-m", "gptexp.train", *recipe, f"hydra.run.dir={run}", *asked.settings])
         peer = NanoGPT(asked.peer, find_corpus(DataConfig(offline_fallback=None)).path, Path(folder))

@@ -14,6 +14,9 @@ from rich.progress import track
 
 from gptexp.records import read_metrics
 
+CPU = "hardware.accelerator=cpu"
+"""For what is compared on the CPU, whatever else the machine has."""
+
 
 def parser(doc: str | None, name: str, rounds: int = 5) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take: --rounds, --out and further settings of gptexp.train."""
@@ -22,6 +25,13 @@ def parser(doc: str | None, name: str, rounds: int = 5) -> argparse.ArgumentPars
     made.add_argument("--out", type=Path, default=Path(f"outputs/benchmarks/{name}.json"), help="JSON with all figures")
     made.add_argument("settings", nargs="*", help="further settings of gptexp.train")
     return made
+
+
+def equal_work(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Refuse settings that a peer would not have: only those of hardware and logger keep its work the same."""
+    other = [s for s in asked.settings if not s.startswith(("hardware", "logger"))]
+    if asked.peer and other:
+        parser.error(f"{' '.join(other)}: beside a peer only settings of hardware and logger are allowed")
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:

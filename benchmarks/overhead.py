@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import command_seconds, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, command_seconds, parser, ratios, spread, take_turns, told, write
 from gptexp.config import Config
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
@@ -33,13 +33,13 @@ def bare(config: Config) -> float:
     from gptexp.models.settings import build_model
     from gptexp.training.metrics import summed_loss
     from gptexp.training.optimizers import build_optimizer
+    from gptexp.training.threads import thread_count
 
     keep_freed_memory()
-    if isinstance(config.hardware.threads, int):
-        torch.set_num_threads(config.hardware.threads)
     encoded = encode_corpus(find_corpus(config.data), config.data)
     train, _ = split_corpus(encoded, config.data, config.model.block_size)
     model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
+    torch.set_num_threads(thread_count(model, config, 1))
     optimizer = build_optimizer(config.optimizer, list(model.named_parameters()),
                                 {n for n, p in model.named_parameters() if p.ndim >= 2},
                                 model.hidden_matrices)  # fmt: skip
@@ -64,7 +64,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     arguments.add_argument("--bare", action="store_true", help="run the bare loop once, and print its milliseconds")
     asked = arguments.parse_args()
-    settings = ["experiment=nanogpt_cpu", *asked.settings]
+    settings = ["experiment=nanogpt_cpu", CPU, *asked.settings]
     if asked.bare:
         print(bare(compose_config([*settings, f"max_steps={asked.steps}"])))
         return

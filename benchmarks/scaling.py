@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.optimize import nnls
 
-from benchmarks.measure import parser, spread, write
+from benchmarks.measure import CPU, parser, spread, write
 from gptexp.models.settings import GPTConfig, build_model
 from gptexp.records import read_metrics
 
@@ -42,7 +42,7 @@ def measure(point: dict[str, int], steps: int, settings: list[str]) -> tuple[flo
     """Milliseconds of a step, and the peak of the process's memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        arguments = [*(f"{k}={v}" for k, v in point.items()), f"max_steps={steps}", f"eval_interval={steps}",
+        arguments = [*(f"{k}={v}" for k, v in point.items()), CPU, f"max_steps={steps}", f"eval_interval={steps}",
                      "eval_windows=1", "eval_batch_size=1", "sample_tokens=0", "logger=none",
                      f"log_interval={SKIPPED}", f"hydra.run.dir={run}", *settings]  # fmt: skip
         process = subprocess.Popen([sys.executable, "-m", "gptexp.train", *arguments], stdout=subprocess.DEVNULL)

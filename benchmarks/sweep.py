@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import CPU_RECIPE, NanoGPT
 from gptexp.data.corpora import find_corpus
 from gptexp.data.settings import DataConfig
@@ -30,7 +30,7 @@ def seconds(launcher: str, jobs: int, steps: int, settings: list[str]) -> float:
     """Seconds of wall-clock time that the whole command takes."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"hydra.sweep.dir={folder}/sweep", f"hydra/launcher={launcher}", f"seed=range(1,{jobs + 1})",
-                  f"max_steps={steps}", f"eval_interval={steps}", f"eval_windows={WINDOWS}", "sample_tokens=0",
+                  CPU, f"max_steps={steps}", f"eval_interval={steps}", f"eval_windows={WINDOWS}", "sample_tokens=0",
                   "logger=none"]  # fmt: skip
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "gptexp.train", "-m", *wanted, *settings],
@@ -45,6 +45,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=200, help="optimizer steps of each job")
     arguments.add_argument("--peer", type=Path, help="a checkout of karpathy/nanoGPT")
     asked = arguments.parse_args()
+    equal_work(arguments, asked)
     jobs, steps = asked.jobs, asked.steps
     contestants: dict[str, Callable[[], float]] = {
         "joblib": lambda: seconds("joblib", jobs, steps, asked.settings),
@@ -67,6 +68,8 @@ def main() -> None:
     console.print(table)
     for name, share in shares.items():
         console.print(f"{name} / joblib: {told(share)}")
+    if asked.peer:
+        console.print(f"nanoGPT / basic: {told(ratios(rounds, 'nanoGPT', 'basic'))}")
     write(asked.out, {"jobs": jobs, "steps": steps, "settings": asked.settings, "rounds": rounds, "ratios": shares,
                       **{name: spread([r[name] for r in rounds]) for name in contestants}})  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Training steps beside nanoGPT's: `python -m benchmarks.throughput --peer DIR [--rounds 5] [setting ...]`.
 
 Trains the recipe of nanoGPT's README for a CPU by both real commands in turn, each with its own logging, and compares
-the tokens a second of the steps, without evaluation and without the first 20 steps.
+the tokens a second of the steps, without evaluation and without the first 20 steps. On processors that are not
+Intel's, hardware.fast_mkl=false gives both the same kernels for products of matrices.
 """
 
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import command_seconds, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, command_seconds, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import NanoGPT
 from gptexp.data.corpora import find_corpus
 from gptexp.data.settings import DataConfig
@@ -22,7 +23,7 @@ TOKENS = 12 * 64  # of a step of the recipe
 def ours(steps: int, settings: list[str]) -> float:
     """Tokens a second of a run of the real command."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = ["experiment=nanogpt_cpu", "data.offline_fallback=null", *settings]
+        recipe = ["experiment=nanogpt_cpu", CPU, "data.offline_fallback=null", *settings]
         return TOKENS / command_seconds(Path(folder, "run"), steps, SKIPPED, recipe)
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     arguments.add_argument("--peer", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
     arguments.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     asked = arguments.parse_args()
+    equal_work(arguments, asked)
     with tempfile.TemporaryDirectory() as folder:
         peer = NanoGPT(asked.peer, find_corpus(DataConfig(offline_fallback=None)).path, Path(folder))
         rounds = take_turns({"gptexp": lambda: ours(asked.steps, asked.settings),

@@ -1,4 +1,4 @@
-"""Each benchmark that needs no peer, as short as it can be: it ends, prints its table and writes its figures."""
+"""Each benchmark that needs no peer, as short as it can be, and what is read of a peer."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.nanogpt import NanoGPT
 from tests.conftest import REPOSITORY, TINY
 
 BENCHMARKS = {
@@ -17,6 +18,41 @@ BENCHMARKS = {
     "sweep": ["--jobs=2", "--steps=4", *(s for s in TINY if s != "data=file"), "data=pydocs"],
     "diagnostics": ["--steps=3", *(s for s in TINY if s != "data=file"), "data=pydocs"],
 }
+
+PEER = """
+print("number of parameters: 0.80M")
+print("step 0: train loss 4.1783, val loss 4.1770")
+for i in range(7):
+    seconds = 900.0 if i in (0, 4) else 40.0 + i  # those with an evaluation
+    print(f"iter {i}: loss 4.1713, time {seconds:.2f}ms, mfu -100.00%")
+"""
+
+
+def test_what_the_peer_prints_is_read(tmp_path: Path) -> None:
+    """And the time of an evaluation is left out: a usual step counts in its place."""
+    checkout = tmp_path / "checkout"
+    data = checkout / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    (checkout / "train.py").write_text(PEER)
+    (data / "prepare.py").write_text("open('prepared', 'w').write(open('input.txt').read())")
+    text = tmp_path / "text.txt"
+    text.write_text("to be")
+    peer = NanoGPT(checkout, text, tmp_path)
+    assert (peer.folder / "data" / "shakespeare_char" / "prepared").read_text() == "to be"
+    assert not (data / "prepared").exists()
+    lines: list[str] = []
+    trained = peer.train("out", lines.append)
+    assert len(lines) == 9
+    assert list(trained.times) == list(trained.steps) == list(range(7))
+    assert trained.training(4) == pytest.approx((45 + 41 + 42 + 43) / 1000)  # 45 ms is the median
+    assert trained.training(7) == pytest.approx((45 + 41 + 42 + 43 + 45 + 45 + 46) / 1000)
+
+
+def test_beside_a_peer_the_work_stays_the_same(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.throughput", f"--peer={tmp_path}", "hardware.threads=2",
+                           "model.n_layer=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "model.n_layer=1: beside a peer only settings of hardware and logger are allowed" in done.stderr
 
 
 @pytest.mark.slow
