@@ -79,6 +79,8 @@ def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
+    from gptexp.training.lean import NoProfiler
+
     hardware, kind = config.hardware, accelerator(config.hardware)
     was_deterministic = torch.are_deterministic_algorithms_enabled()  # by an earlier run of this process
     strategy: Any = "auto"
@@ -100,6 +102,7 @@ def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
         # None where it is so already: to be told, torch imports its compiler.
         "deterministic": (hardware.deterministic and kind == "cuda") or (False if was_deterministic else None),
         "plugins": [LightningEnvironment()],
+        "profiler": NoProfiler(),
     }
 
 

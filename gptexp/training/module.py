@@ -60,6 +60,13 @@ class GPTModule(LightningModule):
         chars_per_token: of the validation split, for bits per character.
     """
 
+    # No functions: Lightning then passes over these hooks of a step.
+    on_before_zero_grad: Any = None
+    on_before_backward: Any = None
+    on_after_backward: Any = None
+    on_before_optimizer_step: Any = None
+    on_train_batch_end: Any = None
+
     def __init__(self, model: LanguageModel, config: Config, chars_per_token: float = 1.0) -> None:
         super().__init__()
         self.model, self.config = model, config

@@ -8,15 +8,16 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from gptexp.config import Config
 from gptexp.runs import Run
 from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule
 
 
-class Checkpoints(Callback):
+class Checkpoints(LeanCallback):
     """Saves after the recorder has written its row, so a checkpoint and metrics.csv always agree.
 
     `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
@@ -72,7 +73,7 @@ class Checkpoints(Callback):
             raise
 
 
-class Interruption(Callback):
+class Interruption(LeanCallback):
     """Lets Ctrl-C and SIGTERM finish the current step, and then stops the run with status "interrupted".
 
     A second Ctrl-C stops at once, without saving.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +35,7 @@ from gptexp.models.influence import named_layers
 from gptexp.models.norms import DynamicTanh
 from gptexp.records import Measurement, Metrics
 from gptexp.runs import Run
+from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule
 
 FLAT, FLAT_TANH = 0.05, 0.97
@@ -47,7 +48,7 @@ Values = dict[tuple[str, str], Tensor | float]
 """By layer and quantity; tensors of one number, which are read only once the step is over."""
 
 
-class Diagnostics(Callback):
+class Diagnostics(LeanCallback):
     """Measures before step s, for s = 0 and every `interval` steps, into diagnostics.csv and to the loggers.
 
     Training goes on exactly as it would without: the model is hooked for one forward pass, and the hooks draw no

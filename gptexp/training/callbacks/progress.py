@@ -4,18 +4,19 @@ import logging
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptexp.config import Config
 from gptexp.training.callbacks.recorder import Recorder
+from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule
 
 log = logging.getLogger("gptexp")
 
 
-class ProgressReport(Callback):
+class ProgressReport(LeanCallback):
     """Shows step, loss, val loss, tokens a second and the time left; each evaluation leaves a line.
 
     Args:

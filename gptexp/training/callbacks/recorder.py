@@ -5,19 +5,20 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from gptexp.config import Config
 from gptexp.data.datamodule import Batch
 from gptexp.records import Metrics, append_sample
 from gptexp.runs import Run
+from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule, TrainState
 
 Watch = Callable[[int, float], bool]
 """Is given the step and the loss of an evaluation; returns whether the run is to be pruned."""
 
 
-class Recorder(Callback):
+class Recorder(LeanCallback):
     """Writes a row of metrics at each `log_interval`, evaluation and at the end.
 
     Evaluates at the start, every `eval_interval` steps and at the end, and stops the run when the loss or its
