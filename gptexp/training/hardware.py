@@ -121,7 +121,7 @@ def peak_flops(config: Config, devices: int) -> float:
     size = 8192 if kind == "cuda" else 1024
     numbers = torch.Generator(kind)  # of its own: those of the run go on as if nothing was timed
     a, b = (torch.randn(size, size, device=kind, dtype=dtype, generator=numbers) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + 0.2
+    best, end = float("inf"), time.perf_counter() + 0.1
     while time.perf_counter() < end or best == float("inf"):
         start = time.perf_counter()
         float(F.linear(a, b)[0, 0])  # waits for the device
