@@ -17,6 +17,7 @@ from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.sample import load_model
 from gptexp.train import start
+from gptexp.training.callbacks import recorder
 from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.module import GPTModule
 from tests.conftest import TINY, timeless
@@ -208,6 +209,53 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert run.result is not None
     assert run.result["status"] == "diverged"
     json.loads((run.path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Has what follows look at numbers a log row later, as on a GPU."""
+
+    def begin() -> None:
+        monkeypatch.setattr(recorder, "LATER", ("cpu",))
+        monkeypatch.setattr(recorder, "_on_the_way", lambda numbers: lambda: [float(n) for n in numbers])
+
+    return begin
+
+
+def test_numbers_looked_at_later_are_the_same(
+    tiny: Tiny, later: Callable[[], None], command: Callable[..., int], corpus: Path, tmp_path: Path
+) -> None:
+    """Whole, and killed after steps whose row is still to be written, before and after a checkpoint between rows."""
+    whole = tiny("whole")
+    later()
+    for step in (4, 7, 13, 19, 20):
+        path = tmp_path / f"run{step}"
+        with _killed_after(step):
+            assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={path}") == 1
+        rows = [row["step"] for row in read_metrics(path / "metrics.csv")]
+        assert rows == [s for s in (0, 3, 6, 8, 9, 12, 15, 16, 18) if s < step - 1]  # the last is still to come
+        start(Run.open(path))
+        assert timeless(Run.open(path)) == timeless(whole)
+    again = tiny("again")
+    assert timeless(again) == timeless(whole)
+    assert again.samples_path.read_bytes() == whole.samples_path.read_bytes()
+
+
+@pytest.mark.parametrize("interval", [1, 4, 24])
+def test_a_divergence_seen_later_stops_the_run_and_is_never_saved(
+    interval: int, tiny: Tiny, later: Callable[[], None]
+) -> None:
+    later()
+    steep = ["optimizer=sgd", "optimizer.learning_rate=1e4", "grad_clip=0", "norm=none"]
+    run = tiny("run", *steep, f"checkpoint_interval={interval}", "eval_interval=24", "log_interval=2")
+    assert run.info["status"] == "diverged"
+    rows = read_metrics(run.metrics_path)
+    assert rows[-1]["step"] < 24
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert sum(not math.isfinite(row["grad_norm"]) for row in rows[1:]) >= 1
+    kept = torch.load(run.checkpoint("last"), weights_only=True)
+    assert all(bool(v.isfinite().all()) for v in kept["state_dict"].values())
 
 
 def test_early_stop(tiny: Tiny) -> None:

@@ -38,7 +38,7 @@ class Checkpoints(LeanCallback):
     def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
         """Save a new model as it is before its first step."""
         if trainer.global_step == 0 and module.state.status == "running":
-            self._save(trainer, ["best", "last"])
+            self._save(trainer, module, ["best", "last"])
             if trainer.is_global_zero:
                 self.run.update(resumable=True)
 
@@ -51,9 +51,12 @@ class Checkpoints(LeanCallback):
         best = state.best_step == step
         last = step % self.interval == 0 or step == self.max_steps or state.status != "running"
         if best or last:
-            self._save(trainer, [*(["best"] if best else []), *(["last"] if last else [])])
+            self._save(trainer, module, [*(["best"] if best else []), *(["last"] if last else [])])
 
-    def _save(self, trainer: Trainer, names: list[Any]) -> None:
+    def _save(self, trainer: Trainer, module: GPTModule, names: list[Any]) -> None:
+        self.recorder.flush(trainer, module)
+        if module.state.status == "diverged":
+            return
         temporary = self.run.checkpoint("last").with_name(".saving.ckpt")
         try:
             trainer.save_checkpoint(temporary)

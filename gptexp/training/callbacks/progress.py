@@ -54,8 +54,8 @@ class ProgressReport(LeanCallback):
     def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
         """Move the bar; report a new row."""
         step = trainer.global_step
-        if self.recorder.row and self.recorder.row["step"] == step != self._written:
-            self._report(trainer, step)
+        if self.recorder.row and self.recorder.row["step"] != self._written:
+            self._report(trainer, int(self.recorder.row["step"]))
         if self._bar and not self._bar.finished:
             self._bar.update(self._bar.task_ids[0], completed=step, **self._values)
 

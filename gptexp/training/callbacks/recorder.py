@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from gptexp.config import Config
 from gptexp.data.datamodule import Batch
@@ -13,6 +15,10 @@ from gptexp.records import Metrics, append_sample
 from gptexp.runs import Run
 from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule, TrainState
+
+LATER = ("cuda",)
+"""Devices whose numbers are looked at a log row later. By then they have arrived; to wait for them would leave the
+device without work."""
 
 Watch = Callable[[int, float], bool]
 """Is given the step and the loss of an evaluation; returns whether the run is to be pruned."""
@@ -53,6 +59,7 @@ class Recorder(LeanCallback):
         self.peak = math.inf
         self.row: dict[str, float] = {}
         self.text: str | None = None
+        self._pending: tuple[dict[str, float], Callable[[], list[float]]] | None = None
         self._step = -1
         self._metrics: Metrics | None = None
 
@@ -93,20 +100,35 @@ class Recorder(LeanCallback):
         last = step == c.max_steps
         evaluate = last or step % c.eval_interval == 0
         log = evaluate or step % c.log_interval == 0
-        # On a GPU every look at a number waits for the device, so there the check comes with rows and checkpoints.
-        check = log or step % (c.checkpoint_interval or c.eval_interval) == 0 or module.device.type == "cpu"
-        if check and self._diverged(trainer, module):
-            state.status, log, evaluate = "diverged", True, False
+        save = evaluate or step % (c.checkpoint_interval or c.eval_interval) == 0
+        later = module.device.type in LATER and not save
+        if log or save:
+            self.flush(trainer, module)
+        # Off the CPU a look at a number waits for the device, so there the check comes with rows and checkpoints.
+        check = (log or save or module.device.type == "cpu") and not later
+        if state.status == "diverged" or (check and self._diverged(trainer, module)):
+            state.status, log, evaluate, later = "diverged", True, False, False
             trainer.should_stop = True
         if not log:
             self._tick(module)
             return
-        row = self._train_row(trainer, module, step)
+        numbers = trainer.strategy.reduce(module.step_loss, reduce_op="mean"), module.grad_norm
+        if later:
+            self._pending = self._train_row(module, step), _on_the_way(numbers)
+            return
+        loss, grad_norm = (float(n) for n in numbers)
+        self.row, row = {}, self._complete(trainer, module, self._train_row(module, step), loss, grad_norm)
         if evaluate:
             self._evaluate(trainer, module, step)
         self._write(trainer, module, row)
         if evaluate:
             self.restart_clock()
+
+    def flush(self, trainer: Trainer, module: GPTModule) -> None:
+        """Write the row whose numbers were still to arrive, if there is one."""
+        if self._pending:
+            (row, numbers), self._pending = self._pending, None
+            self._write(trainer, module, self._complete(trainer, module, row, *numbers()))
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step: it went into evaluating or saving."""
@@ -114,12 +136,14 @@ class Recorder(LeanCallback):
 
     def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
         """Close the file."""
+        self.flush(trainer, module)
         if self._metrics:
             self._metrics.close()
 
     def on_exception(self, trainer: Trainer, module: GPTModule, exception: BaseException) -> None:  # type: ignore[override]
         """Close the file."""
-        self.on_train_end(trainer, module)
+        if self._metrics:
+            self._metrics.close()
 
     def _tick(self, module: GPTModule) -> None:
         now = time.perf_counter()
@@ -131,23 +155,24 @@ class Recorder(LeanCallback):
         # the normal course of things.
         return trainer.precision != "16-mixed" and not math.isfinite(float(module.grad_norm))
 
-    def _train_row(self, trainer: Trainer, module: GPTModule, step: int) -> dict[str, float]:
+    def _complete(
+        self, trainer: Trainer, module: GPTModule, row: dict[str, float], loss: float, grad_norm: float
+    ) -> dict[str, float]:
+        if not math.isfinite(loss) or (trainer.precision != "16-mixed" and not math.isfinite(grad_norm)):
+            module.state.status = "diverged"
+            trainer.should_stop = True
+        return row | {"train/loss": loss, "grad_norm": grad_norm}
+
+    def _train_row(self, module: GPTModule, step: int) -> dict[str, float]:
         state = module.state
-        loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="mean"))
-        grad_norm = float(module.grad_norm)
-        self._tick(module)  # after the numbers arrived from the device
+        self._tick(module)
         tokens, seconds = state.tokens - self._logged[0], state.seconds - self._logged[1]
         self._logged = state.tokens, state.seconds
-        if not math.isfinite(loss):
-            state.status = "diverged"
-            trainer.should_stop = True
         rate = tokens / max(seconds, 1e-9)
         return {
             "step": step,
             "tokens": state.tokens,
-            "train/loss": loss,
             "learning_rate": module.learning_rate,
-            "grad_norm": grad_norm,
             "seconds": state.seconds,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak,
@@ -197,3 +222,17 @@ class Recorder(LeanCallback):
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=int(row["step"]))
 
+
+def _on_the_way(numbers: tuple[Tensor, ...]) -> Callable[[], list[float]]:
+    """Have numbers of a GPU sent here; what is returned waits for them, if need be, and gives them."""
+    sent = torch.stack([n.double() for n in numbers])
+    here = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True).copy_(sent, non_blocking=True)
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def given() -> list[float]:
+        arrived.synchronize()
+        values: list[float] = here.tolist()
+        return values
+
+    return given
