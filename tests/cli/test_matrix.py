@@ -54,10 +54,10 @@ def test_from_training_to_audit(
 
     train_row = Recorder._train_row
 
-    def fail(self, trainer, module, step):  # type: ignore[no-untyped-def]
+    def fail(self, module, step):  # type: ignore[no-untyped-def]
         if step == 70:
             raise RuntimeError("in the middle")
-        return train_row(self, trainer, module, step)
+        return train_row(self, module, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "_train_row", fail)

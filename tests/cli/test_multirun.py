@@ -137,10 +137,10 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
     folder = tmp_path / "run"
     train_row = Recorder._train_row
 
-    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+    def explode(self, module, step):  # type: ignore[no-untyped-def]
         if step == 15:
             raise RuntimeError("in the middle")
-        return train_row(self, trainer, module, step)
+        return train_row(self, module, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "_train_row", explode)

@@ -193,7 +193,7 @@ def test_a_failed_trial_is_tried_again_by_the_next_command(
 ) -> None:
     tried = []
 
-    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+    def explode(self, module, step):  # type: ignore[no-untyped-def]
         tried.append(step)
         raise RuntimeError("in the middle")
 

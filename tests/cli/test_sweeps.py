@@ -78,7 +78,7 @@ def test_a_failed_job_runs_again_as_often_as_it_may(
 ) -> None:
     tried = []
 
-    def explode(self, trainer, module, step):  # type: ignore[no-untyped-def]
+    def explode(self, module, step):  # type: ignore[no-untyped-def]
         tried.append(step)
         raise RuntimeError("in the middle")
 
