@@ -106,7 +106,7 @@ class Recorder(LeanCallback):
             self.flush(trainer, module)
         # Off the CPU a look at a number waits for the device, so there the check comes with rows and checkpoints.
         check = (log or save or module.device.type == "cpu") and not later
-        if state.status == "diverged" or (check and self._diverged(trainer, module)):
+        if state.status == "diverged" or (check and _diverged(trainer, float(module.grad_norm))):
             state.status, log, evaluate, later = "diverged", True, False, False
             trainer.should_stop = True
         if not log:
@@ -150,15 +150,10 @@ class Recorder(LeanCallback):
         module.state.seconds += now - self._mark
         self._mark = now
 
-    def _diverged(self, trainer: Trainer, module: GPTModule) -> bool:
-        # Every rank sees the same gradient norm, so all stop together. A loss scaler meets infinite gradients in
-        # the normal course of things.
-        return trainer.precision != "16-mixed" and not math.isfinite(float(module.grad_norm))
-
     def _complete(
         self, trainer: Trainer, module: GPTModule, row: dict[str, float], loss: float, grad_norm: float
     ) -> dict[str, float]:
-        if not math.isfinite(loss) or (trainer.precision != "16-mixed" and not math.isfinite(grad_norm)):
+        if not math.isfinite(loss) or _diverged(trainer, grad_norm):
             module.state.status = "diverged"
             trainer.should_stop = True
         return row | {"train/loss": loss, "grad_norm": grad_norm}
@@ -221,6 +216,12 @@ class Recorder(LeanCallback):
             self.show_sample(step, self.text)
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=int(row["step"]))
+
+
+def _diverged(trainer: Trainer, grad_norm: float) -> bool:
+    # Every rank sees the same gradient norm, so all stop together. A loss scaler meets infinite gradients in the normal
+    # course of things.
+    return trainer.precision != "16-mixed" and not math.isfinite(grad_norm)
 
 
 def _on_the_way(numbers: tuple[Tensor, ...]) -> Callable[[], list[float]]:
