@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import write
+from gptexp import records
 from gptexp.config import read_config
-from gptexp.records import Metrics
 from gptexp.runs import Run
 
 NORMS = ("layernorm", "rmsnorm", "batchnorm", "scalenorm", "dyt")
@@ -44,7 +44,7 @@ def write_run(
         precision: that it computed in.
         info: further entries of run.json.
     """
-    config = read_config({"logger": {"name": "none"}, **settings})
+    config = read_config(settings)
     run = Run.claim(path, config, {
         "name": path.name, "group": path.parent.name, "variant": config.variant,
         "fingerprints": {"config": config.fingerprint(), "data": data, "code": "c" * 64},
@@ -52,7 +52,7 @@ def write_run(
         "device": {"accelerator": "cpu", "name": "none", "precision": precision},
         "train_loss": {"sees_later_tokens": config.model.norm == "batchnorm", "sees_other_sequences": False}, **info,
     })  # fmt: skip
-    metrics = Metrics(run.metrics_path, None)
+    metrics = records.Table(run.metrics_path, records.METRICS)
     rows = max(rows, len(losses))
     evaluations = dict(zip(np.linspace(0, rows - 1, len(losses)).astype(int).tolist(), losses, strict=True))
     for step in range(rows):

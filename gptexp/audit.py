@@ -108,7 +108,7 @@ def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any
         from gptexp.sample import load_model
         from gptexp.training.fit import load_data
 
-        encoded = load_data(run, config)
+        encoded = load_data(run, config).encoded
         model = load_model(run, checkpoint, encoded.tokenizer.vocab_size)  # type: ignore[arg-type]
     _, split = split_corpus(encoded, config.data, config.model.block_size)
     device = next(model.parameters()).device

@@ -24,11 +24,13 @@ from gptexp.models.registry import NORMS, default_norms
 from gptexp.models.settings import GPTConfig, ModelConfig
 from gptexp.training import settings as training
 from gptexp.training.settings import (
+    OBSERVING,
+    SHORT,
     HardwareConfig,
-    LoggerConfig,
     OptimizerConfig,
     ScheduleConfig,
     SweepConfig,
+    TrainerConfig,
     check_hardware,
 )
 from gptexp.validation import Tree, nearest, read_fields, show
@@ -55,6 +57,9 @@ class Config:
         output_dir: folder of `runs/` and `sweeps/`.
         name: the run's name; None makes one from the variant.
         resume: a run directory to go on with, or "auto"; never stored, as `sweep` is not.
+        trainer: further arguments of Lightning's Trainer.
+        callbacks: further Lightning callbacks by a name of the user's choice, each with its `_target_` and arguments.
+        logger: Lightning loggers, in the same way; metrics.csv is always written.
     """
 
     model: ModelConfig = field(default_factory=GPTConfig)
@@ -62,7 +67,9 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=training.AdamWConfig)
     schedule: ScheduleConfig = field(default_factory=training.CosineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    logger: LoggerConfig = field(default_factory=training.WandbConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Tree] = field(default_factory=dict)
+    logger: dict[str, Tree] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     max_steps: Annotated[int, Ge(1)] = 2000
@@ -94,14 +101,16 @@ class Config:
         """The configuration as plain nested dictionaries, as it is stored with a run."""
         tree = asdict(self)
         del tree["resume"], tree["sweep"], tree["model"]["vocab_size"]
+        tree["trainer"] = {k: v for k, v in tree["trainer"].items() if v is not None}
         return tree
 
     def essence(self) -> Tree:
         """Every setting that can change a result; names, paths, loggers and diagnostics cannot."""
-        without = ("model", "sweep", "resume", "output_dir", "name", "logger", "diagnostics_interval")
+        without = ("model", "sweep", "resume", "output_dir", "name", "trainer", "logger", "diagnostics_interval")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
         plainly = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
-        return plainly | {"model": self.model.tree()}
+        trainer = {k: v for k, v in self.tree()["trainer"].items() if k not in OBSERVING}
+        return plainly | {"model": self.model.tree(), "trainer": trainer}
 
     def fingerprint(self) -> str:
         """SHA-256 over `essence`."""
@@ -117,9 +126,10 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "optimizer": get_args(OptimizerConfig),
     "schedule": get_args(ScheduleConfig),
     "hardware": (HardwareConfig,),
-    "logger": get_args(LoggerConfig),
+    "trainer": (TrainerConfig,),
     "sweep": (SweepConfig,),
 }
+_OBJECTS = ("callbacks", "logger")  # sections of objects that are built by their _target_
 
 
 def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
@@ -133,11 +143,13 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
         UserError: with one line for every problem, all of them together.
     """
     problems: list[str] = []
-    values: Tree = {}
+    tree = _by_short_names(tree, problems)
+    values: Tree = {section: _read_objects(section, tree.get(section), problems) for section in _OBJECTS}
     for section, classes in _SECTIONS.items():
         values[section] = _read_section(section, classes, tree.get(section, {}), problems)
-    top = {k: v for k, v in tree.items() if k not in _SECTIONS}
-    values |= read_fields(Config, "", top, problems, skip=set(_SECTIONS)) or {}
+    sections = {*_SECTIONS, *_OBJECTS}
+    top = {k: v for k, v in tree.items() if k not in sections}
+    values |= read_fields(Config, "", top, problems, skip=sections) or {}
     name = values["sweep"].name if values["sweep"] else None
     if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
         problems.append(f"sweep.name={show(name)}: names a directory; allowed: letters, digits, and any of _ . + -")
@@ -194,7 +206,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: list[str]) -> Any:
+def _read_section(
+    name: str, classes: tuple[type, ...], tree: Any, problems: list[str], vocab_size: bool = False
+) -> Any:
     if not isinstance(tree, Mapping):
         choices = [c().name for c in classes] if len(classes) > 1 else []
         allowed = f"a group choice: {', '.join(choices)}" if choices else "a group of settings"
@@ -214,8 +228,83 @@ def _read_section(name: str, classes: tuple[type, ...], tree: Any, problems: lis
     if "norms" in (f.name for f in fields(cls)):  # each norm's settings are a dataclass of their own
         norms = {"norms": _read_norms(tree.get("norms", {}), problems)}
         tree = {k: v for k, v in tree.items() if k != "norms"}
-    values = read_fields(cls, f"{name}.", tree, problems, skip={"vocab_size", "norms"})  # the tokenizer says vocab_size
+    skip = {"norms"} if vocab_size else {"vocab_size", "norms"}  # the tokenizer says vocab_size
+    values = read_fields(cls, f"{name}.", tree, problems, skip=skip)
     return None if values is None or len(problems) > before else cls(**values, **norms)
+
+
+def read_section(name: str, given: Any) -> Any:
+    """One section by itself, such as "model", from a plain tree or from its dataclass.
+
+    Args:
+        name: of the section.
+        given: None is the default; a model's `vocab_size` may be set, too.
+
+    Raises:
+        UserError: with one line for every problem.
+    """
+    classes = _SECTIONS[name]
+    if isinstance(given, classes):
+        return given
+    problems: list[str] = []
+    made = _read_section(name, classes, {} if given is None else given, problems, vocab_size=True)
+    if name == "model" and made:
+        problems += made.problems()
+    if problems:
+        raise UserError(problems)
+    return made
+
+
+def _by_short_names(tree: Mapping[str, Any], problems: list[str]) -> Tree:
+    """The tree with those arguments of the Trainer that have a shorter name under that name."""
+    tree = dict(tree)
+    trainer = tree.get("trainer")
+    if not isinstance(trainer, Mapping):
+        return tree
+    tree["trainer"] = {k: v for k, v in trainer.items() if k not in SHORT}
+    for argument, value in trainer.items():
+        if argument not in SHORT or value is None:
+            continue
+        section, _, key = SHORT[argument].rpartition(".")
+        if argument == "val_check_interval":  # Lightning counts batches, eval_interval optimizer steps
+            batches = trainer.get("accumulate_grad_batches") or tree.get("gradient_accumulation_steps", 1)
+            if not isinstance(value, int) or value % batches:
+                problems.append(f"trainer.val_check_interval={show(value)}: must be a number of batches, a multiple of "
+                                f"gradient_accumulation_steps={batches}")  # fmt: skip
+            else:
+                tree[key] = value // batches
+        elif section:
+            tree[section] = {**tree.get(section, {}), key: value}
+        else:
+            tree[key] = value
+    return tree
+
+
+def _read_objects(section: str, table: Any, problems: list[str]) -> dict[str, Tree]:
+    """A section of objects by name. Whether each can be built is seen once Lightning is imported."""
+    if table is None:
+        return {}
+    if not isinstance(table, Mapping):
+        problems.append(f"{section}={show(table)}: must be a table of objects by name, each with its _target_")
+        return {}
+    found: dict[str, Tree] = {}
+    for name, entry in table.items():
+        if entry is None:  # switched off
+            continue
+        if not isinstance(entry, Mapping):
+            problems.append(f"{section}.{name}={show(entry)}: must be a table with _target_, the class, and arguments")
+        elif not isinstance(entry.get("_target_"), str):
+            problems.append(f"{section}.{name}: lacks _target_, the class to build, such as "
+                            f"{section}.{name}._target_={_EXAMPLES[section]}")  # fmt: skip
+        else:
+            found[str(name)] = dict(entry)
+    return found
+
+
+_EXAMPLES = {
+    "callbacks": "lightning.pytorch.callbacks.LearningRateMonitor",
+    "logger": "lightning.pytorch.loggers.CSVLogger",
+}
 
 
 def _read_norms(table: Any, problems: list[str]) -> Tree:
@@ -281,7 +370,7 @@ def norm_hint(key: str) -> str:
 
 def known_keys() -> list[str]:
     """Every settable key, dotted."""
-    keys = [*flatten(Config().tree()), "resume"]
+    keys = [*flatten(Config().tree()), *_OBJECTS, "resume"]
     for section, classes in _SECTIONS.items():
         keys += [f"{section}.{f.name}" for cls in classes for f in fields(cls) if f.name != "vocab_size"]
     return sorted(set(keys))

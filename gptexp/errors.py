@@ -22,6 +22,30 @@ class RunFailed(Exception):
     """A run ended with an error that is no mistake of the user's; its train.log holds the traceback."""
 
 
+class Diverged(Exception):
+    """A run's loss or gradient is no longer finite.
+
+    Attributes:
+        step: optimizer steps done.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"diverged at step {step}")
+        self.step = step
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after saving. Within a Trainer, which has ways of its own with Ctrl-C.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.signal = number
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by a signal, after saving.
 

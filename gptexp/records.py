@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptexp.errors import UserError
 
@@ -36,46 +36,45 @@ class Measurement(NamedTuple):
     value: float
 
 
-class Metrics:
-    """The writer of metrics.csv, or of a table with other columns: rows are only ever appended.
+class Table:
+    """A CSV file to which rows are only ever appended, each at once and whole.
 
-    A resumed run cuts the file back to where it stood at the checkpoint, so it ends as an unbroken run's would.
+    Args:
+        path: of the file; a new one gets a header.
+        columns: of the table.
     """
 
-    def __init__(self, path: Path, size: int | None, columns: Sequence[str] = METRICS) -> None:
-        """Open the file at `size` bytes, or anew when size is None.
-
-        Raises:
-            UserError: for a file that has lost rows.
-        """
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.columns = columns
-        self._file = path.open("r+b" if size is not None else "wb")
-        if size is None:
+        self._file = path.open("ab")
+        if self._file.tell() == 0:
             self._line(columns)
-            return
-        held = self._file.seek(0, os.SEEK_END)
-        if held < size:  # truncated there, it would be filled up with zeros
-            self._file.close()
-            raise UserError(f"{path}: holds {held} bytes, and {size} at the last checkpoint; the run cannot be resumed")
-        self._file.truncate(size)
-        self._file.seek(size)
 
     def append(self, row: Mapping[str, float | str]) -> None:
         """Write a row; columns that it lacks stay empty."""
         cells = (row.get(c, "") for c in self.columns)
         self._line([cell if isinstance(cell, str) else repr(cell) for cell in cells])
 
-    def _line(self, cells: Any) -> None:
+    def _line(self, cells: Sequence[str]) -> None:
         self._file.write((",".join(cells) + "\n").encode())
         self._file.flush()
-
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut(path: Path, size: int) -> None:
+    """Cut a file back to a length.
+
+    Raises:
+        UserError: when it is shorter: it would be filled up with zeros.
+    """
+    held = path.stat().st_size if path.exists() else 0
+    if held < size:
+        raise UserError(f"{path}: holds {held} bytes, and {size} at the last checkpoint; the run cannot be resumed")
+    if held > size:
+        os.truncate(path, size)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -137,11 +136,10 @@ def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, [row for row in rows[1:] if len(row) == len(header)]
 
 
-def append_sample(path: Path, step: int, text: str) -> int:
-    """Add a text to samples.txt under a heading with its step; returns the file's new size in bytes."""
+def append_sample(path: Path, step: int, text: str) -> None:
+    """Add a text to samples.txt under a heading with its step."""
     with path.open("ab") as file:
         file.write(f"--- step {step} ---\n{text}\n\n".encode())
-        return file.tell()
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
-from gptexp.config import Config, flatten, load_config
+from gptexp.config import Config, flatten, load_config, read_config
 from gptexp.errors import UserError
 from gptexp.models.registry import NORMS
 from gptexp.validation import show
@@ -39,11 +39,17 @@ class Run:
         self.path = path
 
     @classmethod
-    def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any]) -> "Run":
+    def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
         """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
+        Args:
+            wanted: the directory.
+            config: every setting.
+            info: what run.json is to hold.
+            named: whether the user gave the directory, and will look for the run just there.
+
         Raises:
-            UserError: when the folder cannot be written.
+            UserError: when the folder cannot be written, or was named and is taken.
         """
         try:
             wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +59,9 @@ class Run:
                     path.mkdir()  # fails if it exists: two processes never share a directory
                     break
                 except FileExistsError:
-                    continue
+                    if named:
+                        resume = f"go on with its run by resume={wanted}, or " if (wanted / "run.json").exists() else ""
+                        raise UserError(f"hydra.run.dir={wanted}: is taken; {resume}name another directory") from None
             run = cls(path)
             run.checkpoint("last").parent.mkdir()
             write_atomically(path / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False).encode())
@@ -64,12 +72,15 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, key: str = "run") -> "Run":
-        """An existing run directory.
+        """An existing run directory, named by itself or by one of its checkpoints.
 
         Raises:
-            UserError: when path is not a run directory.
+            UserError: when path is neither.
         """
-        run = cls(Path(path))
+        folder = Path(path)
+        if folder.suffix == ".ckpt" and folder.parent.name == "checkpoints":
+            folder = folder.parent.parent
+        run = cls(folder)
         if not run.path.is_dir():
             raise UserError(f"{key}={path}: there is no such directory")
         if not (run.path / "run.json").is_file() or not (run.path / "config.yaml").is_file():
@@ -92,6 +103,12 @@ class Run:
         if not isinstance(info, dict):
             raise ValueError("run.json holds no object")
         return info
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the configuration, and of those it had before it was extended."""
+        info = self.info
+        return [info["fingerprints"]["config"], *info.get("earlier", [])]
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json."""
@@ -156,8 +173,8 @@ class Run:
         """diagnostics.png: the same, layers by steps."""
         return self.path / "diagnostics.png"
 
-    def check_resumable(self, requested: Mapping[str, Any]) -> None:
-        """Refuse to go on where that would change what was begun.
+    def check_resumable(self, requested: Mapping[str, Any]) -> Config:
+        """The configuration to go on with: the run's own, or with more steps if `max_steps` asks for them.
 
         Args:
             requested: the settings that the user asks for along with `resume`, by dotted key.
@@ -165,15 +182,53 @@ class Run:
         Raises:
             UserError: when the run is at its end, or its configuration differs from what is requested.
         """
-        if self.info.get("status") == "done":
-            raise UserError(f"resume={self.path}: this run is done; there is nothing to resume")
-        own = flatten(self.config.tree())
-        different = [k for k, v in requested.items() if k.partition(".")[0] not in _FREE and own.get(k) != v]
-        if different:
+        config = self.config
+        own = flatten(config.tree())
+        asked = {k: v for k, v in requested.items() if k.partition(".")[0] not in _FREE and own.get(k) != v}
+        more = asked.pop("max_steps", config.max_steps)
+        if more > config.max_steps:
+            return self._extended(config, more, asked)
+        if more < config.max_steps:
+            asked["max_steps"] = more
+        if asked:
             raise UserError(
-                f"resume={self.path}: {k}={show(requested[k])} differs from the run's {k}={show(own.get(k))}; "
-                "leave it out, or start a new run" for k in different
+                f"resume={self.path}: {k}={show(v)} differs from the run's {k}={show(own.get(k))}; "
+                "leave it out, or start a new run" for k, v in asked.items()
             )
+        if self.info.get("status") == "done":
+            raise UserError(f"resume={self.path}: this run is done; max_steps above {config.max_steps} trains it on")
+        return config
+
+    def _extended(self, config: Config, max_steps: int, asked: Mapping[str, Any]) -> Config:
+        """The configuration with more steps, and with the schedule that was named along with them.
+
+        Raises:
+            UserError: when other settings differ, or when the schedule ends with the run and no other one is named.
+        """
+        others = [k for k in asked if not k.startswith("schedule.")]
+        if others:
+            raise UserError(f"resume={self.path}: {k}={show(asked[k])} differs from the run's settings; with more "
+                            "steps only the schedule may change" for k in others)  # fmt: skip
+        tree = config.tree()
+        named = {k.removeprefix("schedule."): v for k, v in asked.items()}
+        same = named.get("name", config.schedule.name) == config.schedule.name
+        tree["max_steps"], tree["schedule"] = max_steps, (tree["schedule"] if same else {}) | named
+        extended = read_config(tree)
+        schedule = extended.schedule
+        if not named and schedule.name != "constant" and not getattr(schedule, "decay_steps", None):
+            raise UserError(
+                f"resume={self.path}: max_steps={max_steps}: schedule.name={schedule.name} has brought the learning "
+                f"rate down over {config.max_steps} steps; name the schedule to go on with, such as schedule=constant"
+            )
+        return extended
+
+    def extend(self, config: Config) -> None:
+        """Go on with more steps than the run was begun with; run.json keeps the earlier fingerprints."""
+        if config.fingerprint() == self.config.fingerprint():
+            return
+        earlier = self.fingerprints
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False).encode())
+        self.update(earlier=earlier, fingerprints=self.info["fingerprints"] | {"config": config.fingerprint()})
 
     @contextmanager
     def lock(self, timeout: float = 0) -> Iterator[None]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from gptexp.training.settings import WandbConfig
-
 if TYPE_CHECKING:
     from gptexp.analysis.study import Study
 
@@ -32,36 +30,34 @@ def has_api_key() -> bool:
     return False
 
 
-def open_wandb(settings: WandbConfig, folder: Path, pid: int | None = None, **options: Any) -> Any:
+def open_wandb(folder: Path, mode: str = "auto", **options: Any) -> Any:
     """Begin a W&B run, offline where there is no key or no server.
 
     Args:
-        settings: the project, the entity and the mode.
         folder: the run's files go to wandb/ in it.
-        pid: the process whose memory and processor time are recorded; None is this one.
-        options: of `wandb.init`, such as the name.
+        mode: "auto", "online" or "offline".
+        options: of `wandb.init`, such as the project and the name.
 
     Returns:
         the `wandb.Run`.
     """
-    mode: Any = settings.mode if settings.mode != "auto" else os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not has_api_key():  # logging in would ask a question
-        if "online" in (settings.mode, os.environ.get("WANDB_MODE")):
+    wanted: Any = mode if mode != "auto" else os.environ.get("WANDB_MODE", "online")
+    if wanted == "online" and not has_api_key():  # logging in would ask a question
+        if "online" in (mode, os.environ.get("WANDB_MODE")):
             log.warning("W&B has no API key; the run is kept offline")
-        mode = "offline"
-    if mode == "offline":  # else W&B reports on itself, and waits for that where the network does not answer
+        wanted = "offline"
+    if wanted == "offline":  # else W&B reports on itself, and waits for that where the network does not answer
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     patience = float(os.environ.get("WANDB_INIT_TIMEOUT") or 30)  # seconds
     options |= {
-        "project": settings.project, "entity": settings.entity, "reinit": "finish_previous",
-        "dir": str(folder.absolute()),  # W&B's own process may have been started in another folder
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=patience, x_stats_pid=pid or os.getpid()),
+        "reinit": "finish_previous", "dir": str(folder.absolute()),
+        "settings": wandb.Settings(console="off", silent=True, init_timeout=patience),
     }  # fmt: skip
-    resume: dict[str, Any] = {} if mode == "offline" else {"resume": "allow"}
+    resume: dict[str, Any] = {} if wanted == "offline" else {"resume": "allow"}
     try:
-        run = wandb.init(mode=mode, **options, **resume)
+        run = wandb.init(mode=wanted, **options, **resume)
     except Exception as error:  # an unreachable server must not cost a run
         log.warning("W&B cannot be reached (%s); the run is kept offline", str(error).split("\n")[0])
         wandb.teardown()  # else W&B's own process takes the run's id for used,
@@ -91,14 +87,17 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     from gptexp.analysis.tables import comparisons_table, variants_table
     from gptexp.runs import Run
 
-    logger = Run(study.records[0].path).config.logger if study.records else None
-    settings = logger if isinstance(logger, WandbConfig) else WandbConfig()
+    loggers = Run(study.records[0].path).config.logger if study.records else {}
+    settings = loggers.get("wandb", {})
     groups = {record.info.get("group") for record in study.records}
-    group = settings.group or (groups.pop() if len(groups) == 1 else None) or title
+    group = settings.get("group") or (groups.pop() if len(groups) == 1 else None) or title
     config = {"command": command, "baseline": study.baseline, "metric": study.metric, "delta": study.delta,
               "alpha": study.alpha}  # fmt: skip
-    run = open_wandb(settings, page.parent, name=f"{group} comparison"[-128:], group=group[:128], job_type="compare",
-                     config=config)  # fmt: skip
+    run = open_wandb(
+        page.parent, settings.get("mode", "auto"), project=settings.get("project", "gptexp"),
+        entity=settings.get("entity"), name=f"{group} comparison"[-128:], group=group[:128], job_type="compare",
+        config=config,
+    )  # fmt: skip
     verdict = " ".join(headline(study))
     tables = {"variants": variants_table(study), "comparisons": comparisons_table(study)}
     figures = sorted((page.parent / "figures").glob("*.png"))

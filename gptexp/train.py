@@ -11,23 +11,20 @@ import math
 import os
 import re
 import sys
-import traceback
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptexp.console import importing, report_errors
-from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from gptexp.config import Config
-    from gptexp.runs import Run
-    from gptexp.training.callbacks.recorder import Watch
+    from gptexp.training.callbacks.pruning import Watch
 
 log = logging.getLogger("gptexp")
 
@@ -127,18 +124,34 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
         overrides: the command's own.
 
     Returns:
-        the lowest validation loss, in nats a token.
+        the lowest validation loss, in nats per token.
     """
-    run = run_to_resume(config, overrides) if config.resume else None
-    if run:
-        return start(run)
-    name = job_name(config, "")
-    path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-    if folder != ".":  # the user named it, and Hydra has just made it
-        path = Path(folder)
-        with suppress(OSError):
-            path.rmdir()
-    return train(config, path, name)
+    from gptexp.overrides import requested
+    from gptexp.training.launch import Train, claim, run_to_resume, train_together
+    from gptexp.training.startup import prepare_torch
+
+    prepare_torch(config.hardware.fast_mkl)
+    from gptexp.training.processes import check_same, joined, processes
+
+    def lead(train: Train) -> float:
+        if config.resume:
+            asked = requested([o for o in overrides if not o.startswith("resume=")])
+            run = run_to_resume(config, asked, config.resume)
+            if run:
+                return train(run)
+        name = job_name(config, "")
+        path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+        if folder != ".":  # the user named it, and Hydra has just made it
+            path = Path(folder)
+            with suppress(OSError):
+                path.rmdir()
+        return train(claim(config, path, name, None, command(), named=folder != "."))
+
+    group = processes(config.hardware.cluster)
+    with joined(group):
+        check_same(group, config)
+        loss = train_together(group, lead)
+    return math.nan if loss is None else loss
 
 
 def sweep_job(
@@ -154,10 +167,15 @@ def sweep_job(
         search: the settings of Optuna's sweeper, if it is a trial of a search.
 
     Returns:
-        the lowest validation loss, in nats a token; None if another process has the job.
+        the lowest validation loss, in nats per token; None if another process has the job.
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
+    from gptexp.training.launch import Train, claim, train_together
+    from gptexp.training.startup import prepare_torch
+
+    prepare_torch(config.hardware.fast_mkl)
+    from gptexp.training.processes import joined, processes
 
     hardware = config.hardware
     if not alone:
@@ -169,129 +187,18 @@ def sweep_job(
         from gptexp.search import watcher
 
         watch = watcher(folder, search, config)
-    try:
-        return Sweep(folder).work(
-            name, config, lambda path: train(config, path, name, folder.name, watch), lambda run: start(run, watch)
-        )
-    except Busy:
-        return None
 
-
-def train(
-    config: "Config", path: Path, name: str, group: str | None = None, watch: "Watch | None" = None
-) -> float:
-    """Train a configuration in a new run directory.
-
-    Args:
-        config: every setting.
-        path: the directory; a number is added to its name if it is taken.
-        name: the run's readable name.
-        group: the sweep that the run belongs to.
-        watch: is given the step and loss of each evaluation, and may stop the run.
-
-    Returns:
-        the lowest validation loss, in nats a token.
-    """
-    from gptexp.data.batches import split_corpus
-    from gptexp.data.corpora import find_corpus
-    from gptexp.data.encoded import encode_corpus
-    from gptexp.runs import Run, code_fingerprint
-    from gptexp.training.startup import prepare_torch
-
-    prepare_torch(config.hardware.fast_mkl)  # what is looked at below may import it
-    corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
-    encoded = encode_corpus(corpus, config.data)
-    split_corpus(encoded, config.data, config.model.block_size)
-    warmup = config.schedule.warmup_steps
-    if warmup >= config.max_steps:
-        log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
-                    warmup, config.max_steps)  # fmt: skip
-    if config.logger.name == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("logger=tensorboard: tensorboard is not installed; pip install 'gptexp[tensorboard]'")
-    if config.hardware.accelerator in ("gpu", "mps") or config.hardware.compile == "graphs":
-        from gptexp.training.hardware import device_count
-
-        device_count(config)  # a machine without them is told before a directory is made
-    info = {
-        "name": name,
-        "group": group,
-        "variant": config.variant,
-        "fingerprints": {
-            "config": config.fingerprint(),
-            "data": encoded.fingerprint,
-            "code": code_fingerprint(config),
-        },
-        "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
-                 "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
-        "tokenizer": encoded.tokenizer.to_dict(),
-        "command": command(),
-    }  # fmt: skip
-    return start(Run.claim(path, config, info), watch)
-
-
-def run_to_resume(config: "Config", overrides: list[str]) -> "Run | None":
-    """The run that `config.resume` names, or None where resume=auto finds none.
-
-    Args:
-        config: every setting.
-        overrides: the command's own overrides; the run may not contradict them.
-
-    Raises:
-        UserError: when there is no such run, it is done, or its configuration differs.
-    """
-    from gptexp.overrides import requested
-    from gptexp.runs import Run, unfinished
-
-    if config.resume == "auto":
-        run = unfinished(Path(config.output_dir), config.fingerprint())
-        if run is None:
-            log.info("resume=auto: no unfinished run of this configuration in %s; a new one begins", config.output_dir)
-            return None
-    else:
-        run = Run.open(str(config.resume), key="resume")
-        run.check_resumable(requested([o for o in overrides if not o.startswith("resume=")]))
-    log.info("resuming %s", run.path)
-    return run
-
-
-def start(run: "Run", watch: "Watch | None" = None) -> float:
-    """Train a claimed run, or go on with it, in this process or in one process a device.
-
-    Returns:
-        the lowest validation loss, in nats a token.
-    """
-    config = run.config
-    if config.hardware.strategy == "auto":
-        from gptexp.training.startup import import_lightning
-        from gptexp.training.wandb_process import prepare
-
-        prepare(config)
-        import_lightning(config.hardware.fast_mkl)
-        from gptexp.training.fit import fit
-
+    def lead(train: Train) -> float | None:
         try:
-            return fit(run, watch)
-        except (UserError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # a sweep keeps the error: not with the model in its frames
-            raise RunFailed(f"{type(error).__name__}: {error}; traceback in {run.log_path}") from error
-    from gptexp.training.hardware import device_count
-    from gptexp.training.worker import launch
+            return Sweep(folder).work(
+                name, config, lambda path: train(claim(config, path, name, folder.name, command())), train
+            )
+        except Busy:
+            return None
 
-    with run.lock():  # refuses a run that is being trained; the first worker takes the lock over
-        run.update(error=None)
-    code = launch(run, device_count(config))
-    info = run.info
-    if info["status"] == "interrupted" and code > 128:
-        raise Interrupted(code - 128)
-    if code:
-        message = info.get("error") or f"a process ended with status {code}"
-        if info["status"] == "running" and code != 2:  # killed before it could say so
-            run.finish("failed", error=message)
-        raise UserError(message) if code == 2 else RunFailed(f"{message}; see {run.log_path}")
-    best = (run.result or {}).get("best_val_loss")
-    return math.nan if best is None else float(best)
+    group = processes(config.hardware.cluster)
+    with joined(group):
+        return train_together(group, lead, watch, quiet=True)
 
 
 def job_name(config: "Config", swept: str) -> str:

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptexp.records import METRICS, TIMES, Metrics, read_evaluations, read_metrics
+from gptexp.records import METRICS, TIMES, Table, read_evaluations, read_metrics
 
 
 @settings(deadline=None)
@@ -15,7 +15,7 @@ def test_evaluations_are_those_of_all_rows(kinds: list[tuple[bool, str]]) -> Non
     """Of rows with and without training, with one loss, the other, both or none; as `read_metrics` finds them."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "metrics.csv")
-        table = Metrics(path, None)
+        table = Table(path, METRICS)
         for step, (trained, loss) in enumerate(kinds):
             row = {"step": step, "tokens": step} | dict.fromkeys(METRICS[2:5] + TIMES if trained else (), step + 0.5)
             row |= {k: 2.0 + step for k in ("val/loss", "val/loss_windows") if loss in (k, "both")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptexp.config import Config
 from gptexp.errors import UserError
-from gptexp.records import METRICS, Metrics, append_sample, read_metrics, read_samples
+from gptexp.records import METRICS, Table, append_sample, cut, read_metrics, read_samples
 from gptexp.runs import Run, code_fingerprint, unfinished, write_atomically
 
 
@@ -69,19 +69,27 @@ def test_metrics_are_cut_back_and_written_again_to_the_same_bytes(values: list[f
     with TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.csv"
         rows = [{"step": i, "train/loss": v} for i, v in enumerate(values)]
-        whole = Metrics(path, None)
-        sizes = [whole.size()]
+        whole, sizes = Table(path, METRICS), []
         for row in rows:
             whole.append(row)
-            sizes.append(whole.size())
+            sizes.append(path.stat().st_size)
         whole.close()
         content, keep = path.read_bytes(), keep % (len(rows) + 1)
-        again = Metrics(path, sizes[keep])
+        cut(path, sizes[keep - 1] if keep else 0)
+        again = Table(path, METRICS)
         for row in rows[keep:]:
             again.append(row)
         again.close()
         assert path.read_bytes() == content
         assert [row["train/loss"] for row in read_metrics(path)] == values
+
+
+def test_a_file_that_has_lost_rows_is_not_filled_up(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step\n1\n")
+    with pytest.raises(UserError, match="holds 7 bytes, and 8 at the last checkpoint"):
+        cut(path, 8)
+    assert path.read_text() == "step\n1\n"
 
 
 def test_a_half_written_row_is_not_read(tmp_path: Path) -> None:
@@ -97,7 +105,7 @@ def test_samples_come_back_as_they_were(texts: list[str]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "samples.txt"
         for step, text in enumerate(texts):
-            assert append_sample(path, step, text) == path.stat().st_size
+            append_sample(path, step, text)
         assert read_samples(path) == list(enumerate(texts))
 
 

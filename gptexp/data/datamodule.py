@@ -1,15 +1,18 @@
 """The splits as Lightning takes them: tensors, each process its share of every batch."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gptexp.data.batches import Indices, Rows, Split, Windows
+from gptexp.data.batches import Indices, Rows, Split, Windows, split_corpus
+from gptexp.data.corpora import find_corpus
+from gptexp.data.encoded import Encoded, encode_corpus
+from gptexp.data.settings import DataConfig, read_data
 from gptexp.errors import UserError
 
 HELD = 2**28
@@ -26,47 +29,93 @@ class Batch(NamedTuple):
         tokens: in training, targets of the optimizer step / (processes * micro-batches): dividing the sum of
             this batch's losses by it makes the mean over processes and micro-batches, which are Lightning's
             to take, the mean over all targets of the step. In evaluation, targets in this very batch.
+        whole: False in an evaluation that sees only some windows of the validation split.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     mask: torch.Tensor | None
     tokens: float
+    whole: bool = True
 
 
 class CharDataModule(LightningDataModule):
-    """Training batches without end, and each target of the validation split once.
+    """A corpus as batches: training batches without end, and each target of the validation split once.
 
     Args:
-        train: the part of the corpus to learn from.
-        val: the part of the corpus to measure on.
-        seed: of the training batches.
+        data: which corpus, how it is cut into symbols and splits: a `DataConfig` or a mapping of its fields.
+        block_size: the most positions of a row.
         batch_size: rows of one optimizer step, over all processes and micro-batches. The rows of micro-batch m
             of process r are the (m * processes + r)-th equal share of them.
-        accumulate: micro-batches of one optimizer step, as the trainer's `accumulate_grad_batches`.
+        accumulate: micro-batches that `batch_size` is cut into; as many as the trainer's `accumulate_grad_batches`
+            make one optimizer step.
         eval_batch_size: rows of one evaluation batch on one process.
         eval_windows: rows of the validation split that are enough during training, evenly spaced and always
             the same ones; None for all of them.
+        seed: of the training batches.
+
+    Attributes:
+        encoded: the corpus as ids, with its tokenizer; known after `setup`.
+        train: the part of the corpus to learn from.
+        val: the part of the corpus to measure on.
+
+    Raises:
+        UserError: for a mistake in `data`.
     """
+
+    encoded: Encoded
+    train: Split
+    val: Split
 
     def __init__(
         self,
-        train: Split,
-        val: Split,
+        data: DataConfig | Mapping[str, Any] | None = None,
         *,
-        seed: int,
-        batch_size: int,
+        block_size: int = 64,
+        batch_size: int = 12,
         accumulate: int = 1,
-        eval_batch_size: int,
+        eval_batch_size: int = 64,
         eval_windows: int | None = None,
+        seed: int = 1337,
     ) -> None:
         super().__init__()
-        self.train, self.val = train, val
-        self.seed = seed
+        self.config = read_data(data)
+        self.block_size = block_size
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.eval_batch_size = eval_batch_size
         self.eval_windows = eval_windows
+        self.seed = seed
+
+    def prepare_data(self) -> None:
+        """Download and encode the corpus into the cache folder, once per machine.
+
+        Raises:
+            UserError: when the corpus is out of reach.
+        """
+        encode_corpus(find_corpus(self.config), self.config)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the encoded corpus and split it; every process calls this, and may do so again at no cost.
+
+        Raises:
+            UserError: too little text for these settings.
+        """
+        if not hasattr(self, "train"):
+            self.encoded = encode_corpus(find_corpus(self.config), self.config)
+            self.train, self.val = split_corpus(self.encoded, self.config, self.block_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of symbols; reads the corpus if need be."""
+        self.setup()
+        return self.encoded.tokenizer.vocab_size
+
+    @property
+    def chars_per_token(self) -> float:
+        """Mean number of characters that a token of the validation split stands for; reads the corpus if need be."""
+        self.setup()
+        return self.val.chars_per_token
 
     def train_dataloader(self) -> "TrainBatches":
         """The micro-batches of this process from the trainer's current step on, without end.
@@ -91,9 +140,10 @@ class CharDataModule(LightningDataModule):
         """
         if whole is None:
             whole = self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING
+        whole = whole or self.eval_windows is None
         n_rows = self.val.n_rows
-        n_wanted = n_rows if whole or self.eval_windows is None else min(self.eval_windows, n_rows)
-        return EvalBatches(self, np.arange(n_wanted) * n_rows // n_wanted)
+        n_wanted = n_rows if whole else min(self.eval_windows or n_rows, n_rows)
+        return EvalBatches(self, np.arange(n_wanted) * n_rows // n_wanted, whole)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -106,13 +156,13 @@ class CharDataModule(LightningDataModule):
         fits = isinstance(self.train, Windows) and len(self.train.ids) <= HELD
         return HeldWindows(self.train, device) if fits and device.type == "cuda" else None  # type: ignore[arg-type]
 
-    def tensors(self, rows: Rows, tokens: float) -> Batch:
+    def tensors(self, rows: Rows, tokens: float, whole: bool = True) -> Batch:
         """`rows` as tensors, in memory from which a GPU can copy on its own if there is one."""
         arrays = [rows.x, rows.y] + ([] if rows.mask is None else [rows.mask])
         tensors = [torch.from_numpy(array) for array in arrays]
         if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, tokens)
+        return Batch(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, tokens, whole)
 
 
 class TrainBatches:
@@ -122,17 +172,19 @@ class TrainBatches:
         self._data = data
 
     def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches, `accumulate` for each step, without end."""
-        data = self._data
+        """Micro-batches without end, `accumulate_grad_batches` of the trainer for each step."""
+        data, trainer = self._data, self._data.trainer
         rank, world = data.place
-        shares = world * data.accumulate
-        size = data.batch_size // shares
-        step = 0 if data.trainer is None else data.trainer.global_step
+        size = data.batch_size // (world * data.accumulate)
+        # A trainer that is to overfit some batches wants these again in each epoch.
+        step = 0 if trainer is None or trainer.overfit_batches else trainer.global_step
         held = data.held_windows()
         while True:
-            for micro in range(data.accumulate):
+            micro_batches = data.accumulate if trainer is None else trainer.accumulate_grad_batches
+            shares = world * micro_batches
+            for micro in range(micro_batches):
                 begin = (micro * world + rank) * size
-                place = data.seed, step, data.batch_size, slice(begin, begin + size)
+                place = data.seed, step, size * shares, slice(begin, begin + size)
                 if held is not None:
                     yield held.train_batch(*place, shares)
                     continue
@@ -171,9 +223,10 @@ class EvalBatches:
     wait for each other at every batch. There are fewer of those than processes.
     """
 
-    def __init__(self, data: CharDataModule, indices: Indices) -> None:
+    def __init__(self, data: CharDataModule, indices: Indices, whole: bool) -> None:
         self._data = data
         self._indices = indices
+        self._whole = whole
 
     def __len__(self) -> int:
         return math.ceil(len(self._indices) / (self._data.eval_batch_size * self._data.place[1]))
@@ -189,4 +242,4 @@ class EvalBatches:
             padded = np.full(share * world, -1)
             padded[: len(indices)] = indices
             rows = data.val.rows(padded[rank * share : (rank + 1) * share])
-            yield data.tensors(rows, rows.tokens)
+            yield data.tensors(rows, rows.tokens, self._whole)

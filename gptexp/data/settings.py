@@ -1,9 +1,13 @@
 """The settings of the data, and the mistakes that only show when two of them are seen together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
+
+from gptexp.errors import UserError
+from gptexp.validation import read_fields
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,22 @@ class DataConfig:
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     split_seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     offline_fallback: Literal["pydocs"] | None = "pydocs"
+
+
+def read_data(given: "DataConfig | Mapping[str, Any] | None") -> DataConfig:
+    """A `DataConfig`, from itself or from a mapping of its fields.
+
+    Raises:
+        UserError: with one line for every problem.
+    """
+    problems: list[str] = []
+    if not isinstance(given, DataConfig):
+        values = read_fields(DataConfig, "data.", given or {}, problems)
+        given = DataConfig(**(values or {}))
+    problems = problems or check(given)
+    if problems:
+        raise UserError(problems)
+    return given
 
 
 def check(config: DataConfig) -> list[str]:

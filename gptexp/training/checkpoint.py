@@ -21,7 +21,7 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: {path} is not a checkpoint, or is cut short")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(checkpoint["gptexp"]["state"], dict) or "state_dict" not in checkpoint:
+        if not isinstance(checkpoint["gptexp"]["config"], str) or "state_dict" not in checkpoint:
             raise KeyError("gptexp")
     except Exception as error:
         raise UserError(f"{key}: {path} is not a checkpoint of gptexp ({type(error).__name__})") from error

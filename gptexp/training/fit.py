@@ -5,153 +5,229 @@ import math
 import os
 import signal
 import sys
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from gptexp.config import Config
 from gptexp.console import LogFile
-from gptexp.data.batches import split_corpus
-from gptexp.data.corpora import find_corpus
 from gptexp.data.datamodule import CharDataModule
-from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.tokenizer import Tokenizer
-from gptexp.errors import Interrupted, UserError
+from gptexp.errors import Diverged, Interrupted, Stopped, UserError
+from gptexp.loggers.metrics_csv import MetricsCSV
+from gptexp.loggers.wandb import WandbLogger
 from gptexp.models.influence import train_mode
 from gptexp.models.language_model import LanguageModel
-from gptexp.models.settings import build_model
-from gptexp.records import read_samples
-from gptexp.runs import Run
-from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
+from gptexp.runs import Run, Status
+from gptexp.training.callbacks.checkpoints import RunCheckpoints, RunFiles
 from gptexp.training.callbacks.diagnostics import Diagnostics
+from gptexp.training.callbacks.divergence import Divergence
+from gptexp.training.callbacks.early_stopping import EarlyStopping
+from gptexp.training.callbacks.evaluations import Evaluations
+from gptexp.training.callbacks.interruption import Interruption
 from gptexp.training.callbacks.progress import ProgressReport
-from gptexp.training.callbacks.recorder import Recorder, Watch
+from gptexp.training.callbacks.pruning import Pruning, Watch
+from gptexp.training.callbacks.samples import Samples
+from gptexp.training.callbacks.throughput import Throughput
 from gptexp.training.checkpoint import read_checkpoint
-from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
+from gptexp.training.hardware import describe_device, device_count, peak_flops, thread_count, trainer_arguments
 from gptexp.training.kernels import kernels_conflict
-from gptexp.training.loggers import Samples, build_loggers, close_loggers
-from gptexp.training.memory import keep_freed_memory
 from gptexp.training.module import GPTModule
+from gptexp.training.objects import build
 from gptexp.training.outcome import leave_results, versions
-from gptexp.training.threads import thread_count
+from gptexp.training.processes import Processes
 
 log = logging.getLogger("gptexp")
 
 
-def fit(run: Run, watch: Watch | None = None) -> float:
+def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool = False) -> float:
     """Train the run to its end and write everything that it leaves behind.
 
     Args:
         run: a claimed run directory, new or stopped before its end.
+        processes: that train it together, this one among them.
         watch: is given the step and loss of each evaluation, and may prune the run.
+        quiet: show no progress.
 
     Returns:
-        the lowest validation loss, in nats a token; nan for a run that diverged before its first evaluation.
+        the lowest validation loss, in nats per token; nan for a run that diverged before its first evaluation.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM; the run is saved and marked "interrupted".
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
-    first = "GPTEXP_WORKER" not in os.environ or os.environ["RANK"] == "0"
-    with _quiet(), _log_file(run), _status(run) if first else nullcontext():
-        return _fit(run, run.config, first, watch)
+    with _lightning_silenced(), _log_file(run), _status(run) if processes.first else nullcontext():
+        return _fit(run, run.config, processes, watch, quiet)
 
 
-def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
+def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, quiet: bool) -> float:
     if problem := kernels_conflict(config.hardware.fast_mkl):
         raise UserError(problem)
-    encoded = load_data(run, config)
-    train, val = split_corpus(encoded, config.data, config.model.block_size)
-    devices = device_count(config)
-    keep_freed_memory()
-    resuming = _checkpoint_to_resume(run, config)
-
-    model: LanguageModel = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
-    torch.set_num_threads(thread_count(model, config, devices, run.info.get("device", {}).get("threads")))
-    module = GPTModule(model, config, val.chars_per_token)
+    device_count(config)
+    data = load_data(run, config)
+    torch.set_num_threads(thread_count(config, processes, run.info.get("device", {}).get("threads")))
+    module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
+                       chars_per_token=data.chars_per_token)  # fmt: skip
     if config.hardware.compile:
-        model.compile(mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
-    data = CharDataModule(
-        train,
-        val,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accumulate=config.gradient_accumulation_steps,
-        eval_batch_size=config.eval_batch_size,
-        eval_windows=config.eval_windows,
-    )
-    device = describe_device(config, devices)
-    name = run.info["name"]
-    if first:
-        share = train_mode(model.config)
-        run.update(
-            status="running", error=None, device=device, versions=versions(), parameters=model.n_params,
-            train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
-        )  # fmt: skip
-        log.info(
-            "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
-            run.info["data"]["corpus"], f"{len(encoded.ids):,}", devices, device["name"], device["precision"],
-        )  # fmt: skip
-        if share.looks_ahead:
-            log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
-                        config.model.label)  # fmt: skip
-    loggers = build_loggers(run, config, name, run.info["group"]) if first else []
-    samples = Samples(loggers, read_samples(run.samples_path))
-    recorder = Recorder(
-        run,
-        config,
-        val_batches=data.val_dataloader,
-        sample=_sampler(model, config, encoded.tokenizer, encoded.documents),
-        show_sample=samples.add,
-        flops_per_token=model.flops_per_token(),
-        peak_flops=lambda: peak_flops(config, devices) if first else math.inf,
-        watch=watch,
-    )
-    interruption = Interruption(config)
-    checkpoints = Checkpoints(run, config, recorder)
-    inside = [Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []
-    succeeded, best = False, math.nan
+        module.model.compile(mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
+    resuming = _checkpoint_to_resume(run, config)
+    if processes.first:
+        _introduce(run, config, data, module.model, processes)
+        if resuming is None:
+            for path in run.growing:
+                path.unlink(missing_ok=True)
+    loggers = _loggers(run, config)
+    parts = _callbacks(run, config, processes, data, module, watch, quiet)
+    ours = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    status: Status | None = None
     try:
-        trainer = Trainer(
-            **trainer_arguments(config, devices),
-            max_steps=config.max_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=config.gradient_accumulation_steps,
-            logger=loggers or False,
-            callbacks=[
-                *inside, recorder, interruption, checkpoints,
-                ProgressReport(name, config, recorder, Console(quiet="GPTEXP_QUIET" in os.environ)),
-            ],
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=run.path,
-        )
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=resuming, weights_only=True)
-        except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
-            raise KeyboardInterrupt from stop
-        succeeded = module.state.status in ("running", "stopped_early", "pruned")
-        if first:
-            best = leave_results(run, module, trainer.global_step, model.n_params, encoded.documents)
+        trainer = make_trainer(config, processes, loggers, parts.all, run.path)
+        for logger in ours:
+            logger.watch_module(module, config.log_interval)
+        status = _train(trainer, module, data, resuming)
+        if status == "done" and parts.pruning and parts.pruning.pruned:
+            status = "pruned"
+        best = math.nan
+        if processes.first:
+            best = leave_results(run, status, parts.stopped_early(trainer), trainer, parts.throughput)
     finally:
-        if first:
-            close_loggers(loggers, succeeded)
-    if module.state.status == "interrupted":
-        raise Interrupted(interruption.signal or signal.SIGTERM)
+        for logger in ours:
+            logger.close(succeeded=status in ("done", "pruned"))
+    if status == "interrupted":
+        raise Interrupted(parts.interruption.signal or signal.SIGTERM)
     return best
 
 
-def load_data(run: Run, config: Config) -> Encoded:
-    """The corpus that the run was begun with, which may be the fallback of the one that it asked for.
+def _train(trainer: Trainer, module: GPTModule, data: CharDataModule, resuming: Path | None) -> Status:
+    """Train, from a checkpoint if there is one, and say how it ended."""
+    try:
+        trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
+        if data.eval_windows is not None:  # so far, only some windows were evaluated
+            trainer.validate(module, data, verbose=False)
+    except Stopped:
+        return "interrupted"
+    except Diverged:
+        return "diverged"
+    except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
+        raise KeyboardInterrupt from stop
+    return "done"
+
+
+def make_trainer(
+    config: Config, processes: Processes, loggers: list[Logger], callbacks: list[Callback], folder: Path
+) -> Trainer:
+    """Lightning's Trainer by the settings.
+
+    Raises:
+        UserError: when it refuses its arguments.
+    """
+    try:
+        return Trainer(**trainer_arguments(config, processes), logger=loggers or False, callbacks=callbacks,
+                       default_root_dir=folder)  # fmt: skip
+    except Exception as error:
+        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def _introduce(run: Run, config: Config, data: CharDataModule, model: LanguageModel, processes: Processes) -> None:
+    """Write what computes into run.json, and say it."""
+    device, share = describe_device(config, processes), train_mode(model.config)
+    run.update(
+        status="running", error=None, device=device, versions=versions(), parameters=model.n_params,
+        train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
+    )  # fmt: skip
+    log.info(
+        "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
+        run.info["data"]["corpus"], f"{len(data.encoded.ids):,}", processes.world_size, device["name"],
+        device["precision"],
+    )  # fmt: skip
+    if share.looks_ahead:
+        log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
+                    config.model.label)  # fmt: skip
+
+
+def _loggers(run: Run, config: Config) -> list[Logger]:
+    """metrics.csv, and the loggers of the configuration."""
+    loggers: list[Logger] = [MetricsCSV(run.metrics_path)]
+    for name, entry in config.logger.items():
+        ours = entry["_target_"] == f"{WandbLogger.__module__}.{WandbLogger.__name__}"
+        arguments = entry | (_wandb_options(run, config, entry) if ours else {})
+        logger = build(f"logger.{name}", arguments, save_dir=run.path, run_name=run.info["name"])
+        logger.log_hyperparams(config.essence())
+        loggers.append(logger)
+    return loggers
+
+
+def _callbacks(
+    run: Run, config: Config, processes: Processes, data: CharDataModule, module: GPTModule,
+    watch: Watch | None, quiet: bool,
+) -> "Parts":  # fmt: skip
+    monitor = "val/loss" if config.eval_windows is None else "val/loss_windows"
+    interval = config.checkpoint_interval or config.eval_interval
+    throughput = Throughput(module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size))
+    checkpoints = RunCheckpoints(run, monitor, interval)
+    interruption = Interruption(checkpoints)
+    more: list[Callback] = [build(f"callbacks.{name}", entry) for name, entry in config.callbacks.items()]
+    if config.early_stop_patience:
+        more.append(EarlyStopping(monitor, patience=config.early_stop_patience))
+    pruning = Pruning(watch, monitor) if watch else None
+    sampler = _sampler(module.model, config, data.encoded.tokenizer, data.encoded.documents)
+    bars = any(isinstance(callback, ProgressBar) for callback in more) or config.trainer.enable_progress_bar is False
+    loss = "loss that sees later tokens" if run.sees_later_tokens else "loss"
+    ours = [
+        Evaluations(),
+        *([Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []),
+        throughput,
+        Divergence(monitor, interval),
+        *([Samples(run, sampler)] if sampler else []),
+        *([] if bars else [ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet))]),
+        *([pruning] if pruning else []),
+        RunFiles(run, config.fingerprint()),
+    ]
+    return Parts([*ours, *more, checkpoints, interruption], throughput, interruption, pruning)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The callbacks of a run, and those among them that are asked afterwards."""
+
+    all: list[Callback]
+    throughput: Throughput
+    interruption: Interruption
+    pruning: Pruning | None
+
+    def stopped_early(self, trainer: Trainer) -> bool:
+        """Whether early stopping ended the run before its last step."""
+        stops = any(isinstance(c, EarlyStopping) and c.exhausted for c in self.all)
+        return stops and trainer.global_step < trainer.max_steps
+
+
+def _wandb_options(run: Run, config: Config, entry: dict[str, Any]) -> dict[str, Any]:
+    """What a run adds to the settings of its W&B run; the id stays, so that a resumed run goes on in the same one."""
+    info = run.info
+    given = os.environ.get("WANDB_RUN_ID") if info["group"] is None else None  # a W&B agent's: it watches this run
+    identity = info.get("wandb_id") or given or uuid.uuid4().hex[:12]
+    if rank_zero_only.rank == 0:
+        run.update(wandb_id=identity)
+    groups = (entry.get("group"), info["group"], os.environ.get("WANDB_RUN_GROUP"), os.environ.get("WANDB_SWEEP_ID"))
+    return {
+        "name": info["name"], "id": identity, "group": next(filter(None, groups), None),
+        "tags": [*config.model.tags, info["data"]["corpus"], *entry.get("tags", [])],
+    }  # fmt: skip
+
+
+def load_data(run: Run, config: Config) -> CharDataModule:
+    """The data of the corpus that the run was begun with, which may be the fallback of the one that it asked for.
 
     Raises:
         UserError: when that corpus is gone or has changed.
@@ -160,10 +236,19 @@ def load_data(run: Run, config: Config) -> Encoded:
     settings = replace(config.data, name=known["corpus"], documents=known["documents"], offline_fallback=None)
     if settings.name == "file":
         settings = replace(settings, path=known["path"])
-    encoded = encode_corpus(find_corpus(settings), settings)
-    if encoded.fingerprint != run.info["fingerprints"]["data"]:
+    data = CharDataModule(
+        settings,
+        block_size=config.model.block_size,
+        batch_size=config.batch_size,
+        accumulate=config.gradient_accumulation_steps,
+        eval_batch_size=config.eval_batch_size,
+        eval_windows=config.eval_windows,
+        seed=config.seed,
+    )
+    data.setup()
+    if data.encoded.fingerprint != run.info["fingerprints"]["data"]:
         raise UserError(f"resume={run.path}: {known['path']} has changed since the run began")
-    return encoded
+    return data
 
 
 def _sampler(
@@ -195,13 +280,14 @@ def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
 
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
+    """The last checkpoint; None for a run that has none, or only that of the untrained model, which begins anew."""
     last = run.checkpoint("last")
     if not last.exists() and not run.info.get("resumable"):
-        return None  # new, or stopped before its first checkpoint
+        return None
     checkpoint = read_checkpoint(last, f"resume={run.path}")
-    if checkpoint["gptexp"]["config"] != config.fingerprint():
+    if checkpoint["gptexp"]["config"] not in run.fingerprints:
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
-    return last
+    return last if checkpoint["global_step"] else None
 
 
 @contextmanager
@@ -252,22 +338,17 @@ def _try_to_finish(run: Run, error: BaseException) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _lightning_silenced() -> Iterator[None]:
     """Keep Lightning's remarks off the terminal; they concern settings that the user never made."""
-    import warnings
-
-    logger = logging.getLogger("lightning.pytorch")
-    propagate, level = logger.propagate, logger.level
-    handlers = logger.handlers[:]
-    logger.propagate, logger.handlers = False, [logging.NullHandler()]
-    fabric = logging.getLogger("lightning.fabric")
-    fabric_handlers = fabric.handlers[:]
-    fabric.handlers, fabric.propagate = [logging.NullHandler()], False
+    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
+    before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
+    for logger in loggers:
+        logger.propagate, logger.handlers = False, [logging.NullHandler()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", module="torch")
         try:
             yield
         finally:
-            logger.propagate, logger.handlers, logger.level = propagate, handlers, level
-            fabric.handlers, fabric.propagate = fabric_handlers, True
+            for logger, (propagate, handlers) in zip(loggers, before, strict=True):
+                logger.propagate, logger.handlers = propagate, handlers

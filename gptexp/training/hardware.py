@@ -1,16 +1,20 @@
-"""Turns the hardware settings into a Trainer's arguments, and says what the machine is."""
+"""Turns the settings into a Trainer's arguments, and says what the machine is."""
 
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.nn import functional as F
 
 from gptexp.config import Config
 from gptexp.errors import UserError
+from gptexp.training.callbacks.checkpoints import DurableCheckpointIO
 from gptexp.training.kernels import prepare_kernels
-from gptexp.training.settings import HardwareConfig, check_batch
+from gptexp.training.processes import Processes
+from gptexp.training.settings import HardwareConfig
 
 
 def accelerator(config: HardwareConfig) -> str:
@@ -35,7 +39,7 @@ def accelerator(config: HardwareConfig) -> str:
 
 
 def device_count(config: Config) -> int:
-    """Number of processes, one a device.
+    """Number of processes on this machine, one per device.
 
     Raises:
         UserError: when the machine has fewer devices, or the batch cannot be shared out among them.
@@ -53,9 +57,6 @@ def device_count(config: Config) -> int:
         count = hardware.devices
         if there is not None and count > there:
             raise UserError(f"hardware.devices={count}: this machine has {there}")
-    problems = check_batch(config.batch_size, count, config.gradient_accumulation_steps)
-    if problems:
-        raise UserError(problems)
     return count
 
 
@@ -74,35 +75,41 @@ def precision(config: HardwareConfig) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
-def trainer_arguments(config: Config, devices: int) -> dict[str, Any]:
-    """The hardware part of `Trainer`'s arguments."""
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer that the settings stand for.
 
-    from gptexp.training.lean import NoProfiler
-
+    Args:
+        config: every setting.
+        processes: that train together.
+    """
     hardware, kind = config.hardware, accelerator(config.hardware)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()  # by an earlier run of this process
     strategy: Any = "auto"
-    if devices > 1:
+    if processes.world_size > 1 or hardware.strategy == "fsdp":
         if hardware.strategy == "fsdp":
-            strategy = FSDPStrategy(state_dict_type="full", cpu_offload=False)
+            strategy = FSDPStrategy(state_dict_type="sharded")
         else:
             # Norms share their statistics themselves, so no buffer needs to be sent around.
-            strategy = DDPStrategy(
-                process_group_backend="nccl" if kind == "cuda" else "gloo",
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    further = {k: v for k, v in asdict(config.trainer).items() if v is not None}
     return {
         "accelerator": "gpu" if kind == "cuda" else kind,
-        "devices": devices,
+        "devices": processes.per_node,
+        "num_nodes": processes.nodes,
         "strategy": strategy,
         "precision": precision(hardware),
-        # None where it is so already: to be told, torch imports its compiler.
-        "deterministic": (hardware.deterministic and kind == "cuda") or (False if was_deterministic else None),
-        "plugins": [LightningEnvironment()],
-        "profiler": NoProfiler(),
+        "deterministic": hardware.deterministic and kind == "cuda",
+        "plugins": [processes.environment, DurableCheckpointIO()],
+        "max_steps": config.max_steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": config.gradient_accumulation_steps,
+        "gradient_clip_val": config.grad_clip or None,
+        "log_every_n_steps": config.log_interval,
+        "val_check_interval": config.eval_interval * config.gradient_accumulation_steps,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **further,
     }
 
 
@@ -129,14 +136,21 @@ def peak_flops(config: Config, devices: int) -> float:
     return 2 * size**3 / best * devices
 
 
-def describe_device(config: Config, devices: int) -> dict[str, Any]:
+def thread_count(config: Config, processes: Processes, before: int | None = None) -> int:
+    """The number of CPU threads that the settings mean."""
+    threads = config.hardware.threads
+    return threads if isinstance(threads, int) else before or torch.get_num_threads()
+
+
+def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
     """What run.json says of the machine."""
     kind = accelerator(config.hardware)
     name = torch.cuda.get_device_name(0) if kind == "cuda" else processor()
     return {
         "accelerator": kind,
         "name": name,
-        "devices": devices,
+        "devices": processes.world_size,
+        "nodes": processes.nodes,
         "precision": precision(config.hardware),
         "threads": torch.get_num_threads(),
         "fast_mkl": prepare_kernels(config.hardware.fast_mkl),

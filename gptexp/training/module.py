@@ -1,179 +1,164 @@
-"""The LightningModule: a model, its loss, its optimizer, and all that a checkpoint must hold."""
+"""The LightningModule: a model, its loss, its optimizer and its learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from gptexp.config import Config
+from gptexp.config import read_section
 from gptexp.data.batches import draw
 from gptexp.data.datamodule import Batch
 from gptexp.models.language_model import LanguageModel
+from gptexp.models.settings import ModelConfig, build_model
 from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.optimizers import build_optimizer
-from gptexp.training.schedules import learning_rate
+from gptexp.training.schedules import lr_factor
+from gptexp.training.settings import OptimizerConfig, ScheduleConfig
 
-CLIP_MARGIN = 1e-6  # that torch adds to a norm before it divides by it
 DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 
 
-@dataclass
-class TrainState:
-    """What a run has done so far; travels in the checkpoint.
-
-    Attributes:
-        status: "running", until something else stops the run.
-        tokens: training targets seen, over all devices.
-        seconds: of training, without evaluation and checkpoints.
-        eval_seconds: of evaluation and sampling.
-        best_loss: lowest validation loss of an evaluation, in nats a token.
-        best_step: its step.
-        since_best: evaluations since then.
-        metrics_size: bytes of metrics.csv at the checkpoint.
-        samples_size: bytes of samples.txt at the checkpoint.
-        diagnostics_size: bytes of diagnostics.csv at the checkpoint.
-    """
-
-    status: str = "running"
-    tokens: int = 0
-    seconds: float = 0.0
-    eval_seconds: float = 0.0
-    best_loss: float = math.inf
-    best_step: int = 0
-    since_best: int = 0
-    metrics_size: int = 0
-    samples_size: int = 0
-    diagnostics_size: int = 0
-
-
 class GPTModule(LightningModule):
-    """Trains a model that maps ids (N, L) to logits (N, L, V).
+    """Trains a language model with any Trainer; `GPTModule.load_from_checkpoint(path)` gives it back.
+
+    In training it logs `train/loss` (nats per token, the mean over the optimizer step), `grad_norm` (before clipping)
+    and `learning_rate`; in validation `val/loss`, `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows`
+    alone where a batch says that it is not of the whole split. With both goes `step`, the number of optimizer steps
+    done, which Lightning gives to loggers as the step.
 
     Args:
-        model: the network; called as model(ids, mask).
-        config: the run's configuration.
+        model: settings of the model: a mapping such as `{"norm": "rmsnorm", "n_layer": 2, "vocab_size": 65}`, or one of
+            `gptexp.models.settings`.
+        optimizer: settings of the optimizer, in the same way, such as `{"name": "adamw", "learning_rate": 1e-3}`.
+        schedule: settings of the learning rate, in the same way, such as `{"name": "cosine", "warmup_steps": 100}`.
+        seed: of the initial weights and of dropout.
         chars_per_token: of the validation split, for bits per character.
+
+    Attributes:
+        model: the network, called as model(ids, mask).
+        grad_norm: of the last optimizer step, before clipping.
+
+    Raises:
+        UserError: with one line for every mistake in the settings.
     """
 
-    # No functions: Lightning then passes over these hooks of a step.
-    on_before_zero_grad: Any = None
-    on_before_backward: Any = None
-    on_after_backward: Any = None
-    on_before_optimizer_step: Any = None
-    on_train_batch_end: Any = None
-
-    def __init__(self, model: LanguageModel, config: Config, chars_per_token: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig | Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+        schedule: ScheduleConfig | Mapping[str, Any] | None = None,
+        *,
+        seed: int = 1337,
+        chars_per_token: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.config = model, config
-        self.state = TrainState()
-        self.chars_per_token = chars_per_token
-        self.weights = list(model.parameters())  # to gather them anew would be some hundredths of a small step
-        self.penalised: list[Any] = [m for m in model.modules() if hasattr(m, "penalty")]
-        self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}
-        self.step_loss = torch.zeros(())  # the mean loss of the current step's micro-batches
-        self.grad_norm = torch.zeros(())  # before clipping
-        self.learning_rate = 0.0
-        self._micro_batch = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's, but for the name of the current hook, which Lightning notes dozens of times a step."""
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+        network: ModelConfig = read_section("model", model)
+        self.optimizer_config: OptimizerConfig = read_section("optimizer", optimizer)
+        self.schedule_config: ScheduleConfig = read_section("schedule", schedule)
+        sections = {"model": network, "optimizer": self.optimizer_config, "schedule": self.schedule_config}
+        plain = {name: asdict(section) for name, section in sections.items()}
+        self.save_hyperparameters({**plain, "seed": seed, "chars_per_token": chars_per_token}, logger=False)
+        self.seed = seed
+        self.learning_rate = self.optimizer_config.learning_rate  # the peak; `lr_find` changes it
+        self.model: LanguageModel = build_model(network, seed)
+        self.val_metrics = LanguageModelMetrics(chars_per_token)
+        self.penalized: list[Any] = [m for m in self.model.modules() if hasattr(m, "penalty")]
+        self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}  # a sharded one hides its shape
+        self.weights = list(self.parameters())
+        self.grad_norm = torch.zeros(())
+        self._step_loss = torch.zeros(())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (N, L, V) of ids (N, L)."""
         logits: Tensor = self.model(ids, mask)
         return logits
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout's random numbers, and the learning rate, are functions of the seed and the step alone."""
-        first = self._micro_batch % self.config.gradient_accumulation_steps == 0
-        self._micro_batch = 0 if first else self._micro_batch
-        stream = DROPOUT_STREAM + (self.global_rank << 32) + self._micro_batch
-        _seed_dropout(int(draw(self.config.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
-        if first:
-            c = self.config
-            self.learning_rate = learning_rate(c.schedule, c.optimizer.learning_rate, self.global_step, c.max_steps)
-            for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
-                group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
+    def setup(self, stage: str) -> None:
+        """Sum up losses in float32 where the device has no float64."""
+        if self.trainer.strategy.root_device.type == "mps":
+            self.val_metrics = LanguageModelMetrics(self.val_metrics.chars_per_token, wide=False)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """The batch on the device; on the CPU it is there, and Lightning need not look through it."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout's random numbers a function of the seed and the step alone."""
+        stream = DROPOUT_STREAM + (self.global_rank << 32) + batch_idx % self.trainer.accumulate_grad_batches
+        _seed_dropout(int(draw(self.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The micro-batch's loss: nats a token, weighted so that the mean over micro-batches and ranks is exact.
+        """The micro-batch's loss: nats per token, weighted so that the mean over micro-batches and ranks is exact.
 
-        What is returned to be minimised has the penalties of regularised norms in it; the reported loss has not.
+        What is returned to be minimized includes the penalties of regularized norms; the logged loss does not.
         """
-        loss = summed_loss(self.model(batch.x, batch.mask), batch.y) / batch.tokens
-        share = loss.detach() / self.config.gradient_accumulation_steps
-        self.step_loss = share if self._micro_batch == 0 else self.step_loss + share
-        self._micro_batch += 1
-        return loss + sum(norm.penalty for norm in self.penalised) if self.penalised else loss
+        loss = summed_loss(self(batch.x, batch.mask), batch.y) / batch.tokens
+        micro_batches = self.trainer.accumulate_grad_batches
+        place, share = batch_idx % micro_batches, loss.detach() / micro_batches
+        self._step_loss = share if place == 0 else self._step_loss + share
+        if place == micro_batches - 1:
+            self.log("train/loss", self._step_loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+            self.log("learning_rate", self._exact(self.trainer.optimizers[0].param_groups[0]["lr"]))
+            self.log("step", float(self.global_step + 1))
+        return loss + sum(norm.penalty for norm in self.penalized) if self.penalized else loss
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Measure the gradient's norm and scale it down to `grad_clip`."""
-        limit = self.config.grad_clip or math.inf
-        wrapped: Any = self.trainer.strategy.model
-        if hasattr(wrapped, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
-            self.grad_norm = wrapped.clip_grad_norm_(limit)
-            return
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
-        # Elsewhere a look at the norm would wait for the device, and to scale by 1 is cheaper than that.
-        if limit < math.inf and (self.device.type != "cpu" or not limit / (self.grad_norm + CLIP_MARGIN) >= 1):
-            nn.utils.clip_grads_with_norm_(self.weights, limit, self.grad_norm)
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the gradient's norm, then clip as the Trainer's arguments say."""
+        sharded: Any = self.trainer.strategy.model
+        if hasattr(sharded, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
+            self.grad_norm = sharded.clip_grad_norm_(gradient_clip_val or math.inf)
+        else:
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            elif gradient_clip_val:
+                nn.utils.clip_grads_with_norm_(self.weights, gradient_clip_val, self.grad_norm)
+        self.log("grad_norm", self.grad_norm)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The configured optimizer; the learning rate is set at every step, so no scheduler is needed."""
-        # A fused step under a loss scaler would skip the unscaling that clipping needs.
-        fused = self.trainer.precision != "16-mixed"
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count a batch's losses and hits; padding enters none of them."""
+        self.val_metrics.update(self(batch.x), batch.y)
+        self._whole = batch.whole
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all batches and all ranks."""
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        shown = {f"val/{k}": v for k, v in values.items()} if self._whole else {"val/loss_windows": values["loss"]}
+        self.log_dict({name: self._exact(value) for name, value in shown.items()})
+        self.log("step", float(self.global_step))
+
+    def _exact(self, value: float) -> Tensor:
+        """A number in float64, where the device has it: Lightning makes float32 of plain ones."""
+        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The configured optimizer, and a scheduler that moves its learning rates at every step."""
+        fused = self.trainer.precision != "16-mixed"  # a fused step would skip the unscaling that clipping needs
         hidden = {f"model.{name}": parts for name, parts in self.model.hidden_matrices.items()}
-        return build_optimizer(self.config.optimizer, self.named_parameters(), self.matrices, hidden, fused)
+        optimizer = build_optimizer(
+            self.optimizer_config, self.named_parameters(), self.matrices, hidden, fused, self.learning_rate
+        )
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_config, step, int(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Every rank holds all weights in here, also of a model that is shared out among ranks."""
-        wrapped = self.trainer.strategy.model
-        if self.config.hardware.strategy == "fsdp":
-            from torch.distributed.fsdp import FullyShardedDataParallel  # here, because it takes a second to import
-
-            if isinstance(wrapped, FullyShardedDataParallel):  # a single device shares nothing out
-                with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-                    yield
-                return
-        yield
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss, perplexity, accuracy and bpc over batches, in evaluation mode, summed over all ranks."""
-        was_training = self.training
-        metrics = LanguageModelMetrics(self.chars_per_token, wide=self.device.type != "mps").to(self.device)
-        self.eval()
-        with self.whole_weights():
-            for batch in batches:
-                on_device = self.trainer.strategy.batch_to_device(batch)
-                with self.trainer.precision_plugin.forward_context():
-                    metrics.update(self.model(on_device.x), on_device.y)
-        self.train(was_training)
-        return metrics.compute()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the run's progress and identity."""
-        checkpoint["gptexp"] = {"state": asdict(self.state), "config": self.config.fingerprint()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the run's progress."""
-        self.state = TrainState(**checkpoint["gptexp"]["state"])
-        if self.state.status == "interrupted":
-            self.state.status = "running"
+        """Every rank holds all weights in here, also those of a model that is sharded among ranks."""
+        sharded: Any = self.trainer.strategy.model
+        if hasattr(sharded, "summon_full_params"):
+            with sharded.summon_full_params(sharded, writeback=False):
+                yield
+        else:
+            yield
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:

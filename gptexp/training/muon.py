@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
-
-from gptexp.training.uncompiled import Optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

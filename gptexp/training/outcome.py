@@ -3,65 +3,61 @@
 import logging
 import math
 import platform
-from typing import Any
+from pathlib import Path
 
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 
+from gptexp.loggers.media import log_figure, log_summary
 from gptexp.records import read_diagnostics, read_metrics, read_samples
-from gptexp.runs import Run
-from gptexp.training.loggers import summarise
-from gptexp.training.module import GPTModule
+from gptexp.runs import Run, Status
+from gptexp.training.callbacks.throughput import Throughput
 
 log = logging.getLogger("gptexp")
 
 
-def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documents: bool) -> float:
-    """Write result.json, the picture and the final status, and say how the run ended.
+def leave_results(run: Run, status: Status, stopped_early: bool, trainer: Trainer, counts: Throughput) -> float:
+    """Write result.json, the pictures and the final status, and say how the run ended.
 
     Args:
         run: the run's directory.
-        module: after training.
-        step: optimizer steps done.
-        n_params: trainable parameters.
-        documents: whether the corpus is one of documents, which need no prompt.
+        status: how it ended.
+        stopped_early: whether early stopping ended it.
+        trainer: after training; its loggers get a summary and the pictures.
+        counts: tokens and times.
 
     Returns:
-        the lowest loss over the whole validation split, in nats a token; nan if there is none.
+        the lowest loss over the whole validation split, in nats per token; nan if there is none.
     """
-    state = module.state
-    status: Any = {"running": "done", "stopped_early": "done"}.get(state.status, state.status)
-    rows = read_metrics(run.metrics_path)
+    step = trainer.global_step
+    rows = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
     best = min(evaluations, key=lambda r: r["val/loss"], default={"val/loss": math.nan, "step": math.nan})
+    parameters = run.info["parameters"]
     result = {
         "status": status,
-        "stopped_early": state.status == "stopped_early",
+        "stopped_early": stopped_early,
         "step": step,
         "best_val_loss": best["val/loss"] if evaluations else None,
         "best_step": int(best["step"]) if evaluations else None,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
-        "parameters": n_params,
-        "tokens": state.tokens,
-        "seconds": state.seconds,
-        "eval_seconds": state.eval_seconds,
-        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+        "parameters": parameters,
+        "tokens": counts.tokens,
+        "seconds": counts.seconds,
+        "eval_seconds": counts.eval_seconds,
+        "tokens_per_second": counts.tokens / max(counts.seconds, 1e-9),
     }
     run.write_result(result)
     seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}
-    summarise(module.trainer.loggers, {"status": status, "parameters": n_params, **seen})
+    pictures = _draw(run, rows)
+    for logger in trainer.loggers:
+        log_summary(logger, {"status": status, "parameters": parameters, **seen})
+        for path in pictures:
+            log_figure(logger, path, step)
     run.finish(status)
-    try:
-        from gptexp.analysis.layers import plot_diagnostics  # here, because matplotlib is slow to import
-        from gptexp.analysis.plots import plot_curves
-
-        plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
-        if module.config.diagnostics_interval:
-            plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)
-    except Exception as error:  # the run is whole without its pictures
-        log.warning("%s: no picture (%s)", run.path, error)
     match status:
         case "interrupted":
             log.info("interrupted at step %d and saved; go on with: python -m gptexp.train resume=%s", step, run.path)
@@ -71,15 +67,33 @@ def leave_results(run: Run, module: GPTModule, step: int, n_params: int, documen
             kept = run.checkpoint("last").exists() or run.checkpoint("best").exists()
             log.warning("diverged at step %d: the loss or its gradient is no longer finite%s", step,
                         "; the checkpoints before it are kept" if kept else "")  # fmt: skip
+        case _ if not evaluations:
+            log.info("done · nothing was evaluated · %.0f s of training", counts.seconds)
         case _:
             log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
-                     best["val/loss"], best["step"], state.seconds, state.eval_seconds)  # fmt: skip
+                     best["val/loss"], best["step"], counts.seconds, counts.eval_seconds)  # fmt: skip
             _show_sample(run)
-            prompt = "" if documents else ' prompt="The "'
+            prompt = "" if run.info["data"]["documents"] else ' prompt="The "'
             log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
     if run.heat_maps_path.exists():
         log.info("picture: %s", run.heat_maps_path)
     return best["val/loss"]
+
+
+def _draw(run: Run, rows: list[dict[str, float]]) -> list[Path]:
+    """Draw the curves, and the measurements of layers if there are any; returns the pictures."""
+    try:
+        from gptexp.analysis.layers import plot_diagnostics  # here, because matplotlib is slow to import
+        from gptexp.analysis.plots import plot_curves
+
+        plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
+        if not run.config.diagnostics_interval:
+            return [run.curves_path]
+        plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)
+        return [run.curves_path, run.heat_maps_path]
+    except Exception as error:  # the run is whole without its pictures
+        log.warning("%s: no picture (%s)", run.path, error)
+        return []
 
 
 def _show_sample(run: Run) -> None:

@@ -5,19 +5,18 @@ import math
 from gptexp.training.settings import CosineConfig, LinearConfig, ScheduleConfig, WSDConfig
 
 
-def learning_rate(config: ScheduleConfig, peak: float, step: int, max_steps: int) -> float:
-    """The learning rate of a step.
+def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
+    """The learning rate of a step as a fraction of the peak.
 
-    Warm-up climbs in a line and reaches the peak at step `warmup_steps`: peak * (step + 1) / (warmup_steps + 1).
+    Warmup climbs in a straight line and reaches the peak at step `warmup_steps`: (step + 1) / (warmup_steps + 1).
 
     Args:
         config: the schedule.
-        peak: the highest learning rate.
         step: optimizer steps already done; the first step is 0.
         max_steps: steps of the whole run.
     """
     if step < config.warmup_steps:
-        return peak * (step + 1) / (config.warmup_steps + 1)
+        return (step + 1) / (config.warmup_steps + 1)
     match config:
         case CosineConfig() | LinearConfig():
             end = config.decay_steps or max_steps
@@ -27,5 +26,5 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, max_steps: int
             decay = max(1, round(max_steps * config.decay_fraction))
             left = min(1.0, (max_steps - step) / decay)
         case _:
-            return peak
-    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+            return 1.0
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, left)

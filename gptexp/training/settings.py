@@ -1,6 +1,6 @@
-"""The settings of optimizers, schedules, hardware and loggers. Nothing here imports torch."""
+"""The settings of optimizers, schedules, hardware and the Trainer. Nothing here imports torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -99,8 +99,12 @@ class HardwareConfig:
 
     Attributes:
         accelerator: "auto" takes a GPU if there is one.
-        devices: processes, one a device; "auto" is all GPUs, or one CPU process.
+        devices: processes on each machine, one per device; "auto" is all GPUs, or one CPU process. Where torchrun or
+            Slurm starts the processes, their number counts instead.
+        num_nodes: machines.
         strategy: how several devices share the work.
+        cluster: who starts the processes of several devices: "auto" is torchrun if it started this command, else this
+            command itself; "slurm" is srun.
         precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
         compile: compile the model with torch.compile; "graphs" also has a GPU repeat its work as CUDA graphs, which
             spares a small model the time of starting each kernel.
@@ -112,7 +116,9 @@ class HardwareConfig:
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: Annotated[int, Ge(1)] | Literal["auto"] = 1
+    num_nodes: Annotated[int, Ge(1)] = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    cluster: Literal["auto", "slurm"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
     compile: bool | Literal["graphs"] = False
     threads: Annotated[int, Ge(1)] | Literal["auto"] | None = "auto"
@@ -136,36 +142,73 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class WandbConfig:
-    """Weights & Biases. mode "auto" is online where an API key is configured and offline elsewhere."""
+class TrainerConfig:
+    """The arguments of Lightning's Trainer by their own names; null leaves each to the setting in `SHORT`, or to it.
 
-    name: Literal["wandb"] = "wandb"
-    project: str = "gptexp"
-    entity: str | None = None
-    mode: Literal["auto", "online", "offline"] = "auto"
-    group: str | None = None
-    job_type: str = "train"
-    tags: list[str] = field(default_factory=list)
-    notes: str | None = None
+    Not here are those that take objects, which have groups of their own (`callbacks`, `logger`), and `plugins` and
+    `default_root_dir`, which belong to the run.
+    """
+
+    accelerator: str | None = None
+    strategy: str | None = None
+    devices: int | str | None = None
+    num_nodes: int | None = None
+    precision: int | str | None = None
+    fast_dev_run: bool | int | None = None
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    max_steps: int | None = None
+    min_steps: int | None = None
+    max_time: str | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    limit_test_batches: int | float | None = None
+    limit_predict_batches: int | float | None = None
+    overfit_batches: int | float | None = None
+    val_check_interval: int | None = None
+    check_val_every_n_epoch: int | None = None
+    num_sanity_val_steps: int | None = None
+    log_every_n_steps: int | None = None
+    enable_checkpointing: bool | None = None
+    enable_progress_bar: bool | None = None
+    enable_model_summary: bool | None = None
+    accumulate_grad_batches: int | None = None
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    deterministic: bool | None = None
+    benchmark: bool | None = None
+    inference_mode: bool | None = None
+    use_distributed_sampler: bool | None = None
+    profiler: Literal["simple", "advanced", "pytorch", "xla"] | None = None
+    detect_anomaly: bool | None = None
+    barebones: bool | None = None
+    sync_batchnorm: bool | None = None
+    reload_dataloaders_every_n_epochs: int | None = None
+    enable_autolog_hparams: bool | None = None
+    model_registry: str | None = None
 
 
-@dataclass(frozen=True)
-class TensorBoardConfig:
-    """TensorBoard event files in the run directory."""
+SHORT = {
+    "max_steps": "max_steps",
+    "gradient_clip_val": "grad_clip",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "val_check_interval": "eval_interval",
+    "log_every_n_steps": "log_interval",
+    "accelerator": "hardware.accelerator",
+    "devices": "hardware.devices",
+    "num_nodes": "hardware.num_nodes",
+    "strategy": "hardware.strategy",
+    "precision": "hardware.precision",
+    "deterministic": "hardware.deterministic",
+}
+"""Arguments of the Trainer that have a shorter name here. Both names set the same setting, so only one may be used."""
 
-    name: Literal["tensorboard"] = "tensorboard"
-
-
-@dataclass(frozen=True)
-class NoLoggerConfig:
-    """metrics.csv alone, which every run has."""
-
-    name: Literal["none"] = "none"
+OBSERVING = ("profiler", "detect_anomaly", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams")
+"""Arguments of the Trainer that change no result."""
 
 
 OptimizerConfig = AdamWConfig | SGDConfig | MuonConfig
 ScheduleConfig = ConstantConfig | LinearConfig | CosineConfig | WSDConfig
-LoggerConfig = WandbConfig | TensorBoardConfig | NoLoggerConfig
 
 
 def check_hardware(config: HardwareConfig, batch_size: int, accumulation: int) -> list[str]:

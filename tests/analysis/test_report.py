@@ -19,7 +19,7 @@ from gptexp.analysis.figures import COLOURS, band, chosen, draw
 from gptexp.analysis.report import write_report
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import all_tables, latex, markdown, pareto_front, reach, readable, speed_table
-from gptexp.records import Metrics, append_sample
+from gptexp.records import Table, append_sample
 from tests.analysis.conftest import Write
 
 Build = Callable[..., Study]
@@ -43,7 +43,7 @@ def grid(write: Write, study: Build) -> Callable[[], Study]:
                             status="diverged" if lost else "done",
                         )  # fmt: skip
                         append_sample(run.samples_path, 3, f"<script>alert({seed})</script> & so")
-                        rows = Metrics(run.diagnostics_path, None, ["step", "layer", "quantity", "value"])
+                        rows = Table(run.diagnostics_path, ["step", "layer", "quantity", "value"])
                         for step in (0, 3):
                             for layer in ("blocks.0", "blocks.1"):
                                 rows.append({"step": step, "layer": layer, "quantity": "grad_norm", "value": 0.5 + n})

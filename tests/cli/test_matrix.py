@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gptexp.training.callbacks.recorder import Recorder
 
 from gptexp import sample
 from gptexp.config import load_config, read_config
@@ -16,7 +17,6 @@ from gptexp.overrides import compose_config
 from gptexp.runs import Run
 from gptexp.sample import load_model
 from gptexp.train import start, train
-from gptexp.training.callbacks.recorder import Recorder
 from tests.conftest import TINY, timeless
 from tests.models.test_causality import VERDICTS
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gptexp.training.callbacks.recorder import Recorder
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gptexp.runs import Run
 from gptexp.search import space
-from gptexp.training.callbacks.recorder import Recorder
 from tests.conftest import TINY, finish, spawn
 
 optuna = pytest.importorskip("optuna")

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gptexp.training.callbacks.recorder import Recorder
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, open_dict
 
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
-from gptexp.training.callbacks.recorder import Recorder
 from hydra_plugins.hydra_gptexp import grid
 from tests.conftest import TINY, runs_of
 

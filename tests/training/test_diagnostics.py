@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gptexp.training.callbacks.recorder import Recorder
 from torch import Tensor, nn
 
 from gptexp.analysis.layers import plot_diagnostics
@@ -22,7 +23,6 @@ from gptexp.records import Measurement, read_diagnostics, read_metrics
 from gptexp.runs import Run
 from gptexp.train import start, train
 from gptexp.training.callbacks.diagnostics import Values, watch
-from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.fit import load_data
 from tests.cli.wandb_file import read_run
 from tests.conftest import timeless

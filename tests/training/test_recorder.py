@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gptexp.training.callbacks.recorder import Recorder
 
 from gptexp.errors import RunFailed
 from gptexp.records import read_metrics
@@ -15,7 +16,6 @@ from gptexp.runs import Run
 from gptexp.sample import load_model
 from gptexp.train import start
 from gptexp.training.callbacks import recorder
-from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.module import GPTModule
 from tests.conftest import TINY, timeless
 

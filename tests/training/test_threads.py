@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from gptexp.training.callbacks.recorder import Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptexp.runs import Run
 from gptexp.training import threads
-from gptexp.training.callbacks.recorder import Recorder
 from gptexp.training.threads import WORTH, fewest
 from tests.conftest import TINY, timeless
 

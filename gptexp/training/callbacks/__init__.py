@@ -1,1 +1,1 @@
-"""What happens around a training step: recording, evaluation, checkpoints, stopping, the progress bar."""
+"""Callbacks: what a run records, saves and shows, and what stops it."""

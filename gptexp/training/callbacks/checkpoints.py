@@ -1,131 +1,131 @@
-"""Saves checkpoints/last and checkpoints/best, and turns Ctrl-C and SIGTERM into a clean, resumable stop."""
+"""Saves checkpoints/last and checkpoints/best, and the length of the files that belong to them."""
 
 import os
-import shutil
-import signal
-import threading
 from contextlib import suppress
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from gptexp.config import Config
+from gptexp.records import cut
 from gptexp.runs import Run
-from gptexp.training.callbacks.recorder import Recorder
-from gptexp.training.lean import LeanCallback
-from gptexp.training.module import GPTModule
+from gptexp.training.callbacks.evaluations import evaluation_due
+from gptexp.training.callbacks.throughput import flush
 
 
-class Checkpoints(LeanCallback):
-    """Saves after the recorder has written its row, so a checkpoint and metrics.csv always agree.
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that a crash at any moment leaves the old file or the new one."""
 
-    `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
-    evaluation and writes the same `best` again. A diverged step is never saved. The untrained model is saved, too, so
-    a run has both checkpoints from its first evaluation on, and run.json says so: one that is missing later is lost.
-    """
-
-    def __init__(self, run: Run, config: Config, recorder: Recorder) -> None:
-        self.run, self.recorder = run, recorder
-        self.max_steps = config.max_steps
-        self.interval = config.checkpoint_interval or config.eval_interval
-        self._step = -1
-
-    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Note where the run begins."""
-        self._step = trainer.global_step
-
-    def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Save a new model as it is before its first step."""
-        if trainer.global_step == 0 and module.state.status == "running":
-            self._save(trainer, module, ["best", "last"])
-            if trainer.is_global_zero:
-                self.run.update(resumable=True)
-
-    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
-        """Save what is due after an optimizer step."""
-        step, state = trainer.global_step, module.state
-        if step == self._step or state.status == "diverged":
-            return
-        self._step = step
-        best = state.best_step == step
-        last = step % self.interval == 0 or step == self.max_steps or state.status != "running"
-        if best or last:
-            self._save(trainer, module, [*(["best"] if best else []), *(["last"] if last else [])])
-
-    def _save(self, trainer: Trainer, module: GPTModule, names: list[Any]) -> None:
-        self.recorder.flush(trainer, module)
-        if module.state.status == "diverged":
-            return
-        temporary = self.run.checkpoint("last").with_name(".saving.ckpt")
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the file, and put that in its place once it is on the disk."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.saving")
         try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero:
-                for path in (temporary, *self.run.growing):  # the rows that the checkpoint counts, before it counts
-                    with suppress(FileNotFoundError), path.open("rb") as file:
-                        os.fsync(file.fileno())
-                if len(names) == 2:
-                    copy = temporary.with_name(".copy.ckpt")
-                    shutil.copyfile(temporary, copy)
-                    copy.replace(self.run.checkpoint("best"))
-                temporary.replace(self.run.checkpoint(names[-1]))
-            self.recorder.restart_clock()
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
         except BaseException:
-            if trainer.is_global_zero:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
-class Interruption(LeanCallback):
-    """Lets Ctrl-C and SIGTERM finish the current step, and then stops the run with status "interrupted".
+class RunCheckpoints(ModelCheckpoint):
+    """Keeps best.ckpt, the lowest validation loss, and last.ckpt, from which a run is resumed.
 
-    A second Ctrl-C stops at once, without saving.
+    `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
+    evaluation and writes the same `best` again. The untrained model is saved, too, so a run has both checkpoints from
+    its first evaluation on, and run.json says so: one that is missing later is lost.
 
-    Attributes:
-        signal: the number of the signal that stopped the run, or None.
+    Args:
+        run: whose checkpoints they are.
+        monitor: the metric whose lowest value is the best.
+        interval: optimizer steps between two `last`.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.log_interval, self.max_steps = config.log_interval, config.max_steps
-        self.signal: int | None = None
-        self._step = -1
-        self._previous: dict[int, Any] = {}
+    def __init__(self, run: Run, monitor: str, interval: int) -> None:
+        folder = run.checkpoint("last").parent.absolute()
+        super().__init__(dirpath=folder, filename="best", monitor=monitor, every_n_train_steps=interval,
+                         save_on_train_epoch_end=False)  # fmt: skip
+        self.run, self.interval, self.saved_at = run, interval, -1
 
-    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Take over the signals; Lightning's own SIGTERM handler would stop without saving."""
-        self._step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest loss so far; the paths are known."""
+        return {"best_model_score": self.best_model_score}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number and "GPTEXP_WORKER" not in os.environ:
-            raise KeyboardInterrupt
-        self.signal = number
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the lowest loss of a checkpoint."""
+        self.best_model_score = state_dict["best_model_score"]
+        self.best_model_path, self.last_model_path = (str(self.run.checkpoint(n)) for n in ("best", "last"))
 
-    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
-        """Stop all ranks together after an optimizer step, if any of them got a signal."""
-        if trainer.global_step == self._step:  # between the micro-batches of a step
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save `last` where it is due and no evaluation follows, which would belong to it."""
+        if trainer.global_step % self.interval == 0 and not evaluation_due(trainer):
+            self.save_latest(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due after an evaluation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
-        self._step = trainer.global_step
-        noted = self.signal is not None
-        if trainer.world_size > 1:
-            if self._step % self.log_interval:
-                return
-            noted = trainer.strategy.reduce_boolean_decision(noted, all=False)
-        if noted and module.state.status == "running" and self._step < self.max_steps:
-            module.state.status = "interrupted"
-            trainer.should_stop = True
+        step, loss = trainer.global_step, trainer.callback_metrics[str(self.monitor)]
+        self.current_score = loss
+        if self.best_model_score is None or loss < self.best_model_score:
+            self.best_model_score, self.best_model_path = loss.clone(), str(self.run.checkpoint("best"))
+            trainer.save_checkpoint(self.best_model_path)
+            self._tell(trainer)
+        if step % self.interval == 0 or trainer.should_stop:
+            self.save_latest(trainer)
+        if step == 0 and trainer.is_global_zero:
+            self.run.update(resumable=True)
 
-    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Give the signals back, before Lightning gives back its own."""
-        self._restore()
+    def save_latest(self, trainer: Trainer) -> None:
+        """Save `last`, unless this step's is saved already."""
+        if self.saved_at == trainer.global_step or trainer.fast_dev_run:
+            return
+        self.saved_at, self.last_model_path = trainer.global_step, str(self.run.checkpoint("last"))
+        trainer.save_checkpoint(self.last_model_path)
+        self._tell(trainer)
 
-    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:  # type: ignore[override]
-        """Give the signals back after an error, too."""
-        self._restore()
+    def _tell(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+
+class RunFiles(Callback):
+    """Puts the length of a run's growing files into checkpoints, and cuts them back to it when the run is resumed.
+
+    So they end as an unbroken run's would.
+
+    Args:
+        run: whose files they are.
+        fingerprint: of the configuration that the checkpoint belongs to.
+    """
+
+    def __init__(self, run: Run, fingerprint: str) -> None:
+        self.run, self.fingerprint = run, fingerprint
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the run's identity and the lengths, of what is on the disk for good."""
+        sizes = {}
+        if trainer.is_global_zero:
+            flush(trainer)
+            for path in self.run.growing:
+                with suppress(FileNotFoundError), path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = file.seek(0, os.SEEK_END)
+        checkpoint["gptexp"] = {"config": self.fingerprint, "sizes": sizes}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Cut the files back.
+
+        Raises:
+            UserError: for a file that has lost rows.
+        """
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            for path in self.run.growing:
+                cut(path, checkpoint["gptexp"]["sizes"].get(path.name, 0))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -33,9 +33,8 @@ from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
 from gptexp.models.influence import named_layers
 from gptexp.models.norms import DynamicTanh
-from gptexp.records import Measurement, Metrics
+from gptexp.records import Measurement, Table
 from gptexp.runs import Run
-from gptexp.training.lean import LeanCallback
 from gptexp.training.module import GPTModule
 
 FLAT, FLAT_TANH = 0.05, 0.97
@@ -48,12 +47,11 @@ Values = dict[tuple[str, str], Tensor | float]
 """By layer and quantity; tensors of one number, which are read only once the step is over."""
 
 
-class Diagnostics(LeanCallback):
+class Diagnostics(Callback):
     """Measures before step s, for s = 0 and every `interval` steps, into diagnostics.csv and to the loggers.
 
     Training goes on exactly as it would without: the model is hooked for one forward pass, and the hooks draw no
-    random number and change nothing. Stands before the recorder, which then counts the time of this as training, and
-    before the checkpoints, which then hold the size of a diagnostics.csv with every measurement before them in it.
+    random number and change nothing. Comes before `Throughput`, which then counts the time of this as training.
 
     Args:
         run: where diagnostics.csv is.
@@ -66,16 +64,14 @@ class Diagnostics(LeanCallback):
         self._values: Values = {}
         self._hooks: list[RemovableHandle] = []
         self._before: dict[str, list[Tensor]] = {}  # each layer's parameters before the step
-        self._table: Metrics | None = None
+        self._table: Table | None = None
 
-    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Open the file where the checkpoint left it."""
+    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
+        """Open the file."""
         if trainer.is_global_zero:
-            size = None if trainer.global_step == 0 else module.state.diagnostics_size
-            self._table = Metrics(self.run.diagnostics_path, size, Measurement._fields)
-            module.state.diagnostics_size = self._table.size()
+            self._table = Table(self.run.diagnostics_path, Measurement._fields)
 
-    def on_train_batch_start(self, trainer: Trainer, module: GPTModule, batch: Batch, i: int) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, module: GPTModule, batch: Batch, i: int) -> None:
         """Hook the model before the first micro-batch of a step that is due."""
         step = trainer.global_step
         if step % self.interval == 0 and step != self._step:
@@ -83,12 +79,12 @@ class Diagnostics(LeanCallback):
             # Ranks sum up the statistics that they share, so all of them measure these.
             self._hooks = watch(module.model, batch.mask, self._values, drift_alone=not trainer.is_global_zero)
 
-    def on_before_backward(self, trainer: Trainer, module: GPTModule, loss: Tensor) -> None:  # type: ignore[override]
+    def on_before_backward(self, trainer: Trainer, module: GPTModule, loss: Tensor) -> None:
         """Unhook the model: the forward pass is over."""
         self._unhook()
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, module: GPTModule, optimizer: Any) -> None:  # type: ignore[override]
+    def on_before_optimizer_step(self, trainer: Trainer, module: GPTModule, optimizer: Any) -> None:
         """Measure the gradient, which is that of all micro-batches and ranks by now, unscaled and not yet clipped."""
         if trainer.global_step == self._step and trainer.is_global_zero:
             for layer, parameters in own_parameters(module.model).items():
@@ -96,7 +92,7 @@ class Diagnostics(LeanCallback):
                 self._before[layer] = [p.clone() for p in parameters]
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:
         """Measure what the step has changed, and write everything."""
         if not self._before:  # not measured, or between its micro-batches
             return
@@ -107,29 +103,28 @@ class Diagnostics(LeanCallback):
                 change = norm([_wide(p) - _wide(old) for p, old in zip(parameters, before, strict=True)])
                 self._values[layer, "update_ratio"] = float(change) / size
         self._before = {}
-        self._write(trainer, module)
+        self._write(trainer)
 
-    def _write(self, trainer: Trainer, module: GPTModule) -> None:
+    def _write(self, trainer: Trainer) -> None:
         assert self._table is not None
         rows = [Measurement(self._step, *names, float(value)) for names, value in self._values.items()]
         for row in rows:
             self._table.append(row._asdict())
-        module.state.diagnostics_size = self._table.size()
         logged: dict[str, float] = {f"diagnostics/{row.quantity}/{row.layer}": row.value for row in rows}
         for logger in trainer.loggers:
-            logger.log_metrics({"step": self._step} | logged, step=self._step)
+            logger.log_metrics(logged, step=self._step)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:
         """Close the file."""
         if self._table:
             self._table.close()
 
-    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:
         """Unhook the model and close the file after an error, too."""
         self._unhook()
         self.on_train_end(trainer, module)

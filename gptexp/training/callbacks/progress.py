@@ -4,88 +4,95 @@ import logging
 import time
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from gptexp.config import Config
-from gptexp.training.callbacks.recorder import Recorder
-from gptexp.training.lean import LeanCallback
-from gptexp.training.module import GPTModule
 
 log = logging.getLogger("gptexp")
 
 
-class ProgressReport(LeanCallback):
-    """Shows step, loss, val loss, tokens a second and the time left; each evaluation leaves a line.
+class ProgressReport(ProgressBar):
+    """Shows step, loss, val loss, tokens per second and the time left; each evaluation leaves a line.
 
     Args:
         name: the run's name.
-        config: the run's configuration.
-        recorder: whose rows are shown.
+        monitor: the validation metric to show.
+        loss: what the training loss is called.
         console: where to; a bar is drawn if it is a terminal.
     """
 
-    def __init__(self, name: str, config: Config, recorder: Recorder, console: Console) -> None:
-        self.name, self.max_steps, self.recorder, self.console = name, config.max_steps, recorder, console
-        self.loss = "loss that sees later tokens" if recorder.run.sees_later_tokens else "loss"
+    def __init__(self, name: str, monitor: str, loss: str, console: Console) -> None:
+        super().__init__()
+        self.name, self.monitor, self.loss, self.console = name, monitor, loss, console
         self._bar: Progress | None = None
-        self._values: dict[str, Any] = {"loss": "-", "val": "-", "rate": "-"}
-        self._written, self._start, self._first, self._line_at = -1, 0.0, 0, 0.0
+        self._enabled = True
+        self._start, self._first, self._line_at = 0.0, 0, 0.0
 
-    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+    def disable(self) -> None:
+        """Show nothing; Lightning disables it on every rank but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show it."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar."""
         self._start, self._first = time.perf_counter(), trainer.global_step
-        if trainer.is_global_zero and self.console.is_terminal:
+        if self._enabled and self.console.is_terminal:
+            text = self.loss + " {task.fields[loss]} · val {task.fields[val]} · {task.fields[rate]} tok/s ·"
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn(self.loss + " {task.fields[loss]} · val {task.fields[val]} · {task.fields[rate]} tok/s ·"),
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(text),
                 TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self._bar.start()
-            self._bar.add_task(self.name, total=self.max_steps, completed=self._first, **self._values)
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self._bar.add_task(self.name, total=total, completed=self._first, loss="-", val="-", rate="-")
 
-    def on_train_epoch_start(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
-        """Report the evaluation of the untrained model."""
-        if trainer.global_step == 0:
-            self._report(trainer, 0)
-            self._start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, module: GPTModule, *_: Any) -> None:  # type: ignore[override]
-        """Move the bar; report a new row."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the bar; without one, leave a line every ten seconds."""
         step = trainer.global_step
-        if self.recorder.row and self.recorder.row["step"] != self._written:
-            self._report(trainer, int(self.recorder.row["step"]))
-        if self._bar and not self._bar.finished:
-            self._bar.update(self._bar.task_ids[0], completed=step, **self._values)
-
-    def _report(self, trainer: Trainer, step: int) -> None:
-        row, self._written = self.recorder.row, step
-        loss = row.get("val/loss", row.get("val/loss_windows"))
-        if "train/loss" in row:
-            self._values["loss"] = f"{row['train/loss']:.4f}"
-            self._values["rate"] = f"{row['tokens_per_second']:,.0f}"
-        if loss is not None:
-            self._values["val"] = f"{loss:.4f}"
-        now = time.perf_counter()
-        # Plain lines come at evaluations and, in between, no more often than every ten seconds.
-        if not trainer.is_global_zero or (loss is None and (self._bar or now - self._line_at < 10)):
+        if not self._enabled or (step % trainer.log_every_n_steps and not self._bar):
             return
+        if self._bar:
+            shown = self._shown(trainer) if step % trainer.log_every_n_steps == 0 else {}
+            self._bar.update(self._bar.task_ids[0], completed=step, **shown)
+        elif time.perf_counter() - self._line_at > 10:
+            self._line(trainer, evaluated=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a line."""
+        if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._line(trainer, evaluated=True)
+            if trainer.global_step == self._first:  # the time that an evaluation takes at the start says nothing
+                self._start = time.perf_counter()
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], **self._shown(trainer))
+
+    def _shown(self, trainer: Trainer) -> dict[str, Any]:
+        metrics = trainer.callback_metrics
+        forms = {"loss": ("train/loss", ".4f"), "val": (self.monitor, ".4f"), "rate": ("tokens_per_second", ",.0f")}
+        return {key: format(float(metrics[name]), form) if name in metrics else "-"
+                for key, (name, form) in forms.items()}  # fmt: skip
+
+    def _line(self, trainer: Trainer, evaluated: bool) -> None:
+        step, steps, now, shown = trainer.global_step, trainer.max_steps, time.perf_counter(), self._shown(trainer)
         self._line_at = now
-        parts = [f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"]
-        parts += [f"{self.loss} {row['train/loss']:.4f}"] if "train/loss" in row else []
-        parts += [f"val loss {loss:.4f}"] if loss is not None else []
-        parts += [f"{self._values['rate']} tok/s"] if "train/loss" in row else []
-        if step > self._first and step < self.max_steps:
-            left = (now - self._start) / (step - self._first) * (self.max_steps - step)
+        parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps > 0 else f"step {step}"]
+        parts += [f"{self.loss} {shown['loss']}"] if shown["loss"] != "-" else []
+        parts += [f"val loss {shown['val']}"] if evaluated else []
+        parts += [f"{shown['rate']} tok/s"] if shown["rate"] != "-" else []
+        if self._first < step < steps:
+            left = (now - self._start) / (step - self._first) * (steps - step)
             parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
         log.info(" · ".join(parts))
 
-    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar down."""
         self._close()
 
-    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the bar down after an error, too."""
         self._close()
 

@@ -1,0 +1,1 @@
+"""Where metrics go: metrics.csv always, and any of Lightning's loggers besides."""

@@ -1,0 +1,71 @@
+"""The logger that writes a run's metrics.csv."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from gptexp.records import METRICS, Table
+
+WHOLE = ("step", "tokens")  # columns of whole numbers
+
+
+class MetricsCSV(Logger):
+    """One row per step, with the columns of `METRICS`; other metrics are left to other loggers.
+
+    What is logged for one step, before and after its evaluation, becomes one row. A row is in the file once `flush` is
+    called or another step begins. What is in the file already may be logged again: Lightning hands out a step's metrics
+    after its callbacks, and a checkpoint must not count a row that is still to come.
+
+    Args:
+        path: of the file; rows are appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._table: Table | None = None
+        self._row: dict[str, float] = {}
+        self._written: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def version(self) -> str:
+        """There is one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the row of a step."""
+        row = {k: float(metrics[k]) for k in METRICS if k in metrics} | {"step": float(step or 0)}
+        if row["step"] == self._written.get("step") and row.keys() <= self._written.keys():
+            return
+        if self._row and self._row["step"] != row["step"]:
+            self.flush()
+        self._row |= row
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the row that is open, if there is one."""
+        if len(self._row) > 1:
+            self._table = self._table or Table(self.path, METRICS)
+            self._table.append({k: int(v) if k in WHOLE else v for k, v in self._row.items()})
+            self._written, self._row = self._row, {}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left and close the file."""
+        self.flush()
+        if self._table:
+            self._table.close()
+            self._table = None

@@ -1,0 +1,41 @@
+"""Stops a run whose loss or gradient is no longer finite."""
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from gptexp.errors import Diverged
+from gptexp.training.callbacks.evaluations import evaluation_due
+from gptexp.training.callbacks.throughput import log_step
+from gptexp.training.module import GPTModule
+
+
+class Divergence(Callback):
+    """Raises `Diverged`, before anything of that step is saved.
+
+    On the CPU the gradient's norm is looked at after every step. Elsewhere a look waits for the device, so there it
+    comes with the rows of metrics and with checkpoints. Every rank sees the same norm, so all stop together.
+
+    Args:
+        monitor: the validation metric.
+        interval: steps between checkpoints.
+    """
+
+    def __init__(self, monitor: str, interval: int) -> None:
+        self.monitor, self.interval = monitor, interval
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: GPTModule, *_: Any) -> None:
+        """Look at the gradient's norm."""
+        if trainer.precision == "16-mixed":  # a loss scaler meets infinite gradients in the normal course of things
+            return
+        step = trainer.global_step
+        due = step % trainer.log_every_n_steps == 0 or step % self.interval == 0 or evaluation_due(trainer)
+        if (due or pl_module.device.type == "cpu") and not math.isfinite(float(pl_module.grad_norm)):
+            log_step(trainer)
+            raise Diverged(step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
+        """Look at the validation loss."""
+        if not math.isfinite(float(trainer.callback_metrics.get(self.monitor, 0.0))):
+            raise Diverged(trainer.global_step)

@@ -1,0 +1,122 @@
+"""Counts tokens and times training; completes the rows of metrics.csv."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from gptexp.data.datamodule import Batch
+from gptexp.loggers.metrics_csv import MetricsCSV
+from gptexp.training.callbacks.evaluations import evaluation_due
+from gptexp.training.module import GPTModule
+
+
+class Throughput(Callback):
+    """Logs `tokens`, `seconds`, `tokens_per_second` and `mfu` with the training metrics.
+
+    Also gives metrics.csv its training metrics at every evaluation, where Lightning logs them at every
+    `log_every_n_steps` alone.
+
+    Args:
+        flops_per_token: floating-point operations of a training step per token.
+        peak_flops: measures how many per second the devices can reach together.
+
+    Attributes:
+        tokens: training targets seen, over all devices.
+        seconds: of training, saving included, without evaluation.
+        eval_seconds: of evaluation and sampling.
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: Callable[[], float]) -> None:
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens, self.seconds, self.eval_seconds = 0, 0.0, 0.0
+        self._peak: float | None = None
+        self._logged = 0, 0.0  # tokens and seconds
+        self._step = 0
+        self._mark = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "eval_seconds": self.eval_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.eval_seconds = state_dict["eval_seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: GPTModule) -> None:
+        """Start the clock."""
+        self._logged, self._step = (self.tokens, self.seconds), trainer.global_step
+        self._mark = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: GPTModule, *_: Any) -> None:
+        """Time the devices' peak once, after the first evaluation: by then loggers have started their own processes."""
+        if self._peak is None:
+            self._peak = self.peak_flops()
+            self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GPTModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count a step; log where a row is due."""
+        if trainer.global_step == self._step:  # between the micro-batches of a step
+            return
+        self._step = trainer.global_step
+        self.tokens += round(batch.tokens * trainer.world_size * trainer.accumulate_grad_batches)
+        self._tick()
+        evaluates = evaluation_due(trainer)
+        if not evaluates and self._step % trainer.log_every_n_steps:
+            return
+        tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
+        self._logged, rate = (self.tokens, self.seconds), tokens / max(seconds, 1e-9)
+        shown = {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": rate,
+                 "mfu": rate * self.flops_per_token / (self._peak or float("inf"))}  # fmt: skip
+        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        pl_module.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in shown.items()})
+        log_step(trainer, MetricsCSV)
+        if not evaluates:
+            flush(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: GPTModule) -> None:
+        """Time evaluations apart from training."""
+        if trainer.state.fn == "fit":
+            self._tick()
+        self._mark = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
+        """Complete the row, and let the clock of training go on."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.log_metrics({"tokens": self.tokens}, step=trainer.global_step)
+        flush(trainer)
+        now = time.perf_counter()
+        self.eval_seconds += now - self._mark
+        self._mark = now
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+
+
+def log_step(trainer: Trainer, kind: type[Logger] = Logger) -> None:
+    """Give loggers the training metrics of the step at hand, as Lightning does once the callbacks are done.
+
+    Args:
+        trainer: which logs.
+        kind: the class of loggers that get them.
+    """
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and k != "step"}
+    for logger in trainer.loggers:
+        if isinstance(logger, kind):
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def flush(trainer: Trainer) -> None:
+    """Write the rows of metrics.csv that are complete."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.flush()

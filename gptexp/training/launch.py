@@ -1,0 +1,230 @@
+"""From a configuration to a trained run: claims its directory, or opens the one to go on with, and trains it.
+
+Nothing here imports torch before it is needed: a mistake in the data or a directory that is taken is told sooner.
+"""
+
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptexp.config import Config
+from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.runs import Run, code_fingerprint, unfinished
+from gptexp.validation import show
+
+if TYPE_CHECKING:
+    from gptexp.training.callbacks.pruning import Watch
+    from gptexp.training.processes import Processes
+
+log = logging.getLogger("gptexp")
+
+Train = Callable[[Run], float]
+"""Trains a run directory to its end; returns the lowest validation loss, in nats per token."""
+
+
+def claim(
+    config: Config, path: Path, name: str, group: str | None, command: list[str], named: bool = False
+) -> Run:
+    """A new run directory, once everything that can be checked before training is right.
+
+    Args:
+        config: every setting.
+        path: the directory.
+        name: the run's readable name.
+        group: the sweep that the run belongs to.
+        command: the command line.
+        named: whether the user gave the directory; otherwise a number is added to its name if it is taken.
+
+    Raises:
+        UserError: for a mistake in the data, the hardware, a callback or a logger, or a directory that is taken.
+    """
+    from gptexp.data.batches import split_corpus
+    from gptexp.data.corpora import find_corpus
+    from gptexp.data.encoded import encode_corpus
+
+    corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
+    encoded = encode_corpus(corpus, config.data)
+    split_corpus(encoded, config.data, config.model.block_size)
+    warmup = config.schedule.warmup_steps
+    if warmup >= config.max_steps:
+        log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
+                    warmup, config.max_steps)  # fmt: skip
+    check(config)
+    info = {
+        "name": name,
+        "group": group,
+        "variant": config.variant,
+        "fingerprints": {
+            "config": config.fingerprint(),
+            "data": encoded.fingerprint,
+            "code": code_fingerprint(config),
+        },
+        "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
+                 "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
+        "tokenizer": encoded.tokenizer.to_dict(),
+        "command": command,
+    }  # fmt: skip
+    return Run.claim(path, config, info, named)
+
+
+def check(config: Config) -> None:
+    """Refuse hardware that is not there, and callbacks, loggers and Trainer arguments that Lightning would refuse.
+
+    Raises:
+        UserError: with a line for every mistake.
+    """
+    from dataclasses import replace
+
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    from gptexp.training.fit import make_trainer
+    from gptexp.training.hardware import device_count
+    from gptexp.training.objects import check_objects
+    from gptexp.training.processes import Processes
+
+    device_count(config)
+    check_objects(config)
+    if any(v is not None for v in vars(config.trainer).values()):
+        alone = replace(config, hardware=replace(config.hardware, strategy="auto"))
+        make_trainer(alone, Processes(LightningEnvironment()), [], [], Path())
+
+
+def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run | None:
+    """The run that `config.resume` names, or None where resume=auto finds none.
+
+    Args:
+        config: every setting.
+        requested: the settings that the command names; the run may not contradict them.
+        key: what the command calls the run.
+
+    Raises:
+        UserError: when there is no such run, it is done, its configuration differs, or it names classes of other
+            packages that the command does not name again.
+    """
+    if key == "auto":
+        run = unfinished(Path(config.output_dir), config.fingerprint())
+        if run is None:
+            log.info("resume=auto: no unfinished run of this configuration in %s; a new one begins", config.output_dir)
+            return None
+    else:
+        run = Run.open(key, key="resume")
+        extended = run.check_resumable(requested)
+        check_trust(run, requested)
+        run.extend(extended)
+    log.info("resuming %s", run.path)
+    return run
+
+
+def check_trust(run: Run, requested: Mapping[str, Any]) -> None:
+    """Refuse to build what a run directory names beyond Lightning and gptexp, unless the command names it, too.
+
+    Raises:
+        UserError: with a line for each class.
+    """
+    config = run.config
+    if not (config.callbacks or config.logger):
+        return
+    from gptexp.training.objects import untrusted
+
+    strange = [(key, target) for key, target in untrusted(config) if requested.get(key) != target]
+    if strange:
+        raise UserError(
+            f"resume={run.path}: its config.yaml names {key}={show(target)}, which would be run; to allow it, add "
+            f"+{key}={show(target)} to the command" for key, target in strange
+        )
+
+
+def train_together(
+    processes: "Processes", lead: Callable[[Train], float | None], watch: "Watch | None" = None, quiet: bool = False
+) -> float | None:
+    """Let the first process find or make a run, and train it with all of them.
+
+    Args:
+        processes: of this command, this one among them.
+        lead: called in the first process; gets the function that trains, and calls it with a run at most once.
+        watch: is given the step and loss of each evaluation, and may prune the run.
+        quiet: show no progress.
+
+    Returns:
+        what `lead` returns; on the other processes the lowest validation loss, or None where nothing was trained.
+    """
+    from gptexp.training.processes import tell
+
+    told = False
+
+    def train(run: Run) -> float:
+        nonlocal told
+        told = True
+        tell(processes, run.path)
+        return start(run, processes, watch, quiet)
+
+    if not processes.first:
+        path = tell(processes, None)
+        return None if path is None else start(Run.open(path), processes, watch, quiet)
+    try:
+        return lead(train)
+    finally:
+        if not told:
+            tell(processes, None)
+
+
+def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet: bool = False) -> float:
+    """Train a claimed run, or go on with it, in these processes or, where they are one, in one per device.
+
+    Returns:
+        the lowest validation loss, in nats per token.
+
+    Raises:
+        RunFailed: for an error that is no mistake of the user's.
+    """
+    from gptexp.training.hardware import device_count
+
+    if processes.world_size == 1 and run.config.hardware.strategy != "auto" and (count := device_count(run.config)) > 1:
+        return start_workers(run, count)
+    from gptexp.training.fit import fit
+
+    try:
+        return fit(run, processes, watch, quiet)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # a sweep keeps the error: not with the model in its frames
+        raise RunFailed(f"{type(error).__name__}: {error}; traceback in {run.log_path}") from error
+
+
+def start_workers(run: Run, count: int) -> float:
+    """Train a run in processes on this machine, which torchrun's library starts and ends together.
+
+    Returns:
+        the lowest validation loss, in nats per token.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM.
+        UserError: for a mistake that a process found.
+        RunFailed: when one failed or was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with run.lock():  # refuses a run that is being trained; the first worker takes the lock over
+        run.update(error=None)
+    plan = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=run.path.name, rdzv_backend="c10d",
+                        rdzv_endpoint="127.0.0.1:0", max_restarts=0)  # fmt: skip
+    try:
+        elastic_launch(plan, sys.executable)("-m", "gptexp.training.worker", str(run.path))
+    except SignalException as stop:
+        raise Interrupted(int(stop.sigval)) from stop
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        info = run.info
+        message = info.get("error") or f"a process ended with status {code}"
+        if info["status"] == "running" and code != 2:  # killed before it could say so
+            run.finish("failed", error=message)
+        raise UserError(message) if code == 2 else RunFailed(f"{message}; see {run.log_path}") from failed
+    best = (run.result or {}).get("best_val_loss")
+    return math.nan if best is None else float(best)

@@ -1,0 +1,99 @@
+"""Callbacks and loggers of a configuration, built from their `_target_`s."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from gptexp.config import Config
+from gptexp.errors import UserError
+from gptexp.validation import nearest, show
+
+KINDS = {"callbacks": Callback, "logger": Logger}
+
+
+def check_objects(config: Config) -> None:
+    """Refuse callbacks and loggers that cannot be built.
+
+    Raises:
+        UserError: with a line for each whose class cannot be imported, is of another kind, or takes other arguments.
+    """
+    problems: list[str] = []
+    for section, kind in KINDS.items():
+        for name, entry in getattr(config, section).items():
+            problems += _problems(f"{section}.{name}", kind, entry)
+    if problems:
+        raise UserError(problems)
+
+
+def _problems(key: str, kind: type, entry: Mapping[str, Any]) -> list[str]:
+    target = entry["_target_"]
+    try:
+        cls = get_class(target)
+    except Exception as error:  # whatever importing it raises
+        reason = str(error.__cause__ or error).split("\n")[0]
+        return [f"{key}._target_={target}: cannot be imported ({reason})"]
+    if not issubclass(cls, kind):
+        return [f"{key}._target_={target}: is no {kind.__name__} of Lightning"]
+    given = {k: v for k, v in entry.items() if k not in ("_target_", "_convert_", "_recursive_", "_partial_", "_args_")}
+    parameters = inspect.signature(cls).parameters
+    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        unknown = [k for k in given if k not in named]
+        if unknown:
+            return [f"{key}.{k}={show(given[k])}: {target} takes no such argument{nearest(k, named)}; allowed: "
+                    f"{', '.join(named) or 'none'}" for k in unknown]  # fmt: skip
+    required = [n for n in named if parameters[n].default is inspect.Parameter.empty]
+    return [f"{key}.{n}: is missing; {target} needs it" for n in required if n not in given]
+
+
+def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
+    """Build one object.
+
+    Args:
+        key: of its entry, for messages.
+        entry: `_target_` and arguments.
+        defaults: for arguments that the class has and the entry leaves out.
+
+    Raises:
+        UserError: when the class refuses its arguments.
+    """
+    known = inspect.signature(get_class(entry["_target_"])).parameters
+    named = {k: v for k, v in defaults.items() if k in known and k not in entry}
+    try:
+        return instantiate(dict(entry), _convert_="all", **named)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{key}: {str(cause).strip().splitlines()[0]}") from error
+
+
+def targets(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Key and value of every `_target_` of nested settings."""
+    for key, value in tree.items():
+        if key == "_target_":
+            yield f"{prefix}{key}", str(value)
+        elif isinstance(value, Mapping):
+            yield from targets(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    yield from targets(item, f"{prefix}{key}.{number}.")
+
+
+def untrusted(config: Config) -> list[tuple[str, str]]:
+    """Key and class of each stored object that must be named again before it is built: those of other packages.
+
+    Also a class of Lightning or gptexp that is neither a callback nor a logger.
+    """
+    found = []
+    for section, kind in KINDS.items():
+        for name, entry in getattr(config, section).items():
+            for key, target in targets({name: entry}, f"{section}."):
+                own = target.startswith(("lightning.pytorch.", "gptexp."))
+                if not own or key != f"{section}.{name}._target_" or not issubclass(get_class(target), kind):
+                    found.append((key, target))
+    return found
