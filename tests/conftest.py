@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.compare import write_run
+from gptexp.config import Config
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
 from gptexp.training.kernels import prepare_kernels
@@ -115,6 +117,35 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, s
     """Exit status, standard output and standard error of a process."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def train(config: Config, path: Path) -> float:
+    """Train a configuration in a new directory, in this process."""
+    from gptexp.training.launch import claim, start
+    from gptexp.training.processes import processes
+
+    return start(claim(config, path, path.name, None, ["test"]), processes())
+
+
+@contextmanager
+def failing(step: int | None = None) -> Iterator[list[int]]:
+    """In here training fails after this step, once its row is written and before it is saved; None is every step.
+
+    Gives the steps after which it has failed.
+    """
+    from gptexp.training.callbacks.divergence import Divergence
+
+    hook, failed = Divergence.on_train_batch_end, []
+
+    def fail(self: Any, trainer: Any, *args: Any) -> None:
+        hook(self, trainer, *args)
+        if step in (None, trainer.global_step):
+            failed.append(trainer.global_step)
+            raise RuntimeError("in the middle")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Divergence, "on_train_batch_end", fail)
+        yield failed
 
 
 def runs_of(folder: Path) -> dict[str, Run]:

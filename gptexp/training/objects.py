@@ -14,6 +14,7 @@ from gptexp.errors import UserError
 from gptexp.validation import nearest, show
 
 KINDS = {"callbacks": Callback, "logger": Logger}
+GIVEN = ("save_dir", "run_name")  # arguments that a run gives its loggers
 
 
 def check_objects(config: Config) -> None:
@@ -47,7 +48,7 @@ def _problems(key: str, kind: type, entry: Mapping[str, Any]) -> list[str]:
         if unknown:
             return [f"{key}.{k}={show(given[k])}: {target} takes no such argument{nearest(k, named)}; allowed: "
                     f"{', '.join(named) or 'none'}" for k in unknown]  # fmt: skip
-    required = [n for n in named if parameters[n].default is inspect.Parameter.empty]
+    required = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in GIVEN]
     return [f"{key}.{n}: is missing; {target} needs it" for n in required if n not in given]
 
 

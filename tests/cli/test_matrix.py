@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from gptexp.training.callbacks.recorder import Recorder
 
 from gptexp import sample
 from gptexp.config import load_config, read_config
@@ -16,8 +15,9 @@ from gptexp.models.registry import PLACEMENTS
 from gptexp.overrides import compose_config
 from gptexp.runs import Run
 from gptexp.sample import load_model
-from gptexp.train import start, train
-from tests.conftest import TINY, timeless
+from gptexp.training.launch import start
+from gptexp.training.processes import processes
+from tests.conftest import TINY, failing, timeless, train
 from tests.models.test_causality import VERDICTS
 
 FAST = [("rbn", "sandwich"), ("powernorm", "deepnorm")]
@@ -39,12 +39,12 @@ def base(corpus: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("norm", "placement"), PAIRS)
 def test_from_training_to_audit(
     norm: str, placement: str, base: dict[str, Any], command: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
     tables, looks_ahead, couples = VERDICTS[norm]
     changed = {"norm": norm.partition("[")[0], "placement": placement, "norms": base["model"]["norms"] | tables}
     config = read_config(base | {"model": base["model"] | changed})
-    train(config, tmp_path / "unbroken", "unbroken")
+    train(config, tmp_path / "unbroken")
     unbroken = Run.open(tmp_path / "unbroken")
     rows = timeless(unbroken)
     assert rows[-1][0] == "100"
@@ -52,19 +52,10 @@ def test_from_training_to_audit(
     assert result is not None
     assert result["best_step"] > 0  # it learned something
 
-    train_row = Recorder._train_row
-
-    def fail(self, module, step):  # type: ignore[no-untyped-def]
-        if step == 70:
-            raise RuntimeError("in the middle")
-        return train_row(self, module, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "_train_row", fail)
-        with pytest.raises(RunFailed, match="in the middle"):
-            train(config, tmp_path / "broken", "broken")
+    with failing(70), pytest.raises(RunFailed, match="in the middle"):
+        train(config, tmp_path / "broken")
     broken = Run.open(tmp_path / "broken")
-    start(broken)
+    start(broken, processes())
     assert timeless(broken) == rows
 
     capfd.readouterr()

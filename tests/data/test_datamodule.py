@@ -20,11 +20,19 @@ TRAIN, VAL = Windows(np.arange(500), 0, 300, 4), Windows(np.arange(500), 300, 50
 LINES = ["a" * n for n in range(1, 21)]
 
 
+def of_splits(train=TRAIN, val=VAL, **settings) -> CharDataModule:
+    """A data module of splits that were made by hand."""
+    data = CharDataModule(**{"seed": 3, "batch_size": 12, "eval_batch_size": 5, **settings})
+    data.train, data.val = train, val
+    return data
+
+
 def module(train=TRAIN, val=VAL, *, rank=0, world=1, step=0, fn=TrainerFn.FITTING, **settings) -> CharDataModule:
-    data = CharDataModule(train, val, **{"seed": 3, "batch_size": 12, "eval_batch_size": 5, **settings})
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    state = SimpleNamespace(fn=fn)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, global_step=step, strategy=strategy, state=state)
+    data = of_splits(train, val, **settings)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world, global_step=step, state=SimpleNamespace(fn=fn), overfit_batches=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), accumulate_grad_batches=data.accumulate,
+    )  # fmt: skip
     return data
 
 
@@ -37,7 +45,7 @@ def documents():
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 3)])
 @pytest.mark.parametrize("splits", [(TRAIN, VAL), documents()], ids=["windows", "documents"])
 def test_shares_make_up_the_batch_of_one_process(world, accumulate, splits):
-    whole = list(islice(CharDataModule(*splits, seed=3, batch_size=12, eval_batch_size=5).train_dataloader(), 3))
+    whole = list(islice(of_splits(*splits).train_dataloader(), 3))
     shares = [
         list(islice(module(*splits, rank=rank, world=world, accumulate=accumulate).train_dataloader(), 3 * accumulate))
         for rank in range(world)
@@ -143,7 +151,7 @@ def test_more_windows_than_there_are():
 
 
 def test_without_a_trainer():
-    data = CharDataModule(TRAIN, VAL, seed=3, batch_size=12, eval_batch_size=64, eval_windows=6)
+    data = of_splits(eval_batch_size=64, eval_windows=6)
     [batch] = data.val_dataloader()
     assert batch.x.shape == (50, 4)
     assert next(iter(data.train_dataloader())).tokens == 48
@@ -184,7 +192,7 @@ def fit(tmp_path, max_steps: int, checkpoint: str | None = None) -> Recorder:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = CharDataModule(TRAIN, VAL, seed=3, batch_size=4, accumulate=2, eval_batch_size=5, eval_windows=6)
+    data = of_splits(batch_size=4, accumulate=2, eval_windows=6)
     recorder = Recorder()
     trainer.fit(recorder, datamodule=data, ckpt_path=checkpoint)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

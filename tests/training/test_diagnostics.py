@@ -8,33 +8,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from gptexp.training.callbacks.recorder import Recorder
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from gptexp.analysis.layers import plot_diagnostics
 from gptexp.config import Config, read_config
-from gptexp.data.batches import split_corpus
 from gptexp.errors import RunFailed, UserError
 from gptexp.models.norms import build_norm
 from gptexp.models.registry import NORMS, Norm, NormSettings, NormShape
 from gptexp.models.settings import GPTConfig, MLPConfig, ModelConfig, build_model
 from gptexp.records import Measurement, read_diagnostics, read_metrics
 from gptexp.runs import Run
-from gptexp.train import start, train
 from gptexp.training.callbacks.diagnostics import Values, watch
 from gptexp.training.fit import load_data
+from gptexp.training.launch import start
+from gptexp.training.processes import processes
 from tests.cli.wandb_file import read_run
-from tests.conftest import timeless
+from tests.conftest import failing, timeless, train
 
 Tiny = Callable[..., Run]
 
 TINY = [
-    "data.name=file", "logger.name=none", "hardware.accelerator=cpu", "model.block_size=16", "model.n_embd=16",
+    "data.name=file", "hardware.accelerator=cpu", "model.block_size=16", "model.n_embd=16",
     "batch_size=4", "max_steps=7", "log_interval=1", "eval_interval=100", "eval_windows=2", "sample_tokens=0",
     "schedule.warmup_steps=1",
 ]  # fmt: skip
 GPT = ["model.n_layer=1", "model.n_head=2"]
+TENSORBOARD = [
+    "logger.tensorboard._target_=lightning.pytorch.loggers.TensorBoardLogger", "logger.tensorboard.name=''",
+    "logger.tensorboard.version=tensorboard",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -44,24 +47,12 @@ def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         monkeypatch.setattr(f"gptexp.analysis.{name}", lambda *_: None)
 
     def run(name: str, *overrides: str) -> Run:
-        settings: dict[str, Any] = {}
         other = any(o.startswith("model.name") for o in overrides)
-        for override in [*TINY, f"data.path={corpus}", *([] if other else GPT), *overrides]:
-            key, _, value = override.partition("=")
-            settings[key] = yaml.safe_load(value)
-        if settings.get("model.name") == "bigram":
-            del settings["model.n_embd"]
-        tree: dict[str, Any] = {}
-        for key, value in settings.items():
-            section, _, rest = key.partition(".")
-            if rest.startswith("norms."):
-                _, norm, option = rest.split(".")
-                tree[section].setdefault("norms", {}).setdefault(norm, {})[option] = value
-            elif rest:
-                tree.setdefault(section, {})[rest] = value
-            else:
-                tree[section] = value
-        train(read_config(tree), tmp_path / name, name)
+        settings = OmegaConf.from_dotlist([*TINY, f"data.path={corpus}", *([] if other else GPT), *overrides])
+        tree: Any = OmegaConf.to_container(settings)
+        if tree["model"].get("name") == "bigram":
+            del tree["model"]["n_embd"]
+        train(read_config(tree), tmp_path / name)
         return Run.open(tmp_path / name)
 
     return run
@@ -81,10 +72,9 @@ def measured(run: Run, step: int = 0) -> dict[tuple[str, str], float]:
 def first_batch(run: Run) -> tuple[Any, Any]:
     """The initial model and the rows of step 0, made anew."""
     config = run.config
-    encoded = load_data(run, config)
-    train, _ = split_corpus(encoded, config.data, config.model.block_size)
-    model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed).double()
-    return model, train.train_batch(config.seed, 0, config.batch_size, slice(0, config.batch_size))
+    data = load_data(run, config)
+    model = build_model(config.sized(data.vocab_size), config.seed).double()
+    return model, data.train.train_batch(config.seed, 0, config.batch_size, slice(0, config.batch_size))
 
 
 def slope_of_gelu(z: Tensor) -> Tensor:
@@ -303,26 +293,18 @@ def test_padding_enters_nothing(config: ModelConfig) -> None:
     assert a == pytest.approx(b, rel=1e-6)
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tiny: Tiny) -> None:
     """Checkpoints are at steps 5, 10, 15 and 20; measurements, before steps 4, 12 and 20, on either side of them."""
-    options = ["diagnostics_interval=4", "max_steps=24", "checkpoint_interval=5", "logger.name=none"]
+    options = ["diagnostics_interval=4", "max_steps=24", "checkpoint_interval=5"]
     whole = tiny("whole", *options)
-    content, record = whole.diagnostics_path.read_bytes(), Recorder.on_train_batch_end
-
-    def killed(recorder: Recorder, trainer: Any, *args: Any) -> None:
-        record(recorder, trainer, *args)
-        if trainer.global_step == at:
-            raise RuntimeError("killed")
-
+    content = whole.diagnostics_path.read_bytes()
     for at in (6, 14, 22):
-        with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "on_train_batch_end", killed)
-            with pytest.raises(RunFailed, match="killed"):
-                tiny(f"killed{at}", *options)
+        with failing(at), pytest.raises(RunFailed, match="in the middle"):
+            tiny(f"killed{at}", *options)
         run = Run.open(whole.path.with_name(f"killed{at}"))
         before = run.diagnostics_path.read_bytes()
         assert content.startswith(before)
-        start(run)
+        start(run, processes())
         assert run.diagnostics_path.read_bytes() == content
         assert timeless(run) == timeless(whole)
 
@@ -334,7 +316,7 @@ def test_the_loggers_hold_what_is_in_the_file(
 
     caplog.set_level("INFO", "gptexp")
     monkeypatch.setattr("gptexp.analysis.layers.plot_diagnostics", plot_diagnostics)
-    run = tiny("run", "diagnostics_interval=3", "logger.name=tensorboard")
+    run = tiny("run", "diagnostics_interval=3", *TENSORBOARD)
     assert f"picture: {run.heat_maps_path}" in run.log_path.read_text()
     assert run.heat_maps_path.read_bytes().startswith(b"\x89PNG")
     rows = read_diagnostics(run.diagnostics_path)
@@ -346,7 +328,7 @@ def test_the_loggers_hold_what_is_in_the_file(
     written = {(row.step, f"diagnostics/{row.quantity}/{row.layer}"): row.value for row in rows}
     assert logged == pytest.approx(written, rel=1e-6)
 
-    run = tiny("wandb", "diagnostics_interval=3", "logger.name=wandb")
+    run = tiny("wandb", "diagnostics_interval=3", "logger.wandb._target_=gptexp.loggers.wandb.WandbLogger")
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     history = [h for h in read_run(file).history if any(key.startswith("diagnostics/") for key in h)]
     assert [h["step"] for h in history] == [0, 3, 6]

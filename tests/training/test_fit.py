@@ -125,8 +125,8 @@ def test_early_stop(tiny: Tiny) -> None:
     assert run.info["status"] == "done"
     assert run.result is not None
     assert run.result["stopped_early"]
-    assert rows[-1]["step"] == 8
-    assert {"val/loss", "val/loss_windows"} <= set(rows[-1])  # the last evaluation is whole
+    assert [row["step"] for row in rows if "val/loss_windows" in row] == [0, 4, 8]
+    assert [row["step"] for row in rows if "val/loss" in row] == [8]  # the last evaluation is whole
 
 
 def test_a_run_without_progress_keeps_its_first_checkpoint_as_best(tiny: Tiny) -> None:
@@ -193,8 +193,54 @@ def test_two_runs_of_one_name_get_two_directories(
     command: Callable[..., int], corpus: Path, tmp_path: Path
 ) -> None:
     for _ in range(2):
-        assert command(*TINY, f"data.path={corpus}", "max_steps=1", f"hydra.run.dir={tmp_path / 'run'}") == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+        assert command(*TINY, f"data.path={corpus}", "max_steps=1", f"output_dir={tmp_path}") == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_directory_that_is_taken_is_refused(
+    command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*TINY, f"data.path={corpus}", "max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert command(*settings) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capfd.readouterr()
+    assert command(*settings) == 2
+    path = tmp_path / "run"
+    assert capfd.readouterr().err == (
+        f"error: hydra.run.dir={path}: is taken; go on with its run by resume={path}, or name another directory\n"
+    )
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_finished_run_can_be_trained_on(
+    tiny: Tiny, command: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the schedule does not end with the run: as if it had been begun with all those steps."""
+    whole, short = tiny("whole", "schedule=constant", "max_steps=40"), tiny("short", "schedule=constant")
+    assert command(f"resume={short.checkpoint('last')}", "max_steps=40") == 0
+    assert timeless(short) == timeless(whole)
+    assert short.info["status"] == "done"
+    assert short.config.max_steps == 40
+    assert short.result is not None
+    assert short.result["step"] == 40
+    capfd.readouterr()
+    assert command(f"resume={short.path}") == 2
+    assert "this run is done; max_steps above 40 trains it on" in capfd.readouterr().err
+
+
+def test_a_decayed_run_is_trained_on_with_the_schedule_that_is_named(
+    tiny: Tiny, command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny("run")
+    assert command(f"resume={run.path}", "max_steps=40") == 2
+    assert "name the schedule to go on with, such as schedule=constant" in capfd.readouterr().err
+    assert command(f"resume={run.path}", "max_steps=40", "model.n_embd=32") == 2
+    assert "model.n_embd=32 differs" in capfd.readouterr().err
+    assert command(f"resume={run.path}", "max_steps=40", "schedule=constant") == 0
+    rates = {row["step"]: row["learning_rate"] for row in read_metrics(run.metrics_path) if "learning_rate" in row}
+    assert rates[40] == 1e-3 > rates[24]
+    assert run.config.schedule.name == "constant"
 
 
 def test_a_cpu_run_is_free_of_what_an_earlier_run_on_a_gpu_asked_for(tiny: Tiny) -> None:

@@ -1,7 +1,6 @@
 """The optimizers against their update rules written out by hand, and who decays."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 
 from gptexp.models.gpt import GPT
 from gptexp.models.settings import GPTConfig
-from gptexp.training import uncompiled
 from gptexp.training.muon import orthogonalized
 from gptexp.training.optimizers import build_optimizer
 from gptexp.training.settings import AdamWConfig, MuonConfig, SGDConfig
@@ -50,38 +48,6 @@ def test_adamw_step() -> None:
         torch.testing.assert_close(p.detach().double(), start[n], rtol=1e-5, atol=1e-7)
 
 
-def backward(layer: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
-    optimizer.zero_grad()
-    loss: torch.Tensor = layer(x).square().sum()
-    loss.backward()
-    return loss
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_steps_are_those_of_torch_to_the_bit(kind: str, fused: bool) -> None:
-    """With a closure, as Lightning calls them, and going on from a loaded state."""
-    options = {"lr": 0.01, "weight_decay": 0.1, "fused": fused} | ({"momentum": 0.9} if kind == "SGD" else {})
-    layer = nn.Linear(5, 4)
-    layers = [layer, copy.deepcopy(layer)]
-    optimizers: list[Any] = [
-        getattr(module, kind)(layer.parameters(), **options)
-        for module, layer in zip((uncompiled, torch.optim), layers, strict=True)
-    ]
-    for step in range(4):
-        x = torch.randn(3, 5)
-        for number, (layer, optimizer) in enumerate(zip(layers, optimizers, strict=True)):
-            assert torch.isfinite(optimizer.step(partial(backward, layer, optimizer, x)))
-            if step == 1:  # goes on in a new one
-                state = optimizer.state_dict()
-                optimizers[number] = type(optimizer)(layer.parameters(), **options)
-                optimizers[number].load_state_dict(state)
-        assert all(torch.equal(a, b) for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True))
-        assert layers[0].weight.requires_grad
-        assert layers[0].weight.grad_fn is None
-    assert torch.is_grad_enabled()
-
-
 def test_sgd_step() -> None:
     layer = nn.Linear(2, 2, bias=False)
     w = layer.weight.detach().clone()
@@ -117,10 +83,7 @@ def gpt_with_gradients(**changes: Any) -> GPT:
 
 
 def muon(model: GPT, config: MuonConfig) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(config, model.named_parameters(), set(), model.hidden_matrices)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * group.get("lr_scale", 1.0)
-    return optimizer
+    return build_optimizer(config, model.named_parameters(), set(), model.hidden_matrices)
 
 
 def test_muon_is_torchs_own_on_hidden_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptexp.training.schedules import learning_rate
+from gptexp.training.schedules import lr_factor
 from gptexp.training.settings import ConstantConfig, CosineConfig, LinearConfig, WSDConfig
 
 
@@ -23,25 +23,25 @@ def test_cosine_is_nanogpts_recipe() -> None:
         (2000, 1e-4),
         (9999, 1e-4),
     ]:
-        assert learning_rate(config, 1e-3, step, 5000) == pytest.approx(expected, rel=1e-12)
+        assert 1e-3 * lr_factor(config, step, 5000) == pytest.approx(expected, rel=1e-12)
 
 
 def test_linear_falls_in_a_line() -> None:
     config = LinearConfig(warmup_steps=10, decay_steps=None, min_lr_ratio=0.0)
-    assert learning_rate(config, 2.0, 10, 110) == 2.0
-    assert learning_rate(config, 2.0, 60, 110) == pytest.approx(1.0)
-    assert learning_rate(config, 2.0, 110, 110) == 0.0
+    assert 2.0 * lr_factor(config, 10, 110) == 2.0
+    assert 2.0 * lr_factor(config, 60, 110) == pytest.approx(1.0)
+    assert 2.0 * lr_factor(config, 110, 110) == 0.0
 
 
 def test_wsd_is_stable_and_then_falls() -> None:
     config = WSDConfig(warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.5)
-    assert {learning_rate(config, 1.0, step, 100) for step in range(10, 81)} == {1.0}
-    assert learning_rate(config, 1.0, 90, 100) == pytest.approx(0.75)
-    assert learning_rate(config, 1.0, 100, 100) == pytest.approx(0.5)
+    assert {1.0 * lr_factor(config, step, 100) for step in range(10, 81)} == {1.0}
+    assert 1.0 * lr_factor(config, 90, 100) == pytest.approx(0.75)
+    assert 1.0 * lr_factor(config, 100, 100) == pytest.approx(0.5)
 
 
 def test_constant_stays() -> None:
-    assert [learning_rate(ConstantConfig(warmup_steps=1), 1.0, s, 9) for s in (0, 1, 8)] == [0.5, 1.0, 1.0]
+    assert [1.0 * lr_factor(ConstantConfig(warmup_steps=1), s, 9) for s in (0, 1, 8)] == [0.5, 1.0, 1.0]
 
 
 @given(
@@ -50,7 +50,7 @@ def test_constant_stays() -> None:
 )  # fmt: skip
 def test_never_above_the_peak_and_never_jumping(cls: type, warmup: int, max_steps: int, peak: float) -> None:
     config = cls(warmup_steps=warmup)
-    rates = [learning_rate(config, peak, step, max_steps) for step in range(max_steps)]
+    rates = [peak * lr_factor(config, step, max_steps) for step in range(max_steps)]
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
     # After warm-up no schedule rises.
     after = rates[warmup:]

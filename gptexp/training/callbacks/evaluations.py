@@ -26,4 +26,4 @@ def evaluation_due(trainer: Trainer) -> bool:
     interval = trainer.val_check_batch
     if not trainer.enable_validation or interval is None or math.isinf(interval):
         return False
-    return trainer.should_stop or trainer.global_step * trainer.accumulate_grad_batches % interval == 0
+    return bool(trainer.should_stop) or trainer.global_step * trainer.accumulate_grad_batches % interval == 0
