@@ -96,6 +96,8 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         for logger in ours:
             logger.watch_module(module, config.log_interval)
         status = _train(trainer, module, data, resuming)
+        if config.trainer.profiler and processes.first:
+            log.info("%s", trainer.profiler.summary())
         if status == "done" and parts.pruning and parts.pruning.pruned:
             status = "pruned"
         best = math.nan
@@ -159,6 +161,8 @@ def _introduce(run: Run, config: Config, data: CharDataModule, model: LanguageMo
 def _loggers(run: Run, config: Config) -> list[Logger]:
     """metrics.csv, and the loggers of the configuration."""
     loggers: list[Logger] = [MetricsCSV(run.metrics_path)]
+    if config.trainer.fast_dev_run:  # Lightning records nothing then
+        return loggers
     for name, entry in config.logger.items():
         ours = entry["_target_"] == f"{WandbLogger.__module__}.{WandbLogger.__name__}"
         arguments = entry | (_wandb_options(run, config, entry) if ours else {})
