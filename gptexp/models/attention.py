@@ -1,4 +1,4 @@
-"""Causal self-attention, all heads in one batched tensor, and the ways to mark positions."""
+"""Causal self-attention, all heads in one tensor, and tables of position embeddings."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.generation import Place
+from gptexp.models.generation import KVCache
 from gptexp.models.norms import build_norm
 from gptexp.models.registry import NormShape
 from gptexp.models.settings import GPTConfig
@@ -41,16 +41,16 @@ def _angles(length: int, channels: int) -> Tensor:
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()  # (L, channels/2)
 
 
-def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
-    """x after dropout; x itself where there is none, without a call, since sampling is made of such calls."""
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """x after dropout. Where there is none, x itself: each call of torch would slow down decoding."""
     return F.dropout(x, rate) if rate and training else x
 
 
 class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D), causal) v for H heads of size D = C / H, then a projection back to C.
 
-    qk_norm normalises queries and keys by RMSNorm: "head" each head's D channels (Henry et al. 2020; Qwen 3), "full"
-    all C channels (OLMo 2). attention_scale=false leaves out the root; projection=false the last layer.
+    qk_norm applies RMSNorm to queries and keys: "head" over each head's D channels (Henry et al. 2020; Qwen 3), "full"
+    over all C channels (OLMo 2). attention_scale=false omits the root; projection=false the last layer.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -66,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias) if config.projection else None
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (N, H, L, D) of x (N, L, C), normalised and rotated."""
+        """Queries, keys and values (N, H, L, D) of x (N, L, C), after qk_norm and rope."""
         N, L, C = x.shape
         q, k, v = self.qkv(x).view(N, L, 3, self.n_head, C // self.n_head).unbind(2)  # each (N, L, H, D)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,29 +80,28 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def logits(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What the softmax of the attention sees: (N, H, L, L), -inf at later positions."""
+        """The input of the softmax (N, H, L, L), -inf at later positions."""
         q, k, _ = self.heads(x, rope)
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.transpose(-2, -1) * self.scale).masked_fill(later, -math.inf)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, place: Place | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """(N, L, C) to (N, L, C).
 
         Args:
-            x: what to attend from.
-            rope: cosines and sines, (L, D) or (N, 1, L, D) each.
-            place: where keys and values of earlier positions are, to which x also attends.
+            x: input.
+            rope: cosines and sines, each (L, D) or (N, 1, L, D).
+            cache: the keys and values of earlier positions, which x also attends to; it takes up those of x.
         """
         q, k, v = self.heads(x, rope)
-        causal, known = True, None
-        if place is not None:
-            k, v, known = place.extend(self, k, v)
-            causal = place.at is None  # else a single query, after all that is kept
+        if cache is not None:
+            k, v = cache.update(self, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=known, dropout_p=self.dropout if self.training else 0.0, is_causal=causal,
-            scale=self.scale,
+            q, k, v, attn_mask=None if cache is None else cache.attn_mask, scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=x.shape[1] > 1,  # a single query may attend to all keys
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(x.shape)
-        return dropped(y if self.proj is None else self.proj(y), self.dropout, self.training)
+        return dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)

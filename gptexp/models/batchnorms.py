@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.generation import At
+from gptexp.models.generation import Positions
 from gptexp.models.norms import Positional
 from gptexp.models.reduction import ranks, sum_over_ranks, weighted
 from gptexp.models.registry import (
@@ -37,11 +37,11 @@ class _Running(Positional):
         self.register_buffer("running_mean", torch.zeros(size))
         self.register_buffer("running_var", torch.ones(size))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, at: At | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C); `at` are the positions of x where it does not begin at the first."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Positions | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C); positions are those of x, None for the first L."""
         mean, var = self.running_mean, self.running_var
         if self.per_position:  # slices are views, so that updates in place reach the buffers
-            place = slice(x.shape[1]) if at is None else at
+            place = slice(x.shape[1]) if positions is None else positions
             mean, var = mean[place], var[place]
         if not self.training:
             return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias

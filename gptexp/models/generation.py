@@ -1,47 +1,112 @@
-"""What drawing text takes: the logits that come after rows of tokens, and the choice of a token from them."""
+"""Autoregressive sampling: next-token logits, with and without a KV cache, and the choice of tokens from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.rnn import pad_sequence
 
-At = slice | Tensor
-"""Which positions of a context: the same for all rows, or (n, 1) for each."""
+Positions = slice | Tensor
+"""The positions of tokens in their sequences: a slice where all rows have the same, else (N, 1) int64."""
 
-
-class Reader(Protocol):
-    """Reads rows of tokens that grow by one token a step."""
-
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The logits after each row's last token, (N, V)."""
+Decoder = Callable[[Sequence[Sequence[int]]], Tensor]
+"""From N rows of tokens, each one token longer than at the last call, to the logits (N, V) of their next tokens."""
 
 
-class WindowReader:
-    """Each step computes the last `block_size` tokens of every row anew.
+def next_token_logits(model: Any, rows: Sequence[Sequence[int]], **options: Any) -> Tensor:
+    """The logits (N, V) of the token after each row, from one forward pass over all their tokens.
 
     Args:
-        model: any model of ids (N, L), mask.
+        model: a language model.
+        rows: N rows of one token or more. They are padded on the right, where causal attention does not look.
+        options: further arguments of the forward pass.
+    """
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(next(model.parameters()).device)
+    last = torch.tensor([len(row) - 1 for row in rows])
+    logits: Tensor = model(ids, **options)[torch.arange(len(rows)), last]
+    return logits
+
+
+def sliding_window_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The logits (N, V) of the token after each row, recomputed from its last `block_size` tokens."""
+    return next_token_logits(model, [row[-model.config.block_size :] for row in rows])
+
+
+class KVCache:
+    """The keys and values of all attention layers, and the positions of the tokens in the next forward pass.
+
+    Args:
+        n_rows: N, the number of sequences.
+        max_length: P, the most positions of a sequence.
+
+    Attributes:
+        positions: of the tokens in the next forward pass.
+        preceding: the tokens before them that belong to their n-grams, (N, n - 1); None where they are the first.
+        attn_mask: which positions each row may attend to, (N, 1, 1, positions); None for all.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model: Any = direct(model)
+    positions: Positions
+    preceding: Tensor | None
+    attn_mask: Tensor | None
 
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The logits after each row's last token, (N, V)."""
-        ids, last = padded([row[-self.model.config.block_size :] for row in rows], self.model)
-        logits: Tensor = self.model(ids)[torch.arange(len(rows)), last]
-        return logits
+    def __init__(self, n_rows: int, max_length: int) -> None:
+        self.n_rows, self.max_length = n_rows, max_length
+        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # each (N, H, P, D)
+        self._rows: list[int] | slice | Tensor = slice(None)  # that the next forward pass computes
+        self._length = 0  # positions after that pass
+
+    def prefill(self, rows: list[int], length: int) -> None:
+        """Prepare a forward pass over the first `length` positions of some rows."""
+        self._rows, self._length = rows, length
+        self.positions, self.preceding, self.attn_mask = slice(length), None, None
+
+    def decode(self, positions: Sequence[int], preceding: Tensor) -> None:
+        """Prepare a forward pass over one token of every row, each at its own position.
+
+        Args:
+            positions: N of them.
+            preceding: see the class.
+        """
+        first, last, device = min(positions), max(positions), preceding.device
+        self._rows, self._length, self.preceding = slice(None), last + 1, preceding
+        self.positions, self.attn_mask = slice(last, last + 1), None
+        if first < last:
+            self._rows, at = torch.arange(self.n_rows, device=device), torch.tensor(positions, device=device)
+            self.positions = at[:, None]
+            self.attn_mask = (torch.arange(self._length, device=device) <= self.positions)[:, None, None]
+
+    def update(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of this forward pass.
+
+        Args:
+            layer: the attention layer that they belong to.
+            k: keys (n, H, L, D).
+            v: values (n, H, L, D).
+
+        Returns:
+            the keys and values of all positions so far.
+        """
+        if layer not in self._layers:
+            size = (self.n_rows, k.shape[1], self.max_length, k.shape[3])
+            self._layers[layer] = k.new_zeros(size), v.new_zeros(size)
+        keys, values = self._layers[layer]
+        rows, at = self._rows, self.positions
+        if isinstance(at, slice):
+            keys[rows, :, at], values[rows, :, at] = k, v
+        else:
+            keys[rows, :, at[:, 0]], values[rows, :, at[:, 0]] = k[:, :, 0], v[:, :, 0]
+        if k.shape[2] == self._length:
+            return k, v
+        return keys[:, :, : self._length], values[:, :, : self._length]
 
 
-class CachedReader:
-    """Each step computes one new position a row, with the keys and values that earlier steps have left.
+class CachedDecoder:
+    """Next-token logits of N growing rows with a KV cache: a prefill of each row, then one token per step.
 
     A row's context begins with its last `block_size` tokens and grows with each token. Once it holds `block_size`, the
-    next token drops its older half, and the rest is encoded anew, at the first positions.
+    next token drops its older half, and the rest is prefilled again, at the first positions.
 
     Args:
         model: a GPT.
@@ -49,62 +114,47 @@ class CachedReader:
     """
 
     def __init__(self, model: Any, n_rows: int) -> None:
-        self.model: Any = direct(model)
-        self.block_size, self.ngram = model.config.block_size, model.config.ngram
+        self.model, self.config = model, model.config
         self.device = next(model.parameters()).device
-        self.small = n_rows * model.flops_per_token() / 6 <= SMALL  # a multiplication is 6 of a training step's
-        self.cache = Cache(n_rows, self.block_size)
-        self.first, self.count = [0] * n_rows, [0] * n_rows  # a row's context is row[first : first + count]
+        self.cache = KVCache(n_rows, self.config.block_size)
+        self.start, self.length = [0] * n_rows, [0] * n_rows  # a row's context is row[start : start + length]
+        # A forward pass takes one multiplication for 6 operations of a training step.
+        self.one_thread = n_rows * model.flops_per_token() / 6 <= ONE_THREAD_LIMIT
 
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The logits after each row's last token, (N, V)."""
-        anew = [i for i, count in enumerate(self.count) if count in (0, self.block_size)]
-        going = [i for i, count in enumerate(self.count) if count not in (0, self.block_size)]
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (N, V) of the token after each row."""
+        block_size = self.config.block_size
+        anew = [i for i, length in enumerate(self.length) if length in (0, block_size)]
         for i in anew:
-            wanted = self.block_size // 2 + 1 if self.count[i] else self.block_size
-            self.first[i] = max(0, len(rows[i]) - wanted)
-        self.count = [len(row) - first for row, first in zip(rows, self.first, strict=True)]
-        if not going:
-            return self._encode(rows, anew)
-        logits = self._extend(rows, going)
-        if not anew:
+            self.start[i] = max(0, len(rows[i]) - (block_size // 2 + 1 if self.length[i] else block_size))
+        self.length = [len(row) - start for row, start in zip(rows, self.start, strict=True)]
+        with one_thread() if self.one_thread else nullcontext():
+            if len(anew) == len(rows):
+                return self._prefill(rows, anew)
+            logits = self._decode(rows)
+            if anew:
+                logits[anew] = self._prefill(rows, anew)
             return logits
-        order = torch.tensor([*going, *anew]).argsort()
-        return torch.cat([logits, self._encode(rows, anew)])[order]
 
-    def _encode(self, rows: Sequence[Sequence[int]], which: list[int]) -> Tensor:
-        ids, last = padded([rows[i][self.first[i] :] for i in which], self.model)
-        logits = self._logits(ids, slice(ids.shape[1]), self.cache.at(which, None))
-        return logits[torch.arange(len(which)), last]
+    def _prefill(self, rows: Sequence[Sequence[int]], which: list[int]) -> Tensor:
+        self.cache.prefill(which, max(self.length[i] for i in which))
+        return next_token_logits(self.model, [rows[i][self.start[i] :] for i in which], cache=self.cache)
 
-    def _extend(self, rows: Sequence[Sequence[int]], which: list[int]) -> Tensor:
-        ids = torch.tensor([[rows[i][-1]] for i in which], device=self.device)
-        places = [self.count[i] - 1 for i in which]
-        at: At = slice(places[0], places[0] + 1)
-        if places.count(places[0]) < len(places):
-            at = torch.tensor(places, device=self.device)[:, None]
-        place = self.cache.at(which, at)
-        if self.ngram > 1:
-            before = [self._before(rows[i], self.first[i]) for i in which]
-            place = place._replace(before=torch.tensor(before, device=self.device))
-        return self._logits(ids, at, place).squeeze(1)
-
-    def _before(self, row: Sequence[int], first: int) -> list[int]:
-        """The tokens of the context before a row's last one that n-grams see; V where there are none."""
-        known = list(row[max(first, len(row) - self.ngram) : -1])
-        return [self.model.config.vocab_size] * (self.ngram - 1 - len(known)) + known
-
-    def _logits(self, ids: Tensor, at: At, place: "Place") -> Tensor:
-        with one_thread() if self.small else nullcontext():
-            logits: Tensor = self.model.extend(ids, at, place)
-        return logits
+    def _decode(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """All rows: part of the cache would be a copy of it. Rows that begin again are prefilled after that."""
+        n, absent = self.config.ngram, self.config.vocab_size
+        last = [row[max(start, len(row) - n) :] for row, start in zip(rows, self.start, strict=True)]
+        ids = torch.tensor([[absent] * (n - len(tokens)) + list(tokens) for tokens in last], device=self.device)
+        self.cache.decode([length - 1 for length in self.length], ids[:, :-1])
+        logits: Tensor = self.model(ids[:, -1:], cache=self.cache)
+        return logits.squeeze(1)
 
 
-SMALL = 2**23
-"""The most multiplications of a step whose sampling is done by one thread.
+ONE_THREAD_LIMIT = 2**23
+"""The most multiplications of a decoding step that one thread computes alone.
 
 Threads wait for each other at every operation: where the operations are so small, for about as long as they save, and
-for much longer where others use the cores. What begins anew is larger, but seldom.
+for much longer where other processes use the cores. A prefill is larger, but rare.
 """
 
 
@@ -119,129 +169,30 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Cache:
-    """The keys and values of attention layers, for the positions that rows have.
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """Sample one token per row by inverting the cumulative distribution, the likeliest tokens first.
 
     Args:
-        n_rows: N.
-        positions: P, the most that a row can have.
-    """
-
-    def __init__(self, n_rows: int, positions: int) -> None:
-        self.n_rows, self.positions = n_rows, positions
-        self.layers: dict[nn.Module, Kept] = {}
-
-    def at(self, rows: list[int], at: At | None) -> "Place":
-        """A place in it.
-
-        Args:
-            rows: which ones.
-            at: each row's next position; None where the rows begin anew with whatever comes.
-        """
-        return Place(self, None if len(rows) == self.n_rows else torch.tensor(rows), at)
-
-
-class Kept:
-    """The keys and values (N, H, P, D) of a layer, and the views of them that steps have taken, to be taken again."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-        self.views: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def at(self, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All rows' key and value at a position (N, H, 1, D), and those up to it (N, H, position + 1, D)."""
-        if position not in self.views:
-            (key, keys), (value, values) = (
-                (kept[:, :, position : position + 1], kept[:, :, : position + 1]) for kept in (self.keys, self.values)
-            )
-            self.views[position] = key, value, keys, values
-        return self.views[position]
-
-
-class Place(NamedTuple):
-    """Rows of a cache, all of them or some, where they go on, and the few tokens before that n-grams see (n, k)."""
-
-    cache: Cache
-    rows: Tensor | None
-    at: At | None
-    before: Tensor | None = None
-
-    def extend(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep a layer's keys and values (n, H, L, D).
-
-        Returns:
-            those of all positions so far, and which of them each row has: None for all, or (n, 1, 1, positions).
-        """
-        cache, rows, at, _ = self
-        kept = cache.layers.get(layer)
-        if kept is None:
-            size = (cache.n_rows, k.shape[1], cache.positions, k.shape[3])
-            kept = cache.layers[layer] = Kept(k.new_zeros(size), v.new_zeros(size))
-        if rows is None and isinstance(at, slice):
-            key, value, keys, values = kept.at(at.start)
-            key.copy_(k)
-            value.copy_(v)
-            return keys, values, None
-        keys, values, some = kept.keys, kept.values, slice(None) if rows is None else rows
-        if at is None:
-            keys[some, :, : k.shape[2]], values[some, :, : k.shape[2]] = k, v
-            return k, v, None
-        if isinstance(at, slice):
-            keys[some, :, at], values[some, :, at] = k, v
-            return keys[some, :, : at.stop], values[some, :, : at.stop], None
-        which = torch.arange(cache.n_rows, device=at.device)[some if rows is None else rows.to(at.device)]
-        keys[which, :, at[:, 0]], values[which, :, at[:, 0]] = k[:, :, 0], v[:, :, 0]
-        stop = int(at.max()) + 1
-        known = torch.arange(stop, device=at.device) <= at  # (n, stop)
-        return keys[some, :, :stop], values[some, :, :stop], known[:, None, None]
-
-
-def direct(module: Any) -> Any:
-    """The same module on a shorter way: it shares the tensors, and to call a part is to call its `forward`.
-
-    nn.Module looks for hooks at each call, and for its parameters and parts only after all other attributes, which for
-    a single position takes as long as a small model's arithmetic. Modules with hooks or with a `forward` of their own,
-    and those of classes from elsewhere than torch or this package, stay as they are.
-    """
-    kind: Any = type(module)
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or _has_any_global_hook()
-    if hooked or not kind.__module__.startswith(("gptexp.models.", "torch.nn.modules.")):
-        return module
-    twin = object.__new__(_direct(kind))
-    parts = {name: part if part is None else direct(part) for name, part in module._modules.items()}
-    vars(twin).update({**vars(module), **module._parameters, **module._buffers, **parts, "_modules": parts})
-    return twin
-
-
-@cache
-def _direct(kind: Any) -> Any:
-    return type(kind.__name__, (kind,), {"__call__": kind.forward})
-
-
-def padded(rows: Sequence[Sequence[int]], model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Rows as one tensor, padded at the right, where causal attention never looks from the left.
+        logits: (N, V).
+        uniform: (N,), random numbers in [0, 1), one for each row.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the fewest likeliest tokens whose probabilities reach p.
 
     Returns:
-        ids (n, L) int64 on the model's device, and the number (n,) of each row's last position.
+        token ids (N,).
     """
-    last = torch.tensor([len(row) - 1 for row in rows])
-    ids = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids.to(next(model.parameters()).device), last
-
-
-def choose(logits: Tensor, chance: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Pick one id a row from logits (N, V) with the uniform numbers chance (N,) in [0, 1). Returns (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = (ordered / temperature).softmax(-1, dtype=torch.float64)  # where chance * end, rounded, is less than end
+    probs = (ordered / temperature).softmax(-1, dtype=torch.float64)  # where uniform * end rounds to less than end
     if top_k is not None:
         probs, order = probs[:, :top_k], order[:, :top_k]
     total = probs.cumsum(-1)
     end = total[:, -1:]
     if top_p is not None:  # a token stays while those before it do not reach p
         end = total.gather(-1, (total[:, :-1] < top_p).sum(-1, keepdim=True))
-    pick = torch.searchsorted(total, chance.unsqueeze(-1) * end, right=True)
+    pick = torch.searchsorted(total, uniform.unsqueeze(-1) * end, right=True)
     return order.gather(-1, pick).squeeze(-1)

@@ -8,28 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.attention import CausalSelfAttention, dropped, rope_table, sinusoidal_table
-from gptexp.models.generation import At, CachedReader, Place
+from gptexp.models.attention import CausalSelfAttention, dropout, rope_table, sinusoidal_table
+from gptexp.models.generation import CachedDecoder, KVCache, Positions
 from gptexp.models.language_model import LanguageModel, initialise, initialise_as_torch
 from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
 
-_ONEDNN: Any = torch.backends.mkldnn
-
 
 def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()  # So et al. 2021, "Primer"
-
-
-def _gelu(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.numel() > 8192:
-        return F.gelu(x)
-    # oneDNN takes several times as long for few numbers as torch's own kernel, and divides even those among threads.
-    enabled, _ONEDNN.enabled = _ONEDNN.enabled, False
-    try:
-        return F.gelu(x)
-    finally:
-        _ONEDNN.enabled = enabled
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -37,7 +24,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": _gelu,
+    "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
     "relu_squared": _relu_squared,
@@ -46,10 +33,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class NGrams(nn.Embedding):
-    """Embeddings of the last 2, 3 .. n tokens, summed; at first all 0.
+    """The sum of embeddings of the last 2, 3 .. n tokens, initialized to 0.
 
-    The sequences of one length have a table of their own: a row for each where there are `ngram_rows` or fewer, else a
-    row that a hash chooses. Tokens before the first one count as a further symbol, V.
+    Each length has a table of its own, with a row for each n-gram where there are `ngram_rows` or fewer, else with
+    that many rows, of which a hash chooses one. Positions before the first token count as a further symbol, V.
     Sources: Huang et al. 2025, "Over-Tokenized Transformer"; Pagnoni et al. 2024, "Byte Latent Transformer" (hashing).
     """
 
@@ -59,21 +46,21 @@ class NGrams(nn.Embedding):
         super().__init__(sum(sizes), config.n_embd)
         self.base, self.sizes = base, sizes
 
-    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, preceding: Tensor | None = None) -> Tensor:
         """(N, L, C).
 
         Args:
             ids: (N, L) int64.
-            before: (N, n - 1), the tokens before those, V where there are none; None where ids begin their rows.
+            preceding: the tokens before those, (N, n - 1), V where there are none; None where ids begin their rows.
         """
         (N, L), n = ids.shape, len(self.sizes) + 1
-        if before is None:
-            before = ids.new_full((N, n - 1), self.base - 1)
-        known, number = torch.cat([before, ids], dim=1), ids
+        if preceding is None:
+            preceding = ids.new_full((N, n - 1), self.base - 1)
+        tokens, number = torch.cat([preceding, ids], dim=1), ids
         found, offset = [], 0
         for k, size in enumerate(self.sizes, 2):
             power = (self.base ** (k - 1) + 2**63) % 2**64 - 2**63  # wrapped, as int64 products are
-            number = number + known[:, n - k : n - k + L] * power  # one for each sequence of k tokens
+            number = number + tokens[:, n - k : n - k + L] * power  # one for each k-gram
             row = number if size == self.base**k else _hashed(number) % size
             found.append(row + offset)
             offset += size
@@ -81,15 +68,15 @@ class NGrams(nn.Embedding):
 
 
 def _hashed(number: Tensor) -> Tensor:
-    """Numbers of 40 bits that differ in all bits where int64 numbers differ in any: Fibonacci hashing, Knuth 6.4."""
+    """40-bit hashes of int64 numbers: Fibonacci hashing, Knuth 6.4."""
     return (number * -0x61C8864680B583EB >> 24) & (2**40 - 1)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a non-linearity, 4C wide; projection=false leaves out the second.
+    """Two linear layers around a non-linearity, 4C wide; projection=false omits the second.
 
-    swiglu has a third, gating layer and is 8C/3 wide (rounded up to a multiple of 8), which keeps the number of
-    parameters. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    swiglu has a third, gating layer, and is 8C/3 wide (rounded up to a multiple of 8) so that the number of parameters
+    stays the same. Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -103,13 +90,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, L, C)."""
         h = self.act(self.fc(x)) if self.gate is None else self.act(self.gate(x)) * self.fc(x)  # (N, L, 4C)
-        return dropped(h if self.proj is None else self.proj(h), self.dropout, self.training)
+        return dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
 
 
 class Residual(nn.Module):
-    """around(alpha x + after(f(before(x)))): a residual connection, with the norms that the placement puts there.
+    """around(alpha x + after(f(before(x)))): a residual connection with the norms of a placement.
 
-    residual=false leaves out alpha x.
+    residual=false omits alpha x.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -120,12 +107,14 @@ class Residual(nn.Module):
             _norm(config) if wanted else None for wanted in (place.before, place.after, place.around)
         )
 
-    def forward(self, x: Tensor, f: Callable[[Tensor], Tensor], mask: Tensor | None, at: At | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C); `at` are the positions of x, for norms to which they matter."""
-        y = _normalised(self.after, f(_normalised(self.before, x, mask, at)), mask, at)
+    def forward(
+        self, x: Tensor, f: Callable[[Tensor], Tensor], mask: Tensor | None, positions: Positions | None = None
+    ) -> Tensor:
+        """(N, L, C) to (N, L, C); positions are those of x, None for the first L."""
+        y = _normalized(self.after, f(_normalized(self.before, x, mask, positions)), mask, positions)
         if self.alpha:
             y = (x if self.alpha == 1.0 else self.alpha * x) + y
-        return _normalised(self.around, y, mask, at)
+        return _normalized(self.around, y, mask, positions)
 
 
 class Block(nn.Module):
@@ -138,12 +127,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(config) if config.inner_dim else None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, at: At | None = None,
-        place: Place | None = None,
+        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, positions: Positions | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """(N, L, C) to (N, L, C); see `CausalSelfAttention` for rope and place."""
-        x = self.residual1(x, lambda h: self.attn(h, rope, place) if place else self.attn(h, rope), mask, at)
-        return x if self.residual2 is None or self.mlp is None else self.residual2(x, self.mlp, mask, at)
+        """(N, L, C) to (N, L, C); see `CausalSelfAttention` for rope and cache."""
+        x = self.residual1(x, lambda h: self.attn(h, rope, cache=cache), mask, positions)
+        return x if self.residual2 is None or self.mlp is None else self.residual2(x, self.mlp, mask, positions)
 
 
 class GPT(LanguageModel):
@@ -151,7 +140,7 @@ class GPT(LanguageModel):
 
     Args:
         config: the architecture.
-        seed: every parameter's initial value is a function of this seed, the parameter's name and its shape alone.
+        seed: a parameter's initial value is a function of this seed, its name and its shape alone.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
@@ -174,17 +163,17 @@ class GPT(LanguageModel):
         if config.init == "torch":
             initialise_as_torch(self, seed)
         else:
-            initialise(self, seed, self._deviation)
+            initialise(self, seed, self._std)
         for name, p in self.named_parameters():
             if name == "ngram.weight" or (config.zero_init and name.endswith("proj.weight")):
                 nn.init.zeros_(p)
 
-    def _deviation(self, name: str) -> Any:
-        """GPT-2's initial weights, or those of the placement.
+    def _std(self, name: str) -> Any:
+        """The standard deviation of a weight's initial values.
 
-        GPT-2 (Radford et al. 2019, section 2.3): 0.02, and for the projections back to the residual stream
-        0.02 / sqrt(2 n_layer). Xavier (Glorot, Bengio 2010): sqrt(2 / (inputs + outputs)), and for embeddings the
-        root of 1 / n_embd. DeepNet: as Xavier within the blocks, times beta but for queries and keys.
+        GPT-2 (Radford et al. 2019, section 2.3): 0.02, and 0.02 / sqrt(2 n_layer) for the projections back to the
+        residual stream. Xavier (Glorot, Bengio 2010): sqrt(2 / (inputs + outputs)), and sqrt(1 / n_embd) for
+        embeddings. DeepNet: as Xavier within the blocks, times beta except for queries and keys.
         """
         c, in_block = self.config, name.startswith("blocks.")
         if in_block and (c.place.beta or c.init == "xavier"):
@@ -198,65 +187,50 @@ class GPT(LanguageModel):
         return 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of one training step (forward and backward) for each token.
+        """Floating-point operations per token of one training step (forward and backward).
 
         6 for each weight of a linear layer, and the attention scores: Chowdhery et al. 2022, "PaLM", appendix B.
         """
         c: GPTConfig = self.config
         return super().flops_per_token() + 12.0 * c.n_layer * c.n_embd * c.block_size
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits for the symbol after each position.
+    def decoder(self, n_rows: int) -> CachedDecoder:
+        """Computes the next-token logits of `n_rows` growing rows with a KV cache."""
+        return CachedDecoder(self, n_rows)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits at each position.
 
         Args:
             ids: (N, L) int64, L at most `block_size`.
-            mask: None, or (N, L) bool that is False at padding. Padding must stand at the end of its row.
+            mask: None, or (N, L) bool that is False at padding, which must be at the end of its row.
+            cache: prepared for these ids; it knows their positions, and the keys and values of those before them.
 
         Returns:
             (N, L, V).
         """
-        return self._logits(ids, mask)
-
-    def extend(self, ids: Tensor, at: At, place: Place) -> Tensor:
-        """Logits for the symbol after each of some further tokens of contexts that are in a cache.
-
-        Args:
-            ids: (n, L) int64; L is 1 unless the contexts begin here.
-            at: their positions, of all rows or (n, 1) of each.
-            place: the rows of the cache.
-
-        Returns:
-            (n, L, V).
-        """
-        return self._logits(ids, None, at, place)
-
-    def reader(self, n_rows: int) -> CachedReader:
-        """A reader with a cache of keys and values."""
-        return CachedReader(self, n_rows)
-
-    def _logits(self, ids: Tensor, mask: Tensor | None, at: At | None = None, place: Place | None = None) -> Tensor:
+        positions, rope = slice(ids.shape[1]) if cache is None else cache.positions, None
         x = self.wte(ids)  # (N, L, C)
         if self.ngram is not None:
-            x = x + self.ngram(ids, place.before if place else None)
-        rows, rope = slice(ids.shape[1]) if at is None else at, None
+            x = x + self.ngram(ids, None if cache is None else cache.preceding)
         if self.wpe is not None:
-            x = x + self.wpe.weight[rows]
+            x = x + self.wpe.weight[positions]
         elif self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[rows]
+            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[positions]
         elif self.config.position == "rope":
-            cos, sin = self.get_buffer("rope_cos")[rows], self.get_buffer("rope_sin")[rows]  # (L, D) or (N, 1, D)
-            rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])
-        x = dropped(x, self.config.dropout, self.training)
+            cos, sin = self.get_buffer("rope_cos")[positions], self.get_buffer("rope_sin")[positions]
+            rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])  # (L, D) or (N, 1, 1, D)
+        x = dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, mask, rope, at, place)
-        logits: Tensor = self.head(_normalised(self.norm_f, x, mask, at))
+            x = block(x, mask, rope, positions, cache)
+        logits: Tensor = self.head(_normalized(self.norm_f, x, mask, positions))
         return logits
 
 
-def _normalised(norm: nn.Module | None, x: Tensor, mask: Tensor | None, at: At | None) -> Tensor:
+def _normalized(norm: nn.Module | None, x: Tensor, mask: Tensor | None, positions: Positions | None) -> Tensor:
     if norm is None:
         return x
-    y: Tensor = norm(x, mask, at) if at is not None and isinstance(norm, Positional) else norm(x, mask)
+    y: Tensor = norm(x, mask, positions=positions) if isinstance(norm, Positional) else norm(x, mask)
     return y
 
 

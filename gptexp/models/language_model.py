@@ -1,21 +1,22 @@
-"""What every model of this laboratory is: token ids in, logits out; and how text is drawn from one."""
+"""The base class of all models, which samples text, and the initial values of parameters."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptexp.models.generation import Reader, WindowReader, choose
+from gptexp.models.generation import Decoder, sample_tokens, sliding_window_logits
 
 
 class LanguageModel(nn.Module):
     """Token ids (N, L) to logits (N, L, V), called as model(ids, mask).
 
     Attributes:
-        config: the architecture, with block_size, the most positions L.
-        wte: embeds the tokens.
+        config: the architecture, with block_size, the longest L.
+        wte: the token embedding.
     """
 
     config: Any
@@ -23,32 +24,32 @@ class LanguageModel(nn.Module):
 
     @property
     def n_params(self) -> int:
-        """Number of trainable parameters; a tied head counts once."""
+        """The number of trainable parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def hidden_matrices(self) -> dict[str, int]:
-        """Linear layers' weights but for the head's, by name, and how many matrices each is, such as those of q, k, v.
+        """The weights of all linear layers but the head, by name, each with the number of matrices stacked in its rows.
 
-        These stand one below the other, all of one size.
+        That is 3 for the weight of queries, keys and values, and 1 for any other.
         """
         linear = [name for name, m in self.named_modules() if isinstance(m, nn.Linear) and name != "head"]
         return {f"{name}.weight": 3 if name.endswith(".qkv") else 1 for name in linear}
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of one training step (forward and backward) for each token.
+        """Floating-point operations per token of one training step (forward and backward).
 
         6 for each weight of a linear layer: Kaplan et al. 2020, section 2.1.
         """
         linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
         return 6.0 * sum(m.weight.numel() for m in linear)
 
-    def reader(self, n_rows: int) -> Reader:
-        """What computes the next logits of `n_rows` growing rows of tokens."""
-        return WindowReader(self)
+    def decoder(self, n_rows: int) -> Decoder:
+        """Computes the next-token logits of `n_rows` growing rows."""
+        return partial(sliding_window_logits, self)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
-        """Continue every prompt; see `stream` for the options. Returns the new ids of each, without the prompt."""
+        """Continue every prompt; see `stream` for the options. Returns the new ids of each row, without its prompt."""
         rows: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, **options):  # type: ignore[arg-type]
             for row, token in zip(rows, step, strict=True):
@@ -68,35 +69,39 @@ class LanguageModel(nn.Module):
         stop: Sequence[int] = (),
         seed: int = 0,
     ) -> Iterator[list[int | None]]:
-        """Sample one token a step for every prompt, in evaluation mode.
+        """Sample one token per step for every prompt, in evaluation mode.
 
-        A row's text depends on the seed, its index and its prompt, not on the other rows. Which of its tokens a step
-        sees is the reader's matter: see `CachedReader` for a GPT, `WindowReader` for other models.
+        A row's text depends on the seed, its index and its prompt, not on the other rows. Each token depends on the
+        last `block_size` tokens of its row; in a GPT, on `block_size` / 2 of them or more: see `CachedDecoder`.
 
         Args:
-            prompts: one or more prompts of any lengths, at least one token each.
-            max_new_tokens: tokens to add to each.
+            prompts: one or more prompts of one token or more.
+            max_new_tokens: the most tokens to add to each.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: keep the k likeliest tokens.
-            top_p: keep the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020).
+            top_p: keep the fewest tokens whose probabilities add up to p (Holtzman et al. 2020).
             stop: a row ends once its new tokens end with this sequence.
+            seed: of the random numbers.
 
         Yields:
-            a list with each row's new token, None for a row that has ended.
+            each row's new token, None for a row that has ended.
+
+        Raises:
+            ValueError: without a prompt, or for an empty one.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token")
         was_training = self.training
         self.eval()
         try:
-            rows, reader = [list(p) for p in prompts], self.reader(len(prompts))
+            rows, decoder = [list(p) for p in prompts], self.decoder(len(prompts))
             starts = [len(r) for r in rows]
             done = [False] * len(rows)
-            own = (_generator(seed, f"row {i}") for i in range(len(rows)))
-            chances = torch.stack([torch.rand(max_new_tokens, dtype=torch.float32, generator=g) for g in own], dim=1)
-            for chance in chances:  # (N,)
-                logits = reader.read(rows).float().cpu()  # (N, V)
-                tokens = choose(logits, chance, temperature, top_k, top_p).tolist()
+            generators = [_generator(seed, f"row {i}") for i in range(len(rows))]
+            numbers = [torch.rand(max_new_tokens, dtype=torch.float32, generator=g) for g in generators]
+            for uniform in torch.stack(numbers, dim=1):  # (N,)
+                logits = decoder(rows).float().cpu()  # (N, V)
+                tokens = sample_tokens(logits, uniform, temperature, top_k, top_p).tolist()
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]
                 for i, row in enumerate(rows):
                     row.append(tokens[i])
@@ -108,15 +113,15 @@ class LanguageModel(nn.Module):
             self.train(was_training)
 
 
-def initialise(model: nn.Module, seed: int, deviation: Callable[[str], float | Tensor]) -> None:
-    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape); biases are 0.
+def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]) -> None:
+    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape); set biases to 0.
 
-    The constants that norms start with stay as they are.
+    Norms keep the constants that they start with.
 
     Args:
         model: whose parameters are set, in place.
         seed: any integer.
-        deviation: of a weight's normal distribution around 0, by the parameter's name.
+        std: the standard deviation of a weight, by the parameter's name; its mean is 0.
     """
     drawn = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters(recurse=False)}
     with torch.no_grad():
@@ -124,11 +129,11 @@ def initialise(model: nn.Module, seed: int, deviation: Callable[[str], float | T
             if p in drawn and name.endswith("bias"):
                 p.zero_()
             elif p in drawn:
-                p.copy_(torch.empty(p.shape).normal_(generator=_generator(seed, name)) * deviation(name))
+                p.copy_(torch.empty(p.shape).normal_(generator=_generator(seed, name)) * std(name))
 
 
 def initialise_as_torch(model: nn.Module, seed: int) -> None:
-    """As `initialise`, with the distributions of torch's own layers: normal embeddings, uniform linear layers."""
+    """As `initialise`, with the distributions that torch's layers have: normal embeddings, uniform linear layers."""
     tied = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
         for prefix, module in model.named_modules():

@@ -27,7 +27,7 @@ from gptexp.models.registry import (
 
 
 class Positional(nn.Module):
-    """A norm to which it matters which positions x has: called as norm(x, mask, at) where they are not the first."""
+    """A norm to which it matters which positions x has: called as norm(x, mask, positions=positions)."""
 
 
 class Identity(nn.Module):

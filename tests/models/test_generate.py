@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptexp.models import generation
-from gptexp.models.generation import choose
-from gptexp.models.gpt import GPT, _gelu
+from gptexp.models.generation import sample_tokens
+from gptexp.models.gpt import GPT
 from gptexp.models.registry import NORMS, PLACEMENTS, Norm, NormSettings, NormShape
 
 V, BLOCK = 11, 8
@@ -70,8 +70,8 @@ def test_the_cache_gives_the_logits_of_the_whole_context(lively: Lively, changes
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, V, (n + 20,), generator=draw).tolist() for n in (3, 1, 12, 8)]
     with torch.no_grad():
-        reader = model.reader(4)
-        cached = [reader.read([row[: n + t] for row, n in zip(rows, (3, 1, 12, 8), strict=True)]) for t in range(20)]
+        decoder = model.decoder(4)
+        cached = [decoder([row[: n + t] for row, n in zip(rows, (3, 1, 12, 8), strict=True)]) for t in range(20)]
         for i, n in enumerate((3, 1, 12, 8)):
             for t, seen in enumerate(contexts(rows[i], n)):
                 whole = model(torch.tensor([seen]))[0, -1]
@@ -85,9 +85,9 @@ def test_sampling_reads_the_same_numbers(lively: Lively, changes: dict) -> None:
     model = lively(**changes).double()
     rows = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     with torch.inference_mode():
-        whole, reader = model(torch.tensor(rows)), model.reader(2)
+        whole, decoder = model(torch.tensor(rows)), model.decoder(2)
         for n in (2, 3, 4, 5):
-            cached = reader.read([row[:n] for row in rows])
+            cached = decoder([row[:n] for row in rows])
             torch.testing.assert_close(cached, whole[:, n - 1], atol=1e-9, rtol=1e-9)
 
 
@@ -143,9 +143,9 @@ def test_a_forward_of_ones_own_is_called(lively: Lively) -> None:
     assert model.generate(PROMPTS[:1], 6, temperature=0) == [[7] * 6]
 
 
-@pytest.mark.parametrize(("small", "used"), [(generation.SMALL, 1), (0, 3)])
+@pytest.mark.parametrize(("small", "used"), [(generation.ONE_THREAD_LIMIT, 1), (0, 3)])
 def test_little_work_takes_one_thread(lively: Lively, monkeypatch: pytest.MonkeyPatch, small: int, used: int) -> None:
-    monkeypatch.setattr(generation, "SMALL", small)
+    monkeypatch.setattr(generation, "ONE_THREAD_LIMIT", small)
     threads, seen, model = torch.get_num_threads(), set(), lively()
     model.head.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
     torch.set_num_threads(3)
@@ -158,20 +158,6 @@ def test_little_work_takes_one_thread(lively: Lively, monkeypatch: pytest.Monkey
     finally:
         torch.set_num_threads(threads)
     assert seen == {used}
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_gelu_of_few_numbers(enabled: bool) -> None:
-    """Another kernel, the same function; and the choice of kernels is restored."""
-    x = torch.linspace(-6, 6, 512)
-    before = torch.backends.mkldnn.enabled
-    try:
-        torch.backends.mkldnn.enabled = enabled
-        with torch.inference_mode():
-            torch.testing.assert_close(_gelu(x), F.gelu(x.double()).float(), atol=1e-6, rtol=1e-5)
-        assert torch.backends.mkldnn.enabled == enabled
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 def test_a_step_computes_new_positions_alone(lively: Lively) -> None:
@@ -292,7 +278,7 @@ def test_every_prompt_needs_a_token(lively: Lively) -> None:
     assert lively().generate([[1], [2]], 0) == [[], []]
 
 
-# --- choose ------------------------------------------------------------------------------------------------------
+# --- sample_tokens -----------------------------------------------------------------------------------------------
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.02, 0.18])  # in order: 1 (.4), 3 (.65), 5 (.83), 2 (.93), 0 (.98), 4
 DRAWS = 20_000
@@ -300,7 +286,7 @@ DRAWS = 20_000
 
 def frequencies(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     chance = torch.rand(DRAWS, generator=torch.Generator().manual_seed(0))
-    picks = choose((PROBS.log() + 3.0).expand(DRAWS, -1), chance, temperature, top_k, top_p)
+    picks = sample_tokens((PROBS.log() + 3.0).expand(DRAWS, -1), chance, temperature, top_k, top_p)
     return picks.bincount(minlength=6) / DRAWS
 
 
@@ -341,24 +327,24 @@ def test_extreme_chances_stay_within_the_support() -> None:
     logits = PROBS.log().expand(2, -1)
     for top_k, last in ((None, 4), (1, 1), (3, 5)):
         below_one = torch.tensor([0.0, 1.0]).nextafter(torch.tensor(0.0))
-        assert choose(logits, below_one.clamp(min=0), 1.0, top_k, None).tolist() == [1, last]
+        assert sample_tokens(logits, below_one.clamp(min=0), 1.0, top_k, None).tolist() == [1, last]
     certain = torch.tensor([[0.0, 200.0, 0.0]])  # the other probabilities are zero
-    assert choose(certain, torch.tensor([0.9999999]), 1.0, None, None).tolist() == [1]
+    assert sample_tokens(certain, torch.tensor([0.9999999]), 1.0, None, None).tolist() == [1]
 
 
 def test_each_token_owns_the_chances_from_its_lower_bound_to_below_its_upper_one() -> None:
     bounds = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    assert choose(torch.zeros(4, 4), bounds, 1.0, None, None).tolist() == [0, 1, 2, 3]
+    assert sample_tokens(torch.zeros(4, 4), bounds, 1.0, None, None).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (2, None), (None, 0.5), (2, 0.5)])
 def test_nothing_is_chosen_from_logits_that_are_no_numbers(top_k: int | None, top_p: float | None) -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):
-        choose(torch.full((2, 5), torch.nan), torch.tensor([0.2, 0.3]), 1.0, top_k, top_p)
+        sample_tokens(torch.full((2, 5), torch.nan), torch.tensor([0.2, 0.3]), 1.0, top_k, top_p)
 
 
 def test_rows_are_chosen_apart() -> None:
     logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
-    assert choose(logits, torch.tensor([0.0, 0.0]), 1.0, None, None).tolist() == [1, 4]
-    assert choose(logits, torch.tensor([0.5, 0.0]), 1.0, None, None).tolist() == [3, 4]
-    assert choose(logits, torch.tensor([0.5, 0.5]), 0, None, None).tolist() == [1, 4]
+    assert sample_tokens(logits, torch.tensor([0.0, 0.0]), 1.0, None, None).tolist() == [1, 4]
+    assert sample_tokens(logits, torch.tensor([0.5, 0.0]), 1.0, None, None).tolist() == [3, 4]
+    assert sample_tokens(logits, torch.tensor([0.5, 0.5]), 0, None, None).tolist() == [1, 4]

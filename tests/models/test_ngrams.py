@@ -52,8 +52,8 @@ def test_each_length_has_its_row(vocab: int, n: int, rows: int, draw, length: in
 def test_given_the_tokens_before_a_part_is_embedded_as_in_the_whole() -> None:
     layer, ids = NGrams(GPTConfig(vocab_size=V, n_embd=4, n_head=1, ngram=4)), torch.arange(10)[None] % V
     whole = layer(ids)
-    assert torch.equal(layer(ids[:, 6:], before=ids[:, 3:6]), whole[:, 6:])
-    assert torch.equal(layer(ids[:, 1:], before=torch.tensor([[V, V, 0]])), whole[:, 1:])
+    assert torch.equal(layer(ids[:, 6:], preceding=ids[:, 3:6]), whole[:, 6:])
+    assert torch.equal(layer(ids[:, 1:], preceding=torch.tensor([[V, V, 0]])), whole[:, 1:])
 
 
 def test_the_hash_spreads_sequences_evenly() -> None:
