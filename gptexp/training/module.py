@@ -16,6 +16,7 @@ from gptexp.data.batches import draw
 from gptexp.data.datamodule import Batch
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import ModelConfig, build_model
+from gptexp.training.callbacks.evaluations import evaluation_due
 from gptexp.training.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.optimizers import build_optimizer
 from gptexp.training.schedules import lr_factor
@@ -27,8 +28,9 @@ DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 class GPTModule(LightningModule):
     """Trains a language model with any Trainer; `GPTModule.load_from_checkpoint(path)` gives it back.
 
-    In training it logs `train/loss` (nats per token, the mean over the optimizer step), `grad_norm` (before clipping)
-    and `learning_rate`; in validation `val/loss`, `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows`
+    At the steps whose metrics the Trainer gives to loggers, before an evaluation and at the last step, it logs
+    `train/loss` (nats per token, the mean over the optimizer step), `grad_norm` (before clipping) and `learning_rate`;
+    at others it does not, because that takes a tenth of a small model's step. In validation it logs `val/loss`, `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows`
     alone where a batch says that it is not of the whole split. With both goes `step`, the number of optimizer steps
     done, which Lightning gives to loggers as the step.
 
@@ -42,7 +44,9 @@ class GPTModule(LightningModule):
 
     Attributes:
         model: the network, called as model(ids, mask).
+        step_loss: of the last optimizer step, without penalties.
         grad_norm: of the last optimizer step, before clipping.
+        rate: the learning rate of that step.
 
     Raises:
         UserError: with one line for every mistake in the settings.
@@ -71,8 +75,7 @@ class GPTModule(LightningModule):
         self.penalized: list[Any] = [m for m in self.model.modules() if hasattr(m, "penalty")]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}  # a sharded one hides its shape
         self.weights = list(self.parameters())
-        self.grad_norm = torch.zeros(())
-        self._step_loss = torch.zeros(())
+        self.step_loss, self.grad_norm, self.rate = torch.zeros(()), torch.zeros(()), 0.0
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (N, L, V) of ids (N, L)."""
@@ -97,11 +100,7 @@ class GPTModule(LightningModule):
         loss = summed_loss(self(batch.x, batch.mask), batch.y) / batch.tokens
         micro_batches = self.trainer.accumulate_grad_batches
         place, share = batch_idx % micro_batches, loss.detach() / micro_batches
-        self._step_loss = share if place == 0 else self._step_loss + share
-        if place == micro_batches - 1:
-            self.log("train/loss", self._step_loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
-            self.log("learning_rate", self._exact(self.trainer.optimizers[0].param_groups[0]["lr"]))
-            self.log("step", float(self.global_step + 1))
+        self.step_loss = share if place == 0 else self.step_loss + share
         return loss + sum(norm.penalty for norm in self.penalized) if self.penalized else loss
 
     def configure_gradient_clipping(
@@ -120,7 +119,19 @@ class GPTModule(LightningModule):
                 self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             elif gradient_clip_val:
                 nn.utils.clip_grads_with_norm_(self.weights, gradient_clip_val, self.grad_norm)
-        self.log("grad_norm", self.grad_norm)
+        self.rate = float(optimizer.param_groups[0]["lr"])
+        trainer, step = self.trainer, self.global_step + 1
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps or evaluation_due(trainer, step):
+            self.log_step(step)
+
+    def log_step(self, step: int) -> None:
+        """Log the training metrics of an optimizer step.
+
+        Args:
+            step: its number, from 1 on.
+        """
+        self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({"grad_norm": self.grad_norm, "learning_rate": self._exact(self.rate), "step": float(step)})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a batch's losses and hits; padding enters none of them."""

@@ -32,6 +32,7 @@ class Divergence(Callback):
         step = trainer.global_step
         due = step % trainer.log_every_n_steps == 0 or step % self.interval == 0 or evaluation_due(trainer)
         if (due or pl_module.device.type == "cpu") and not math.isfinite(float(pl_module.grad_norm)):
+            pl_module.log_step(step)
             log_step(trainer)
             raise Diverged(step)
 

@@ -21,9 +21,14 @@ class Evaluations(Callback):
             trainer.should_stop = True
 
 
-def evaluation_due(trainer: Trainer) -> bool:
-    """Whether the Trainer evaluates as soon as the hooks of the batch at hand have run."""
-    interval = trainer.val_check_batch
+def evaluation_due(trainer: Trainer, step: int | None = None) -> bool:
+    """Whether the Trainer evaluates after an optimizer step.
+
+    Args:
+        trainer: that trains.
+        step: the number of the step, from 1 on; None is the last one done.
+    """
+    interval, step = trainer.val_check_batch, trainer.global_step if step is None else step
     if not trainer.enable_validation or interval is None or math.isinf(interval):
         return False
-    return bool(trainer.should_stop) or trainer.global_step * trainer.accumulate_grad_batches % interval == 0
+    return bool(trainer.should_stop) or step * trainer.accumulate_grad_batches % interval == 0
