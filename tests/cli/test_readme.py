@@ -25,6 +25,7 @@ def commands(text: str) -> list[str]:
 
 SECTIONS = {s.partition("\n")[0]: commands(s) for s in README.split("\n## ") if commands(s)}
 MAKE = SECTIONS.pop("# gptexp")
+PYTHON = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +50,7 @@ def test_every_command(
     """A plain command of ours is run in this process, which has imported torch; anything else in a shell."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(corpus, tmp_path / "mytext.txt")
-    (norm,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    norm = next(code for code in PYTHON if "HalfNorm" in code)
     (tmp_path / "mynorm.py").write_text(norm)
     failures = []
     for printed in SECTIONS[section]:
@@ -58,6 +59,8 @@ def test_every_command(
         short = [TRAINING, "data.offline_fallback=pydocs"] if trains else []
         short += [SMALL] if trains and "ladder" not in printed else []  # the ladder's sizes are its own
         short += ["seed=1"] if "sweep=" in printed else []
+        if "resume=outputs" in printed or "schedule=constant" in printed:  # a run goes on as it was begun
+            short = [s.replace("max_steps=4", "max_steps=8") for s in short] if "resume=" in printed else short
         short += ["hydra.sweeper.n_trials=3"] if "optuna" in printed else []
         line = " ".join([printed, *short])
         plain = re.fullmatch(r"python -m (gptexp\.\w+) ([^|>]*)", line)
@@ -77,6 +80,19 @@ def test_the_printed_mistakes_are_the_real_ones(tmp_path: Path) -> None:
     done = shell(command, tmp_path)
     assert done.returncode == 2
     assert done.stderr == printed
+
+
+@pytest.mark.slow
+def test_the_notebooks_code(corpus: Path, tmp_path: Path) -> None:
+    """On a small corpus, for a few steps."""
+    code = next(code for code in PYTHON if "Trainer(" in code)
+    small = code.replace('{"name": "shakespeare"}', f'{{"name": "file", "path": "{corpus}"}}')
+    small = small.replace("max_steps=500, val_check_interval=100", "max_steps=4, val_check_interval=2")
+    assert small.count(str(corpus)) == small.count("max_steps=4") == 1
+    (tmp_path / "notebook.py").write_text(small + "print(same.model.config.norm)\n")
+    done = shell("python notebook.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("rmsnorm\n")
 
 
 @pytest.mark.slow
