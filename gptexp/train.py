@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptexp import perf
 from gptexp.console import importing, report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
 
@@ -196,9 +197,8 @@ def train(
     from gptexp.data.corpora import find_corpus
     from gptexp.data.encoded import encode_corpus
     from gptexp.runs import Run, code_fingerprint
-    from gptexp.training.startup import prepare_torch
 
-    prepare_torch(config.hardware.fast_mkl)  # what is looked at below may import it
+    perf.prepare()  # what is looked at below may import torch
     corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
     encoded = encode_corpus(corpus, config.data)
     split_corpus(encoded, config.data, config.model.block_size)
@@ -266,7 +266,7 @@ def start(run: "Run", watch: "Watch | None" = None) -> float:
         from gptexp.training.wandb_process import prepare
 
         prepare(config)
-        import_lightning(config.hardware.fast_mkl)
+        import_lightning()
         from gptexp.training.fit import fit
 
         try:

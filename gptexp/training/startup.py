@@ -1,7 +1,6 @@
 """Imports torch and Lightning: sooner, and so that torch shares the machine with others."""
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from types import ModuleType
 from typing import Any
 
+from gptexp import perf
 from gptexp.console import importing
-from gptexp.training.kernels import prepare_kernels
 
 # What torchmetrics loads, where it is installed, for metrics of sound, pictures and translations.
 _UNUSED = ("matplotlib", "nltk", "pandas", "regex", "scipy", "torchaudio", "torchvision", "transformers")
@@ -19,38 +18,18 @@ _UNUSED = ("matplotlib", "nltk", "pandas", "regex", "scipy", "torchaudio", "torc
 COMPILER = "torch._dynamo"
 """torch.compile's own package. It is as slow to import as torch itself, and only a run that compiles needs it."""
 
-SPINS = 20_000
-"""Times that a thread of torch looks whether the others are so far before it sleeps; GNU's OpenMP has it look 300,000
-times. On a machine with nothing else to do a step takes as long (1,000 would cost 2 % of it); where other processes
-want the processors, the threads would keep them from the very thread that they wait for, and a step would take several
-times as long."""
 
-
-def import_lightning(fast_mkl: bool = True) -> None:
+def import_lightning() -> None:
     """Import torch, torchmetrics and Lightning without the packages that only other metrics and runs than ours need.
 
     torchmetrics, which Lightning itself imports, loads whatever it finds installed: transformers and scipy alone
     are three of eight seconds on two cores. Here they seem absent until it is loaded, and torchmetrics then leaves
     out the metrics that need them. A package that is loaded already stays as it is. Lightning imports torch.compile's
     package for the name of a class, which is lent to it.
-
-    Args:
-        fast_mkl: the setting `hardware.fast_mkl`.
     """
-    prepare_torch(fast_mkl)
+    perf.prepare()
     with importing():
         _import_lightning()
-
-
-def prepare_torch(fast_mkl: bool = True) -> None:
-    """What torch's speed and last digits depend on and must be settled before it is loaded.
-
-    Args:
-        fast_mkl: the setting `hardware.fast_mkl`.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    prepare_kernels(fast_mkl)
 
 
 def _import_lightning() -> None:

@@ -86,7 +86,7 @@ def main() -> None:
         run = Run.open(sys.argv[1])
         if first:
             prepare(run.config)
-        import_lightning(run.config.hardware.fast_mkl)
+        import_lightning()
         from gptexp.training.fit import fit
 
         fit(run)

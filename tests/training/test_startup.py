@@ -1,6 +1,5 @@
 """What a run does without until it is needed: packages for other metrics than ours, and torch.compile's."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,21 +113,6 @@ from lightning.pytorch import Trainer
 print(wrappers.OptimizedModule is torch._dynamo.OptimizedModule)
 """
     assert python(program) == "True\n"
-
-
-@pytest.mark.parametrize(
-    ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
-)
-def test_threads_that_wait_let_others_work(given: dict[str, str], spins: str) -> None:
-    program = """
-import os
-from gptexp.training.startup import import_lightning
-import_lightning()
-print(os.environ.get("GOMP_SPINCOUNT"))
-"""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    env = {name: value for name, value in os.environ.items() if name not in names} | given
-    assert python(program, env=env) == f"{spins}\n"
 
 
 def test_the_search_for_garbage_goes_on_after_imports() -> None:
