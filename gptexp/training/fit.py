@@ -25,6 +25,7 @@ from gptexp.errors import Interrupted, UserError
 from gptexp.models.influence import train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import build_model
+from gptexp.perf import mkl_kernels
 from gptexp.records import read_samples
 from gptexp.runs import Run
 from gptexp.training.callbacks.checkpoints import Checkpoints, Interruption
@@ -32,13 +33,10 @@ from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.recorder import Recorder, Watch
 from gptexp.training.checkpoint import read_checkpoint
-from gptexp.training.hardware import describe_device, device_count, peak_flops, trainer_arguments
-from gptexp.training.kernels import kernels_conflict
+from gptexp.training.hardware import describe_device, device_count, peak_flops, thread_count, trainer_arguments
 from gptexp.training.loggers import Samples, build_loggers, close_loggers
-from gptexp.training.memory import keep_freed_memory
 from gptexp.training.module import GPTModule
 from gptexp.training.outcome import leave_results, versions
-from gptexp.training.threads import thread_count
 
 log = logging.getLogger("gptexp")
 
@@ -63,12 +61,11 @@ def fit(run: Run, watch: Watch | None = None) -> float:
 
 
 def _fit(run: Run, config: Config, first: bool, watch: Watch | None) -> float:
-    if problem := kernels_conflict(config.hardware.fast_mkl):
+    if problem := mkl_kernels.choose(config.hardware.fast_mkl):
         raise UserError(problem)
     encoded = load_data(run, config)
     train, val = split_corpus(encoded, config.data, config.model.block_size)
     devices = device_count(config)
-    keep_freed_memory()
     resuming = _checkpoint_to_resume(run, config)
 
     model: LanguageModel = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
