@@ -14,28 +14,27 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import CPU, command_seconds, parser, ratios, spread, take_turns, told, write
+from gptexp import perf
 from gptexp.config import Config
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.encoded import encode_corpus
 from gptexp.overrides import compose_config
-from gptexp.training.kernels import prepare_kernels
-from gptexp.training.memory import keep_freed_memory
 
 SKIPPED = 20  # steps at the start
 
 
 def bare(config: Config) -> float:
     """Milliseconds of a step of a loop with nothing in it but the training."""
-    prepare_kernels(config.hardware.fast_mkl)
+    perf.prepare()
+    perf.mkl_kernels.choose(config.hardware.fast_mkl)
     import torch
 
     from gptexp.models.settings import build_model
+    from gptexp.training.hardware import thread_count
     from gptexp.training.metrics import summed_loss
     from gptexp.training.optimizers import build_optimizer
-    from gptexp.training.threads import thread_count
 
-    keep_freed_memory()
     encoded = encode_corpus(find_corpus(config.data), config.data)
     train, _ = split_corpus(encoded, config.data, config.model.block_size)
     model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptexp import perf
 from gptexp.console import report_errors
 from gptexp.errors import UserError
 
@@ -88,9 +89,8 @@ def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
 
 def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What audit.json holds, and the maps to draw, by mode."""
-    from gptexp.training.kernels import prepare_kernels
-
-    prepare_kernels(config.hardware.fast_mkl)
+    perf.prepare()
+    perf.mkl_kernels.choose(config.hardware.fast_mkl)
     import numpy as np
     import torch
 

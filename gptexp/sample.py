@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from gptexp import perf
 from gptexp.console import report_errors
 from gptexp.errors import UserError
 
@@ -102,10 +103,10 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
     """
     from gptexp.data.tokenizer import tokenizer_from_dict
     from gptexp.runs import Run
-    from gptexp.training.kernels import prepare_kernels
 
+    perf.prepare()
     run = Run.open(str(config.run))
-    prepare_kernels(run.config.hardware.fast_mkl)
+    perf.mkl_kernels.choose(run.config.hardware.fast_mkl)
     info = run.info
     tokenizer = tokenizer_from_dict(info.get("tokenizer"))
     documents = bool(info.get("data", {}).get("documents"))

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptexp import perf
 from gptexp.console import importing, report_errors
 from gptexp.errors import UserError
 
@@ -128,9 +129,8 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     """
     from gptexp.overrides import requested
     from gptexp.training.launch import Train, claim, run_to_resume, train_together
-    from gptexp.training.startup import prepare_torch
 
-    prepare_torch(config.hardware.fast_mkl)
+    perf.prepare()  # before torch is imported
     from gptexp.training.processes import check_same, joined, processes
 
     def lead(train: Train) -> float:
@@ -172,9 +172,8 @@ def sweep_job(
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
     from gptexp.training.launch import Train, claim, train_together
-    from gptexp.training.startup import prepare_torch
 
-    prepare_torch(config.hardware.fast_mkl)
+    perf.prepare()  # before torch is imported
     from gptexp.training.processes import joined, processes
 
     hardware = config.hardware

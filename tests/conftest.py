@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 
 from benchmarks.compare import write_run
+from gptexp import perf
 from gptexp.config import Config
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
-from gptexp.training.kernels import prepare_kernels
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; the programs would not get it either
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-prepare_kernels()  # before torch is loaded, as the commands do: bits depend on it, too
+perf.prepare()  # before torch is loaded, as the commands do
+perf.mkl_kernels.choose(True)  # their default: bits depend on it, too
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.nanogpt import NanoGPT
+from benchmarks.shared import parts
 from tests.conftest import REPOSITORY, TINY
 
 BENCHMARKS = {
@@ -16,6 +17,9 @@ BENCHMARKS = {
     "startup": ["data=pydocs", "logger=none"],
     "encode": ["--megabytes=1", "--text=README.md"],
     "sweep": ["--jobs=2", "--steps=4", *(s for s in TINY if s != "data=file"), "data=pydocs"],
+    "shared": ["--seconds=0.2", "--contestants=OMP_WAIT_POLICY=passive", *(s for s in TINY if s != "data=file"),
+               "data=pydocs"],
+    "perf": ["--seconds=0.2", *(s for s in TINY if s != "data=file"), "data=pydocs"],
     "diagnostics": ["--steps=3", *(s for s in TINY if s != "data=file"), "data=pydocs"],
 }
 
@@ -53,6 +57,11 @@ def test_beside_a_peer_the_work_stays_the_same(tmp_path: Path) -> None:
                            "model.n_layer=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2
     assert "model.n_layer=1: beside a peer only settings of hardware and logger are allowed" in done.stderr
+
+
+def test_a_contestant_is_made_of_environment_and_settings() -> None:
+    assert parts("default") == ({}, [])
+    assert parts("GOMP_SPINCOUNT=300+hardware.threads=2") == ({"GOMP_SPINCOUNT": "300"}, ["hardware.threads=2"])
 
 
 @pytest.mark.slow

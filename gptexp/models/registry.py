@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from gptexp import perf
 from gptexp.errors import UserError
 
 
@@ -221,16 +222,14 @@ def _default_norms(norms: tuple[tuple[str, Norm], ...]) -> str:
 def add_plugins() -> None:
     """Register the norms of other packages.
 
-    They import torch, so what must be settled before that is settled here, as the command line asks for it.
+    They import torch, so what must be settled before that is settled here.
 
     Raises:
         UserError: for one that cannot be loaded.
     """
     entries = entry_points(group="gptexp.norms")
     if entries or os.environ.get("GPTEXP_IMPORT"):
-        from gptexp.training.startup import prepare_torch
-
-        prepare_torch("hardware.fast_mkl=false" not in (*sys.argv, *json.loads(os.environ.get("GPTEXP_COMMAND", "[]"))))
+        perf.prepare()
     for entry in entries:
         try:
             NORMS[entry.name] = entry.load()

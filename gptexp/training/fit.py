@@ -29,6 +29,7 @@ from gptexp.loggers.metrics_csv import MetricsCSV
 from gptexp.loggers.wandb import WandbLogger
 from gptexp.models.influence import train_mode
 from gptexp.models.language_model import LanguageModel
+from gptexp.perf import mkl_kernels
 from gptexp.runs import Run, Status
 from gptexp.training.callbacks.checkpoints import RunCheckpoints, RunFiles
 from gptexp.training.callbacks.diagnostics import Diagnostics
@@ -39,10 +40,10 @@ from gptexp.training.callbacks.interruption import Interruption
 from gptexp.training.callbacks.progress import ProgressReport
 from gptexp.training.callbacks.pruning import Pruning, Watch
 from gptexp.training.callbacks.samples import Samples
+from gptexp.training.callbacks.slowdown import SlowdownWarning
 from gptexp.training.callbacks.throughput import Throughput
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, device_count, peak_flops, thread_count, trainer_arguments
-from gptexp.training.kernels import kernels_conflict
 from gptexp.training.module import GPTModule
 from gptexp.training.objects import build
 from gptexp.training.outcome import leave_results, versions
@@ -72,13 +73,14 @@ def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool 
 
 
 def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, quiet: bool) -> float:
-    if problem := kernels_conflict(config.hardware.fast_mkl):
+    if problem := mkl_kernels.choose(config.hardware.fast_mkl):
         raise UserError(problem)
     device_count(config)
     data = load_data(run, config)
-    torch.set_num_threads(thread_count(config, processes, run.info.get("device", {}).get("threads")))
     module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
                        chars_per_token=data.chars_per_token)  # fmt: skip
+    before = run.info.get("device", {}).get("threads")
+    torch.set_num_threads(thread_count(module.model, config, processes.per_node, before))
     if config.hardware.compile:
         module.model.compile(mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
     resuming = _checkpoint_to_resume(run, config)
@@ -192,6 +194,7 @@ def _callbacks(
         Evaluations(),
         *([Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []),
         throughput,
+        SlowdownWarning(),
         Divergence(monitor, interval),
         *([Samples(run, sampler)] if sampler else []),
         *([] if bars else [ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet))]),

@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,21 @@ from torch.nn import functional as F
 
 from gptexp.config import Config
 from gptexp.errors import UserError
+from gptexp.models.language_model import LanguageModel
+from gptexp.perf import mkl_kernels, openmp_spin
 from gptexp.training.callbacks.checkpoints import DurableCheckpointIO
-from gptexp.training.kernels import prepare_kernels
 from gptexp.training.processes import Processes
 from gptexp.training.settings import HardwareConfig
+
+TORCH_THREADS = torch.get_num_threads()
+"""Torch's own choice of threads, before a run of this process had another: OMP_NUM_THREADS, or the physical cores."""
+
+FLOPS_PER_THREAD = 5e8
+"""Floating-point operations of a micro-batch that are worth one more CPU thread: about 5 ms of one core's work.
+
+With less, starting the threads and waiting for them, once for each of a step's hundreds of operations, costs more than
+they gain.
+"""
 
 
 def accelerator(config: HardwareConfig) -> str:
@@ -58,6 +70,48 @@ def device_count(config: Config) -> int:
         if there is not None and count > there:
             raise UserError(f"hardware.devices={count}: this machine has {there}")
     return count
+
+
+def thread_count(model: LanguageModel, config: Config, devices: int, before: int | None = None) -> int:
+    """The number of CPU threads that the settings mean: a rule, so the same run has the same threads on this machine.
+
+    Args:
+        model: to be trained.
+        config: the run's.
+        devices: number of processes on this machine.
+        before: what the run had before it was stopped, since its last digits depend on it.
+    """
+    threads = config.hardware.threads
+    if threads != "auto" or accelerator(config.hardware) != "cpu":
+        return threads if isinstance(threads, int) else TORCH_THREADS
+    rows = config.batch_size // config.gradient_accumulation_steps / devices
+    flops = model.flops_per_token() * rows * config.model.block_size
+    return before or useful_threads(flops, min(TORCH_THREADS, cpu_limit() or TORCH_THREADS) // devices)
+
+
+def useful_threads(flops: float, cores: int) -> int:
+    """How many threads a training step can use.
+
+    Up to two always: on two cores, none of eight sizes of model was slower with two threads than with one. Each
+    further thread needs `FLOPS_PER_THREAD`.
+
+    Args:
+        flops: floating-point operations of a micro-batch in one process.
+        cores: that the process may use.
+    """
+    return max(1, min(cores, max(2, int(flops / FLOPS_PER_THREAD))))
+
+
+def cpu_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """Cores that a container may keep busy, rounded up, or None without a limit; torch does not look at it.
+
+    Source: Linux's documentation of control groups, version 2: `cpu.max` holds "max" or a time, and a period.
+    """
+    try:
+        quota, period = file.read_text().split()
+        return -(-int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def precision(config: HardwareConfig) -> str:
@@ -136,12 +190,6 @@ def peak_flops(config: Config, devices: int) -> float:
     return 2 * size**3 / best * devices
 
 
-def thread_count(config: Config, processes: Processes, before: int | None = None) -> int:
-    """The number of CPU threads that the settings mean."""
-    threads = config.hardware.threads
-    return threads if isinstance(threads, int) else before or torch.get_num_threads()
-
-
 def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
     """What run.json says of the machine."""
     kind = accelerator(config.hardware)
@@ -153,7 +201,8 @@ def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
         "nodes": processes.nodes,
         "precision": precision(config.hardware),
         "threads": torch.get_num_threads(),
-        "fast_mkl": prepare_kernels(config.hardware.fast_mkl),
+        "fast_mkl": mkl_kernels.active(),
+        "spin_count": openmp_spin.active(),
     }
 
 

@@ -30,9 +30,9 @@ class GPTModule(LightningModule):
 
     At the steps whose metrics the Trainer gives to loggers, before an evaluation and at the last step, it logs
     `train/loss` (nats per token, the mean over the optimizer step), `grad_norm` (before clipping) and `learning_rate`;
-    at others it does not, because that takes a tenth of a small model's step. In validation it logs `val/loss`, `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows`
-    alone where a batch says that it is not of the whole split. With both goes `step`, the number of optimizer steps
-    done, which Lightning gives to loggers as the step.
+    at other steps it does not, because that takes a tenth of a small model's step. In validation it logs `val/loss`,
+    `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows` alone where a batch says that it is not of the
+    whole split. With both goes `step`, the number of optimizer steps done, which is the step that loggers get.
 
     Args:
         model: settings of the model: a mapping such as `{"norm": "rmsnorm", "n_layer": 2, "vocab_size": 65}`, or one of

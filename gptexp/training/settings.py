@@ -108,8 +108,8 @@ class HardwareConfig:
         precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
         compile: compile the model with torch.compile; "graphs" also has a GPU repeat its work as CUDA graphs, which
             spares a small model the time of starting each kernel.
-        threads: CPU threads of each process; None is torch's own choice, "auto" at most that: what is quickest for
-            the size of the model, measured once.
+        threads: CPU threads of each process; None is torch's own choice, "auto" at most that: as many as a step of
+            this size can use.
         fast_mkl: under Linux, have Intel's MKL use its fastest kernels on other makers' processors, too.
         deterministic: use only deterministic algorithms on a GPU.
     """

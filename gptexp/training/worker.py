@@ -2,17 +2,17 @@
 
 import sys
 
+from gptexp import perf
 from gptexp.console import report_errors
 from gptexp.orphans import end_with_parent
 from gptexp.runs import Run
-from gptexp.training.startup import prepare_torch
 
 
 def main() -> None:
     """Train the run directory that the command line names."""
     end_with_parent()
     run = Run.open(sys.argv[1])
-    prepare_torch(run.config.hardware.fast_mkl)
+    perf.prepare()
     with report_errors(errors=False):  # the process that started this one shows the error
         from gptexp.training.fit import fit
         from gptexp.training.processes import joined, processes

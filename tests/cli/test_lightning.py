@@ -128,7 +128,7 @@ BAD = [
     ("callbacks=[ema] callbacks.ema.decoy=1", "callbacks.ema.decoy"),
     (f"+callbacks.x._target_={CALLBACKS}.EarlyStopping", f"callbacks.x.monitor: is missing; {CALLBACKS}.EarlyStopping"),
     (f"+callbacks.x._target_={CALLBACKS}.EarlyStopping +callbacks.x.monitor=a +callbacks.x.patients=3",
-     "callbacks.x.patients=3: lightning.pytorch.callbacks.EarlyStopping takes no such argument; did you mean patience?"),
+     f"callbacks.x.patients=3: {CALLBACKS}.EarlyStopping takes no such argument; did you mean patience?"),
     ("+logger.x._target_=lightning.pytorch.callbacks.Timer",
      "logger.x._target_=lightning.pytorch.callbacks.Timer: is no Logger of Lightning"),
     ("trainer.fast_dev_runs=true", "trainer.fast_dev_runs=true: unknown key; did you mean trainer.fast_dev_run?"),

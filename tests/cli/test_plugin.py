@@ -9,7 +9,7 @@ import pytest
 from gptexp.models.registry import NORMS
 from gptexp.runs import Run
 from tests.conftest import TINY, finish, spawn
-from tests.training.test_kernels import NEEDED
+from tests.perf.test_mkl_kernels import NEEDED
 
 MODULE = '''
 from dataclasses import dataclass
