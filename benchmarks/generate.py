@@ -39,14 +39,10 @@ def main() -> None:
         peer = NanoGPT(asked.peer, find_corpus(DataConfig(offline_fallback=None)).path, Path(folder))
         peer.train("out", block_size=256, max_iters=1, eval_interval=1, eval_iters=1, always_save_checkpoint=True)
 
-        def ours(tokens: int) -> float:
-            return command([sys.executable, "-m", "gptexp.sample", f"run={run}", f"max_new_tokens={tokens}",
-                            f"num_samples={asked.samples}"])  # fmt: skip
-
         def theirs(tokens: int) -> float:
             return peer.sample("out", num_samples=asked.samples, max_new_tokens=tokens)
 
-        rounds = take_turns({"gptexp": lambda: ours(asked.tokens) - ours(1),
+        rounds = take_turns({"gptexp": lambda: ours(run, asked.samples, asked.tokens) - ours(run, asked.samples, 1),
                              "nanoGPT": lambda: theirs(asked.tokens) - theirs(1)}, asked.rounds)  # fmt: skip
     ratio = ratios(rounds, "nanoGPT", "gptexp")
     made = asked.samples * asked.tokens
@@ -59,6 +55,12 @@ def main() -> None:
     console.print(f"gptexp / nanoGPT: {told(ratio)}")
     write(asked.out, {"tokens": asked.tokens, "samples": asked.samples, "settings": asked.settings, "seconds": rounds,
                       "ratio": ratio, **{n: spread([made / r[n] for r in rounds]) for n in rounds[0]}})  # fmt: skip
+
+
+def ours(run: Path, samples: int, tokens: int) -> float:
+    """Seconds that sampling from a run takes, the whole command."""
+    return command([sys.executable, "-m", "gptexp.sample", f"run={run}", f"max_new_tokens={tokens}",
+                    f"num_samples={samples}"])  # fmt: skip
 
 
 def command(line: list[str]) -> float:

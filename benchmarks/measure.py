@@ -5,7 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,17 @@ def equal_work(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> No
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """What each contestant measures in each round. Who begins changes from round to round."""
-    names, results = list(contestants), []
-    for number in track(range(rounds), "rounds", console=Console(stderr=True)):
+    """What each contestant measures in each round."""
+    return list(track(turns(contestants, rounds), "rounds", total=rounds, console=Console(stderr=True)))
+
+
+def turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[dict[str, float]]:
+    """One round after another. Who begins changes from round to round."""
+    names = list(contestants)
+    for number in range(rounds):
         order = names if number % 2 == 0 else names[::-1]
         taken = {name: contestants[name]() for name in order}
-        results.append({name: taken[name] for name in names})
-    return results
+        yield {name: taken[name] for name in names}
 
 
 def command_seconds(folder: Path, steps: int, skipped: int, settings: Sequence[str]) -> float:

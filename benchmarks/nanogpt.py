@@ -8,24 +8,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from gptexp.data.batches import split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.encoded import encode_corpus
 from gptexp.data.settings import DataConfig
-from gptexp.training.metrics import summed_loss
 
-CPU_RECIPE = {
+CPU_RECIPE: dict[str, Any] = {
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
     "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
 }  # fmt: skip
 """Its README's settings for a CPU, on top of config/train_shakespeare_char.py; `gptexp` has them as nanogpt_cpu."""
+
+BABY_RECIPE: dict[str, Any] = {"device": "cuda", "compile": True}
+"""config/train_shakespeare_char.py as it is, for one GPU; `gptexp` has it as nanogpt_gpu."""
 
 ITERATION = re.compile(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms")
 
@@ -57,12 +59,13 @@ class NanoGPT:
         checkout: which is not written to.
         text: the corpus.
         folder: an empty one for the copy.
+        recipe: settings of its train.py, on top of config/train_shakespeare_char.py.
     """
 
-    def __init__(self, checkout: Path, text: Path, folder: Path) -> None:
+    def __init__(self, checkout: Path, text: Path, folder: Path, recipe: Mapping[str, Any] = CPU_RECIPE) -> None:
         if not (checkout / "train.py").exists():
             raise SystemExit(f"--peer {checkout}: holds no train.py; it must be a checkout of karpathy/nanoGPT")
-        self.folder = folder / "nanoGPT"
+        self.folder, self.recipe = folder / "nanoGPT", recipe
         shutil.copytree(checkout, self.folder, ignore=shutil.ignore_patterns(".git", "out*", "wandb", "*.ckpt"))
         if importlib.util.find_spec("tiktoken") is None:  # which sample.py imports for GPT-2's tokens alone
             (self.folder / "tiktoken.py").touch()
@@ -71,8 +74,8 @@ class NanoGPT:
         self._run(["prepare.py"], data)
 
     def train(self, out_dir: str, on_line: Callable[[str], None] = lambda _: None, **settings: object) -> Trained:
-        """Train by its recipe for the CPU with further settings; each line of its output is given to `on_line`."""
-        options = [f"--{k}={v}" for k, v in ({**CPU_RECIPE, **settings, "out_dir": out_dir}).items()]
+        """Train by the recipe with further settings; each line of its output is given to `on_line`."""
+        options = [f"--{k}={v}" for k, v in ({**self.recipe, **settings, "out_dir": out_dir}).items()]
         begin, times, steps = time.perf_counter(), {}, {}
         command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *options]
         with subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE) as process:
@@ -88,6 +91,10 @@ class NanoGPT:
 
     def loss(self, checkpoint: Path) -> float:
         """The loss of a checkpoint over the whole validation split, as `val/loss` is: nats a token."""
+        import torch  # slow to import, and all else works without it
+
+        from gptexp.training.metrics import summed_loss
+
         spec = importlib.util.spec_from_file_location("nanogpt_model", self.folder / "model.py")
         assert spec is not None
         assert spec.loader is not None
@@ -111,7 +118,8 @@ class NanoGPT:
         """Seconds that its sample.py takes."""
         options = [f"--{k}={v}" for k, v in settings.items()]
         begin = time.perf_counter()
-        self._run(["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--compile=False", *options], self.folder)
+        device = self.recipe["device"]
+        self._run(["sample.py", f"--out_dir={out_dir}", f"--device={device}", "--compile=False", *options], self.folder)
         return time.perf_counter() - begin
 
     @staticmethod

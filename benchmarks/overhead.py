@@ -4,10 +4,12 @@ Trains by the real command and by a bare loop over the same model, batches, loss
 compares the seconds of the steps, without evaluation and without the first 20 steps.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,37 +26,66 @@ from gptexp.overrides import compose_config
 SKIPPED = 20  # steps at the start
 
 
-def bare(config: Config) -> float:
-    """Milliseconds of a step of a loop with nothing in it but the training."""
+def bare(config: Config, held: bool = False) -> float:
+    """Milliseconds of a step of a loop with nothing in it but the training.
+
+    Args:
+        config: a run's.
+        held: cut the batches out of ids that are held on the device, as a run does on a GPU.
+    """
     perf.prepare()
     perf.mkl_kernels.choose(config.hardware.fast_mkl)
     import torch
 
+    from gptexp.data.datamodule import HeldWindows
     from gptexp.models.settings import build_model
-    from gptexp.training.hardware import thread_count
+    from gptexp.training.hardware import accelerator, precision, thread_count
     from gptexp.training.metrics import summed_loss
     from gptexp.training.optimizers import build_optimizer
 
     encoded = encode_corpus(find_corpus(config.data), config.data)
     train, _ = split_corpus(encoded, config.data, config.model.block_size)
-    model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
+    device = torch.device(accelerator(config.hardware))
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a run does, before cuBLAS is first used
+        torch.use_deterministic_algorithms(config.hardware.deterministic)
+    model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed).to(device)
     torch.set_num_threads(thread_count(model, config, 1))
     optimizer = build_optimizer(config.optimizer, list(model.named_parameters()),
                                 {n for n, p in model.named_parameters() if p.ndim >= 2},
                                 model.hidden_matrices)  # fmt: skip
+    windows = HeldWindows(train, device) if held else None  # type: ignore[arg-type]
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision(config.hardware) == "bf16-mixed")
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     begin = 0.0
     for step in range(config.max_steps):
         if step == SKIPPED:
-            begin = time.perf_counter()
-        rows = train.train_batch(config.seed, step, config.batch_size)
-        loss = summed_loss(model(torch.from_numpy(rows.x)), torch.from_numpy(rows.y)) / rows.tokens
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate * group.get("lr_scale", 1.0)
+            begin = now()
+        if windows:
+            batch = windows.train_batch(config.seed, step, config.batch_size, slice(None), 1)
+            x, y, tokens = batch.x, batch.y, batch.tokens
+        else:
+            rows = train.train_batch(config.seed, step, config.batch_size)
+            x, y, tokens = torch.from_numpy(rows.x).to(device), torch.from_numpy(rows.y).to(device), rows.tokens
+        with half:
+            loss = summed_loss(model(x), y) / tokens
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
-    return (time.perf_counter() - begin) / (config.max_steps - SKIPPED) * 1000
+    return (now() - begin) / (config.max_steps - SKIPPED) * 1000
+
+
+def loop(settings: Sequence[str], *options: str) -> float:
+    """`bare` of complete settings in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", *options, *settings]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:
@@ -62,21 +93,19 @@ def main() -> None:
     arguments = parser(__doc__, "overhead")
     arguments.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     arguments.add_argument("--bare", action="store_true", help="run the bare loop once, and print its milliseconds")
+    arguments.add_argument("--held", action="store_true", help="with --bare: batches as on a GPU")
     asked = arguments.parse_args()
-    settings = ["experiment=nanogpt_cpu", CPU, *asked.settings]
     if asked.bare:
-        print(bare(compose_config([*settings, f"max_steps={asked.steps}"])))
+        print(bare(compose_config([*asked.settings, f"max_steps={asked.steps}"]), asked.held))
         return
-
-    def loop() -> float:
-        command = [sys.executable, "-m", "benchmarks.overhead", "--bare", f"--steps={asked.steps}", *asked.settings]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    settings = ["experiment=nanogpt_cpu", CPU, *asked.settings]
 
     def lightning() -> float:
         with tempfile.TemporaryDirectory() as folder:
             return command_seconds(Path(folder, "run"), asked.steps, SKIPPED, settings) * 1000
 
-    rounds = take_turns({"command": lightning, "bare loop": loop}, asked.rounds)
+    rounds = take_turns({"command": lightning, "bare loop": lambda: loop(settings, f"--steps={asked.steps}")},
+                        asked.rounds)  # fmt: skip
     ratio = ratios(rounds, "command", "bare loop")
     table = Table("round", "command", "bare loop", "ratio", title="milliseconds a step")
     for number, taken in enumerate(rounds, 1):

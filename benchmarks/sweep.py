@@ -27,10 +27,10 @@ WINDOWS = 2 * CPU_RECIPE["eval_iters"] * CPU_RECIPE["batch_size"]
 
 
 def seconds(launcher: str, jobs: int, steps: int, settings: list[str]) -> float:
-    """Seconds of wall-clock time that the whole command takes."""
+    """Seconds of wall-clock time that a multirun by a launcher takes, the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"hydra.sweep.dir={folder}/sweep", f"hydra/launcher={launcher}", f"seed=range(1,{jobs + 1})",
-                  CPU, f"max_steps={steps}", f"eval_interval={steps}", f"eval_windows={WINDOWS}", "sample_tokens=0",
+                  f"max_steps={steps}", f"eval_interval={steps}", f"eval_windows={WINDOWS}", "sample_tokens=0",
                   "logger=none"]  # fmt: skip
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "gptexp.train", "-m", *wanted, *settings],
@@ -48,8 +48,8 @@ def main() -> None:
     equal_work(arguments, asked)
     jobs, steps = asked.jobs, asked.steps
     contestants: dict[str, Callable[[], float]] = {
-        "joblib": lambda: seconds("joblib", jobs, steps, asked.settings),
-        "basic": lambda: seconds("basic", jobs, steps, asked.settings),
+        "joblib": lambda: seconds("joblib", jobs, steps, [CPU, *asked.settings]),
+        "basic": lambda: seconds("basic", jobs, steps, [CPU, *asked.settings]),
     }
     with tempfile.TemporaryDirectory() as folder:
         if asked.peer:
