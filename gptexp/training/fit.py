@@ -82,7 +82,8 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
     before = run.info.get("device", {}).get("threads")
     torch.set_num_threads(thread_count(module.model, config, processes.per_node, before))
     if config.hardware.compile:
-        module.model.compile(mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
+        # Training has one shape of batches; the last, smaller one of an evaluation must not make that dynamic.
+        module.model.compile(dynamic=False, mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
     resuming = _checkpoint_to_resume(run, config)
     if processes.first:
         _introduce(run, config, data, module.model, processes)
