@@ -74,6 +74,12 @@ def test_a_norm_of_another_package(environment: dict[str, str], corpus: Path, tm
     run = Run(tmp_path / "sweep" / "toy-pre-h2-s1337-power_0.5")
     assert run.info["status"] == "done"
     assert run.info["device"]["fast_mkl"] == NEEDED  # though the norm imports torch before any setting is read
+    code, _, err = finish(spawn(
+        *common, "norm=toy", "max_steps=8", "hardware.fast_mkl=false", f"hydra.run.dir={tmp_path / 'own'}",
+        cwd=tmp_path, env=environment,
+    ))  # fmt: skip
+    assert (code, err) == (0, "")
+    assert Run(tmp_path / "own").info["device"]["fast_mkl"] is False
     other = Run(tmp_path / "sweep" / "rmsnorm-pre-h2-s1337-power_1")
     assert run.info["fingerprints"]["code"] != other.info["fingerprints"]["code"]  # the norm's source is part of it
     code, out, err = finish(spawn(f"run={run.path}", cwd=tmp_path, module="gptexp.audit", env=environment))
