@@ -7,13 +7,11 @@ The entry of a corpus in the cache is a folder with `ids.bin` (the ids, in the m
 import hashlib
 import json
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from codecs import getincrementaldecoder
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +22,7 @@ from gptexp.data.settings import DataConfig
 from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_dict
 from gptexp.errors import UserError
 
-Job = Callable[[], object]
-CHUNK = 2**20  # bytes; larger ones are slower, as they outgrow the processor's cache
-BLOCK = 2**16  # characters; for the same reason, as numpy takes ids by integers of 8 bytes
-AHEAD = 2  # steps that may wait for their turn, so that no thread waits for another at every step
-EARLY = 16  # pieces, in which most texts have shown all their characters
+CHUNK = 2**16  # bytes; larger ones are slower, as what numpy makes of them outgrows the processor's cache
 FORMAT = 1  # of the cache entry; to be raised whenever the same corpus would be written otherwise
 
 
@@ -85,17 +79,13 @@ def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUN
 
 def _build(folder: Path, key: str, corpus: Corpus, kind: str, *, terminator: str, chunk_bytes: int) -> None:
     """Write the entry, the ids first: so the description never speaks of ids that are not there."""
-    digest = hashlib.sha256()  # of the very bytes that became ids
+    tokenizer = ByteTokenizer() if kind == "byte" else _char_tokenizer(corpus, terminator, chunk_bytes)
+    dtype = _id_dtype(tokenizer)
+    table = tokenizer.table(dtype) if isinstance(tokenizer, CharTokenizer) else None
     with replacing(folder / "ids.bin") as file:
-        chars = _CharIds(file, corpus, terminator) if kind == "char" else None
-        _overlapped(
-            (partial(digest.update, chunk), partial(chars.add, text) if chars else partial(_write, file, chunk))
-            for chunk, text in _chunks(corpus, chunk_bytes)
-        )
-        if digest.hexdigest() != corpus.sha256:
-            raise UserError(f"data.path={corpus.path}: changed while it was being read; allowed: a file at rest")
-        tokenizer = chars.settle() if chars else ByteTokenizer()
-        n = file.tell() // _id_dtype(tokenizer).itemsize
+        for text in _texts(corpus, chunk_bytes):
+            file.write(text.encode() if table is None else _char_ids(text, table))
+        n = file.tell() // dtype.itemsize
     description = {"key": key, "n": n, "tokenizer": tokenizer.to_dict()}
     with replacing(folder / "entry.json") as file:
         file.write(json.dumps(description).encode())
@@ -119,165 +109,62 @@ def _read(folder: Path, key: str, corpus: Corpus) -> Encoded | None:
     return Encoded(ids, tokenizer, fingerprint, corpus.documents)
 
 
-class _CharIds:
-    """The ids of a text, written while its vocabulary is still unknown, so that it is read only once.
-
-    A character gets the next free id when it is first met. After the first pieces, and again at the end, the ids
-    in the file are replaced by those in order of code point; mostly none has changed since the first time.
-    """
-
-    def __init__(self, file: BinaryIO, corpus: Corpus, terminator: str) -> None:
-        self._file = file
-        self._corpus = corpus
-        self._terminator = terminator
-        self._pieces = 0
-        self._dtype = np.dtype(np.uint8)
-        self._codes = np.zeros(0, np.uint32)  # the character of each id
-        self._ids = np.full(0x110000, -1, np.int32)  # the id of each character; -1 until it is met
-        # The newline of documents is in the vocabulary whether it occurs or not.
-        self._number(np.array([ord("\n")] if corpus.documents else [], np.uint32))
-
-    def add(self, text: str) -> None:
-        """Write the ids of one more piece.
-
-        Raises:
-            UserError: the terminator occurs.
-        """
-        for start in range(0, len(text), BLOCK):
-            _write(self._file, self._encoded(text[start : start + BLOCK]))
-        self._pieces += 1
-        if self._pieces == EARLY:
-            self.settle()
-
-    def settle(self) -> CharTokenizer:
-        """Put the ids that were written in order, and return what they mean."""
-        symbols = "".join(map(chr, self._codes))
-        if self._corpus.documents:
-            symbols = symbols.replace("\n", self._terminator)
-        tokenizer = CharTokenizer("".join(sorted(symbols)), self._terminator)
-        dtype = _id_dtype(tokenizer)
-        ids = tokenizer.table(dtype)[self._codes]
-        if dtype != self._dtype or (ids[1:] < ids[:-1]).any():
-            _replace(self._file, self._dtype, ids)
-            self._dtype = dtype
-            in_order = self._codes[np.argsort(ids)]
-            self._codes = in_order[:0]
-            self._number(in_order)
-        return tokenizer
-
-    def _encoded(self, text: str) -> bytes:
-        if self._ascii and text.isascii():
-            ids = text.encode().translate(self._ascii)  # quickest, and 255 tells of a character that was not met
-            if 255 not in ids:
-                return ids if self._dtype == np.uint8 else np.frombuffer(ids, np.uint8).astype(self._dtype).tobytes()
-        codes = _code_points(text)
-        found = np.take(self._ids, codes)
-        if found.min() < 0:
-            self._meet(np.unique(codes[found < 0]))
-            found = np.take(self._ids, codes)
-        return found.astype(self._dtype).tobytes()
-
-    def _meet(self, codes: NDArray[Any]) -> None:
-        if self._terminator != "\n" and ord(self._terminator) in codes:
-            raise UserError(
-                f"data.terminator={self._terminator!r}: occurs in {self._corpus.path}; "
-                "allowed: a character that does not, or '\\n'"
-            )
-        self._number(codes)
-        if len(self._codes) > np.iinfo(self._dtype).max + 1:
-            self.settle()  # with more bytes an id
-
-    def _number(self, codes: NDArray[Any]) -> None:
-        """Give the next ids to the characters."""
-        self._ids[codes] = np.arange(len(self._codes), len(self._codes) + len(codes))
-        self._codes = np.append(self._codes, codes)
-        ids = self._ids[:128]
-        self._ascii = np.resize(ids, 256).astype(np.uint8).tobytes() if ids.max() < 256 else b""  # -1 becomes 255
-
-
-def _replace(file: BinaryIO, old: np.dtype[Any], table: NDArray[Any]) -> None:
-    """Put `table[id]` in the place of every id in the file.
-
-    From the end to the beginning, for then wider ids only take the place of those that were read already.
-    """
-    n = file.tell() // old.itemsize
-    in_bytes = np.resize(table, 256).tobytes() if old == table.dtype == np.uint8 else b""
-    for start in reversed(range(0, n, CHUNK)):
-        file.seek(start * old.itemsize)
-        ids = file.read(min(CHUNK, n - start) * old.itemsize)
-        ids = ids.translate(in_bytes) if in_bytes else np.take(table, np.frombuffer(ids, old)).tobytes()
-        file.seek(start * table.itemsize)
-        _write(file, ids)
-    file.seek(n * table.itemsize)
-
-
-def _write(file: BinaryIO, ids: bytes) -> None:
-    file.write(ids)
-
-
-def _overlapped(steps: Iterable[tuple[Job, Job]]) -> None:
-    """Do the first jobs of all steps in turn, the second jobs in turn beside them, and prepare steps meanwhile.
-
-    Hashing, writing and numpy let go of the interpreter's lock, so that a second core is of use.
-    """
-    waiting: deque[list[Future[object]]] = deque()
-    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
-        for one, other in steps:
-            waiting.append([first.submit(one), second.submit(other)])
-            if len(waiting) > AHEAD:
-                for future in waiting.popleft():
-                    future.result()
-        for futures in waiting:
-            for future in futures:
-                future.result()
-
-
-def _chunks(corpus: Corpus, chunk_bytes: int) -> Iterator[tuple[bytes, str]]:
-    """The file in pieces of whole characters: the bytes and the text.
+def _char_tokenizer(corpus: Corpus, terminator: str, chunk_bytes: int) -> CharTokenizer:
+    """The tokenizer of all characters that occur in the corpus.
 
     Raises:
-        UserError: an empty or unreadable file; the offset of the first byte that is not UTF-8.
+        UserError: the terminator occurs.
     """
-    offset = 0  # of the piece at hand in the file
-    carried = b""  # the beginning of a character whose end is in the next piece
+    seen = np.zeros(0x110000, bool)  # by code point
+    known = b""  # those in ASCII: without them a text is still UTF-8, and mostly short
+    for text in _texts(corpus, chunk_bytes):
+        codes = _code_points(text.encode().translate(None, known).decode())
+        if not np.take(seen, codes, mode="clip").all():
+            seen[codes] = True
+            known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
+    if terminator != "\n" and seen[ord(terminator)]:
+        raise UserError(
+            f"data.terminator={terminator!r}: occurs in {corpus.path}; allowed: a character that does not, or '\\n'"
+        )
+    if corpus.documents:  # the terminator is in the vocabulary whether a newline occurs or not
+        seen[ord("\n")] = False
+        seen[ord(terminator)] = True
+    return CharTokenizer("".join(map(chr, np.flatnonzero(seen))), terminator)
+
+
+def _char_ids(text: str, table: NDArray[Any]) -> bytes:
+    """The ids of a text whose characters are all in the table of its tokenizer."""
+    if table.itemsize == 1 and text.isascii():
+        return text.encode().translate(np.resize(table, 256).tobytes())  # far faster than numpy
+    return np.take(table, _code_points(text), mode="clip").tobytes()
+
+
+def _texts(corpus: Corpus, chunk_bytes: int) -> Iterator[str]:
+    """The corpus in pieces, as text.
+
+    Raises:
+        UserError: a file that cannot be read, or has changed; the offset of the first byte that is not UTF-8.
+    """
+    digest = hashlib.sha256()
+    decoder = getincrementaldecoder("utf-8")()
+    offset = 0  # of the end of the chunk in the file
     try:
         with open(corpus.path, "rb") as file:
-            while True:
-                piece = file.read(chunk_bytes)
-                chunk = carried + piece
-                if not chunk:
-                    break
-                whole = _whole(chunk) if piece else len(chunk)
-                chunk, carried = chunk[:whole], chunk[whole:]
-                if chunk:
-                    yield chunk, _text(corpus, chunk, offset)
-                offset += whole
+            while chunk := file.read(chunk_bytes):
+                digest.update(chunk)
+                offset += len(chunk)
+                yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
     except OSError as error:
         raise UserError(f"data.path={corpus.path}: cannot be read ({error.strerror})") from error
-    if offset == 0:
-        raise UserError(f"data.path={corpus.path}: empty; allowed: a UTF-8 text file that is not empty")
-
-
-def _text(corpus: Corpus, chunk: bytes, offset: int) -> str:
-    try:
-        return chunk.decode()
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:  # its object begins with what was left of the chunk before
+        at = offset - len(error.object) + error.start
         raise UserError(
-            f"data.path={corpus.path}: not UTF-8, byte 0x{chunk[error.start]:02x} at offset {offset + error.start}; "
+            f"data.path={corpus.path}: not UTF-8, byte 0x{error.object[error.start]:02x} at offset {at}; "
             "allowed: a UTF-8 text file"
         ) from error
-
-
-def _whole(chunk: bytes) -> int:
-    """The length of `chunk` without a character that is cut off at its end."""
-    for back in range(1, min(3, len(chunk)) + 1):
-        byte = chunk[-back]
-        if byte >= 0xC0:  # opens a character of 2, 3 or 4 bytes
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(chunk) - back if length > back else len(chunk)
-        if byte < 0x80:
-            break
-    return len(chunk)
+    if digest.hexdigest() != corpus.sha256:
+        raise UserError(f"data.path={corpus.path}: changed while it was being read; allowed: a file at rest")
 
 
 def _code_points(text: str) -> NDArray[Any]:

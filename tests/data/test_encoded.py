@@ -1,7 +1,8 @@
-import errno
 import hashlib
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -60,9 +61,14 @@ def growing(draw: st.DrawFn) -> str:
 
 
 @contextmanager
-def small_pieces(chunk: int, block: int, early: int) -> Iterator[None]:
-    with mock.patch.multiple(module, CHUNK=chunk, BLOCK=block, EARLY=early):
+def room_for(n_bytes: int) -> Iterator[None]:
+    """Files cannot grow beyond `n_bytes`, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
         yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def naive_entry(text: str, newline: str | None) -> dict[str, bytes]:
@@ -90,55 +96,24 @@ def written_entry(cache: Path) -> dict[str, bytes]:
     text=st.one_of(growing(), TEXT),
     terminator=st.sampled_from([None, "\n", ".", "\0", "é", "😀"]),
     chunk_bytes=st.integers(1, 40),
-    chunk=st.integers(1, 50),
-    block=st.integers(1, 20),
-    early=st.integers(1, 40),
 )
-@example("".join(map(chr, range(600, 30, -1))), None, 1, 1, 1, 1)  # every piece has a new first character
-@example("".join(map(chr, range(256))) * 2 + "\u0100", None, 1, 5, 1, 100)  # the last one is too many for a byte
-@example("".join(map(chr, range(0x100, 0x200))) + "zyxwv" * 9, None, 3, 5, 2, 99)  # ASCII after 256 others
-@example("".join(map(chr, range(0x100, 0x1FF))) + "a\nba", None, 3, 5, 1, 99)  # the 256th id is that of "a"
-@example("no newline", ".", 1, 1, 1, 1)
-def test_the_entry_is_the_same_whenever_its_characters_come(text, terminator, chunk_bytes, chunk, block, early):
+@example("".join(map(chr, range(600, 30, -1))), None, 1)  # every piece has a new first character
+@example("".join(map(chr, range(256))) * 2 + "\u0100", None, 1)  # the last one is too many for a byte
+@example("".join(map(chr, range(0x100, 0x200))) + "zyxwv" * 9, None, 3)  # ASCII after 256 others
+@example("".join(map(chr, range(0x100, 0x1FF))) + "a\nba", None, 3)  # the 256th id is that of "a"
+@example("no newline", ".", 1)
+def test_the_entry_is_the_same_whenever_its_characters_come(text, terminator, chunk_bytes):
     documents: dict[str, object] = {} if terminator is None else {"documents": True, "terminator": terminator}
     if terminator not in (None, "\n"):
         text = text.replace(terminator, "") or "a"
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, GPTEXP_CACHE=f"{folder}/cache"):
-        with small_pieces(chunk, block, early):
-            encode(text, Path(folder), chunk_bytes, **documents)
+        encode(text, Path(folder), chunk_bytes, **documents)
         assert written_entry(Path(folder, "cache")) == naive_entry(text, terminator)
 
 
 def test_ids_of_four_bytes(tmp_path, cache):
     text = "".join(chr(code) for code in reversed(range(2**16 + 2**12)) if not 0xD800 <= code < 0xE000)
     encode(text, tmp_path, 50_000)
-    assert written_entry(cache) == naive_entry(text, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "replaced"),
-    [
-        ("hello 中\n" * 100, []),
-        ("hello 中\n" * 100 + "文", []),  # comes late, and after the others
-        ("hello 中\n" * 7 + "!" + "hello 中\n" * 93, [80]),  # soon enough
-        ("hello 中\n" * 100 + "!", [801]),
-    ],
-)
-def test_the_text_is_read_once_and_ids_in_order_stay(text, replaced, tmp_path, cache):
-    sizes = []
-
-    def replace(file, *arguments):
-        sizes.append(file.tell())
-        return real(file, *arguments)
-
-    real = module._replace
-    with (
-        mock.patch.object(module, "_chunks", wraps=module._chunks) as chunks,
-        mock.patch.object(module, "_replace", side_effect=replace),
-        mock.patch.object(module, "EARLY", 2),
-    ):
-        encode(text, tmp_path, 50)
-    assert (chunks.call_count, sizes) == (1, replaced)
     assert written_entry(cache) == naive_entry(text, None)
 
 
@@ -227,8 +202,10 @@ def test_damaged_entry_is_made_again(damage, tmp_path, cache):
 
 def test_good_entry_is_reused_and_leftovers_go(tmp_path, cache):
     first = encode("hello", tmp_path)
-    with mock.patch.object(module, "_build", side_effect=AssertionError):
-        assert encode("hello", tmp_path).fingerprint == first.fingerprint
+    config = DataConfig(name="file", path=str(tmp_path / "text.txt"))
+    corpus = find_corpus(config)
+    corpus.path.unlink()  # so the entry must do
+    assert encode_corpus(corpus, config).fingerprint == first.fingerprint
     leftover = entry(cache) / ".ids.bin.0123.part"
     leftover.touch()
     damage_length(entry(cache))
@@ -246,22 +223,29 @@ def test_file_that_changes_meanwhile(tmp_path):
         encode_corpus(corpus, config)
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+@pytest.mark.parametrize(("tokenizer", "reads"), [("char", 1), ("char", 6), ("byte", 1)])  # characters: twice through
 @pytest.mark.parametrize("late", ["a", "z", "中", "more", ""])
-def test_file_that_changes_halfway(late, tokenizer, tmp_path, cache):
+def test_file_that_changes_halfway(late, tokenizer, reads, tmp_path, cache):
     path = tmp_path / "text.txt"
     text = "abc\n" * 20_000
     path.write_text(text)
     config = DataConfig(name="file", path=str(path), tokenizer=tokenizer)
     corpus = find_corpus(config)
-    decoded = module._text
+    done = []
 
-    def changes(*arguments):
-        path.write_text(text * 2 if late == "more" else text[: -len(late)] + late, encoding="utf-8")
-        return decoded(*arguments)
+    class Changing(io.FileIO):
+        def read(self, *size: int) -> bytes:
+            piece = super().read(*size)
+            done.append(piece)
+            if len(done) == reads:
+                path.write_text(text * 2 if late == "more" else text[: -len(late)] + late, encoding="utf-8")
+            return piece
+
+    def opened(file, *mode):
+        return Changing(file) if file == path else open(file, *mode)
 
     with (
-        mock.patch.object(module, "_text", side_effect=changes),
+        mock.patch.object(module, "open", opened, create=True),
         pytest.raises(UserError, match="changed while it was being read"),
     ):
         encode_corpus(corpus, config, chunk_bytes=20_000)
@@ -275,34 +259,19 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
         encode("hello", tmp_path)
 
 
-def test_full_disk(tmp_path, cache):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(module, "_write", side_effect=full), pytest.raises(UserError) as caught:
-        encode("hello", tmp_path)
+@pytest.mark.parametrize("room", [0, 5, 10, 11, 50, 100])
+def test_disk_that_is_full(room, tmp_path, cache):
+    text = "".join(map(chr, range(300, 290, -1))) + "a"  # 11 ids of a byte
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    config = DataConfig(name="file", path=str(path))
+    corpus = find_corpus(config)
+    with room_for(room), pytest.raises(UserError) as caught:
+        encode_corpus(corpus, config, chunk_bytes=1)
     [problem] = caught.value.problems
-    assert problem.startswith(f"GPTEXP_CACHE={cache}: cannot be written (No space left on device)")
-    assert list(entry(cache).iterdir()) == []
-
-
-@pytest.mark.parametrize("written", range(22))  # 11 ids, and each of them once more, to put them in order
-def test_disk_that_is_full_halfway(written, tmp_path, cache):
-    text = "".join(map(chr, range(300, 290, -1))) + "a"
-    room = iter(range(written))
-    write = module._write
-
-    def full(*arguments):
-        if next(room, None) is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments)
-
-    with small_pieces(chunk=1, block=1, early=100):
-        with (
-            mock.patch.object(module, "_write", side_effect=full),
-            pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"),
-        ):
-            encode(text, tmp_path, 1)
-        assert list(entry(cache).iterdir()) == []
-        encode(text, tmp_path, 1)
+    assert problem.startswith(f"GPTEXP_CACHE={cache}: cannot be written (File too large)")
+    assert [path.name for path in entry(cache).iterdir()] == (["ids.bin"] if room >= 11 else [])
+    encode_corpus(corpus, config)
     assert written_entry(cache) == naive_entry(text, None)
 
 
@@ -317,19 +286,18 @@ def test_two_processes_at_once_encode_once(tmp_path, cache):
     (tmp_path / "text.txt").write_text("To be, or not to be — that is the question.\n" * 20_000)
     code = """
 import hashlib, sys
-from gptexp.data import encoded
 from gptexp.data.corpora import find_corpus
+from gptexp.data.encoded import encode_corpus
 from gptexp.data.settings import DataConfig
-build = encoded._build
-def counted(*args, **kwargs):
-    open("builds", "a").write("x")
-    build(*args, **kwargs)
-encoded._build = counted
+def count(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".part") and "ids.bin" in str(arguments[0]):
+        open("builds", "a").write("x")
+sys.addaudithook(count)
 config = DataConfig(name="file", path="text.txt")
 corpus = find_corpus(config)
 print("ready", flush=True)
 sys.stdin.readline()
-result = encoded.encode_corpus(corpus, config)
+result = encode_corpus(corpus, config)
 print(result.fingerprint, hashlib.sha256(result.ids.tobytes()).hexdigest())
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
