@@ -153,11 +153,16 @@ class Sweep:
         """How a job stands, as its directory tells."""
         run = Run(self.folder / name)
         try:
-            info, loss = run.info, (run.result or {}).get("best_val_loss")
-            return Standing(name, info["status"], math.nan if loss is None else float(loss), info.get("error"),
-                            int(info.get("attempts", 0)))  # fmt: skip
+            info = run.info
+            state, error, attempts = info["status"], info.get("error"), int(info.get("attempts", 0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not yet whole, or gone
             return Standing(name, "waiting")
+        try:
+            result = run.result
+            loss = None if result is None else result.get("best_val_loss")
+            return Standing(name, state, math.nan if loss is None else float(loss), error, attempts)
+        except (OSError, ValueError, TypeError, AttributeError):  # it is written in one step, so this is damage
+            return Standing(name, "failed", error=f"{run.path / 'result.json'} is not whole", attempts=attempts)
 
     def is_final(self, name: str) -> bool:
         """Whether nothing is left to do for the job."""

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: bits depend on the number of threads
 
+import logging
 import random
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from benchmarks.compare import write_run
 from gptexp import perf
@@ -26,6 +28,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background
 
 perf.prepare()  # before torch is loaded, as the commands do
 perf.mkl_kernels.choose(True)  # their default: bits depend on it, too
+
+# How long an example takes, or takes to draw, is a matter of what else the machine does.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -41,10 +47,34 @@ TINY = [
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTEXP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for name in ("WANDB_API_KEY", "WANDB_MODE", "GPTEXP_DEBUG"):
-            patch.delenv(name, raising=False)
+        for name in [name for name in os.environ if name.startswith("WANDB_") or name == "GPTEXP_DEBUG"]:
+            patch.delenv(name)
         patch.setenv("NETRC", os.devnull)  # no account of the developer's
+        for name in ("no_proxy", "NO_PROXY"):  # the tests' own servers are not behind the developer's proxy
+            patch.setenv(name, "127.0.0.1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """The next test finds no process, no handler of messages and no number of threads that this one has left.
+
+    Nor do the processes that it starts share the W&B service of a run of this process.
+    """
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    yield
+    while _processes:
+        process = _processes.pop()
+        if process.poll() is None:  # the test failed before it saw to its end
+            process.kill()
+            process.wait()  # and not for the end of its output, which other processes may hold
+    log = logging.getLogger("gptexp")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
+    os.environ.pop("WANDB_SERVICE", None)
+    if torch and threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -106,12 +136,17 @@ def write(tmp_path: Path) -> Callable[..., Run]:
     return run
 
 
+_processes: list[subprocess.Popen[str]] = []
+
+
 def spawn(*arguments: str, cwd: Path, module: str = "gptexp.train", **options: object) -> subprocess.Popen[str]:
-    """A real process of the command line, its output captured."""
-    return subprocess.Popen(
+    """A real process of the command line, its output captured; it does not outlive the test."""
+    process: subprocess.Popen[str] = subprocess.Popen(
         [sys.executable, "-m", module, *arguments], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+    )  # type: ignore[call-overload]  # fmt: skip
+    _processes.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:

@@ -1,7 +1,9 @@
 """Runs that are killed, interrupted or out of disk space, in real processes, and what resuming makes of them."""
 
+import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from gptexp.runs import Run
 from tests.conftest import TINY, finish, spawn, timeless
 
 SLOWER = ["max_steps=400", "eval_interval=40", "checkpoint_interval=30", "log_interval=10", "model.dropout=0.1"]
+ROWS = 41  # that such a run has, with the one before its first step
 
 
 def begin(corpus: Path, folder: Path, *overrides: str, **options: object):  # type: ignore[no-untyped-def]
@@ -24,10 +27,49 @@ def begin(corpus: Path, folder: Path, *overrides: str, **options: object):  # ty
 def wait_for_rows(folder: Path, count: int, process) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.csv").exists() and (folder / "metrics.csv").read_bytes().count(b"\n") > count:
+        if rows(folder) >= count:
             return
         time.sleep(0.002)
     raise AssertionError(f"no {count} rows: {process.communicate()}")
+
+
+def rows(folder: Path) -> int:
+    path = folder / "metrics.csv"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else -1
+
+
+def begin_and_halt(corpus: Path, folder: Path, count: int, last: int, *overrides: str):  # type: ignore[no-untyped-def]
+    """A run that SIGSTOP holds somewhere after `count` rows and before its `last`; SIGCONT lets it go on.
+
+    On a busy machine a run may be over before this process gets to look at it. Then another one is begun.
+    """
+    for _ in range(10):
+        process = begin(corpus, folder, *overrides)
+        while process.poll() is None and rows(folder) < count:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if process.poll() is None and rows(folder) < last:
+                return process
+        process.kill()
+        _, err = process.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
+    raise AssertionError(f"never held between {count} and {last} rows: {err}")
+
+
+def work_on(process, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    """Wait until a process has used so much more processor time, however long a busy machine takes for that."""
+
+    def used() -> float:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    wanted, deadline = used() + seconds, time.monotonic() + 120
+    while used() < wanted:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +97,7 @@ def test_killed_and_resumed_is_as_unbroken(
 ) -> None:  # fmt: skip
     """The first two go on in a process of their own, the others in this one, which has trained other things before."""
     draw, folder = random.Random(seed), tmp_path / "run"
-    process = begin(corpus, folder)
-    wait_for_rows(folder, draw.randint(1, 40), process)
+    process = begin_and_halt(corpus, folder, draw.randint(1, 40), ROWS)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert Run.open(folder).info["status"] == "running"
@@ -78,9 +119,9 @@ def test_signals_save_and_resume_auto_goes_on(
 ) -> None:
     folder = tmp_path / "out" / "runs" / "run"
     folder.parent.mkdir(parents=True)
-    process = begin(corpus, folder, f"output_dir={tmp_path / 'out'}")
-    wait_for_rows(folder, 8, process)
+    process = begin_and_halt(corpus, folder, 8, ROWS - 2, f"output_dir={tmp_path / 'out'}")
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     code, out, err = finish(process)
     assert code == status, out + err
     assert err == ""
@@ -100,9 +141,9 @@ def test_a_signal_between_micro_batches_is_saved_too(corpus: Path, tmp_path: Pat
     cut = ["gradient_accumulation_steps=4", "max_steps=100"]
     unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
     assert finish(begin(corpus, unbroken, *cut))[0] == 0
-    process = begin(corpus, folder, *cut)
-    wait_for_rows(folder, 5, process)
+    process = begin_and_halt(corpus, folder, 5, 9, *cut)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     assert finish(process)[0] == 143
     assert finish(spawn(f"resume={folder}", cwd=tmp_path))[0] == 0
     check_same(Run.open(folder), Run.open(unbroken))
@@ -113,9 +154,9 @@ def test_a_second_interrupt_stops_at_once(corpus: Path, tmp_path: Path) -> None:
     # A step of many micro-batches lasts long enough for two signals.
     process = begin(corpus, folder, "batch_size=4096", "gradient_accumulation_steps=2048", "max_steps=2")
     wait_for_rows(folder, 1, process)
-    time.sleep(0.5)
+    work_on(process, 0.5)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    work_on(process, 0.5)  # long enough to have taken note of the first one
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert (code, err) == (130, "")
@@ -130,7 +171,7 @@ def test_resume_auto_without_a_run_starts_one(command: Callable[..., int], corpu
 
 def test_two_processes_cannot_train_one_run(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = begin(corpus, folder, "max_steps=4000")
+    first = begin(corpus, folder, "max_steps=1000000")
     wait_for_rows(folder, 3, first)
     code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
     first.kill()

@@ -3,6 +3,7 @@
 import json
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+PATIENCE = 120  # seconds
 
 
 @dataclass
@@ -38,17 +41,21 @@ class Record:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The log's records: chunks of at most a block, each with a checksum, a length and a type."""
+    """The log's records: chunks of at most a block, each with a checksum, a length and a type.
+
+    They end before the first chunk that is not whole: the process that writes the file may be in the middle of it.
+    """
     data = path.read_bytes()
     at, parts = 7, b""  # a header of seven bytes
     while at + 7 <= len(data):
         if BLOCK - at % BLOCK < 7:  # a block's last bytes are padding
             at += BLOCK - at % BLOCK
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if kind == 0:
+        checksum, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        chunk = data[at + 7 : at + 7 + length]
+        if kind == 0 or len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
             return
-        parts += data[at + 7 : at + 7 + length]
+        parts += chunk
         at += 7 + length
         if kind in (FULL, LAST):
             yield parts
@@ -56,15 +63,21 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def read_run(path: Path) -> Record:
-    """Everything of interest in the file of a run that has ended: W&B's own process writes it a moment later."""
-    deadline = time.monotonic() + 30
-    while (found := read_so_far(path)).exit_code is None and time.monotonic() < deadline:
+    """Everything of interest in the file of a run that has ended: W&B's own process writes it a moment later.
+
+    Raises:
+        TimeoutError: when the file does not come to its end.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (found := read_so_far(path)).exit_code is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path}: no end after {PATIENCE} s, and {len(found.history)} rows")
         time.sleep(0.05)
     return found
 
 
 def read_so_far(path: Path) -> Record:
-    """The same of a run that may go on."""
+    """The same of a run that may go on, as far as it is written."""
     found, names = Record(), {}
     for content in records(path):
         record = wandb_internal_pb2.Record()

@@ -1,7 +1,8 @@
 """Every test has a cache of its own and reaches no network."""
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,21 @@ from gptexp.data import corpora
 REAL_DATA = os.environ.get("GPTEXP_DATA")
 
 
+@pytest.fixture(scope="session")
+def nobody() -> Iterator[str]:
+    """An address of this machine where nobody listens: it is taken, but no connections are."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: str) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("GPTEXP_CACHE", str(folder))
     monkeypatch.delenv("GPTEXP_DATA", raising=False)
-    refusing = ("http://127.0.0.1:9/",)  # the discard port, where nobody listens
     for name, source in list(corpora.SOURCES.items()):
-        monkeypatch.setitem(corpora.SOURCES, name, replace(source, urls=refusing))
+        monkeypatch.setitem(corpora.SOURCES, name, replace(source, urls=(f"{nobody}/",)))
     return folder
 
 

@@ -87,14 +87,14 @@ def test_mirror_takes_over(server, names_at, first):
     assert server.hits == ["/first", "/mirror"]
 
 
-def test_every_address_fails_with_its_reason(server, names_at, cache):
+def test_every_address_fails_with_its_reason(server, names_at, cache, nobody):
     server.pages["/wrong"] = (200, b"something else")
-    names_at(f"{server.url}/wrong", f"{server.url}/gone", "http://127.0.0.1:9/names")
+    names_at(f"{server.url}/wrong", f"{server.url}/gone", f"{nobody}/names")
     with pytest.raises(UserError) as caught:
         find_corpus(DataConfig(name="names", offline_fallback=None))
     problem = one_line(caught)
     assert problem.startswith("data.name=names: names.txt could not be downloaded")
-    for reason in ("/wrong: wrong SHA-256", "/gone: HTTP status 404", ":9/names: no connection"):
+    for reason in ("/wrong: wrong SHA-256", "/gone: HTTP status 404", f"{nobody}/names: no connection"):
         assert reason in problem
     for remedy in ("set GPTEXP_DATA to a folder", "data=pydocs", "data=file data.path="):
         assert remedy in problem
