@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ log = logging.getLogger("gptexp")
 
 FACTORS = ("model.norm", "model.placement", "model.n_head")
 """The settings that make a variant, as in a run's name."""
+
+STEP = "trainer/global_step"
+"""Optimizer steps done, as Lightning names them in W&B."""
 
 LOWEST = "val/loss.min"
 """The lowest validation loss, as W&B's summary has it."""
@@ -79,8 +82,18 @@ def parse(arguments: Sequence[str]) -> DashboardConfig:
     return config
 
 
+def specification(value: Any) -> Any:
+    """A workspace, or a part of one, as plain data: the arguments of wandb-workspaces' classes, by their names."""
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+        return {"type": type(value).__name__, **{k: specification(v) for k, v in given.items() if v is not None}}
+    if isinstance(value, list | tuple):
+        return [specification(v) for v in value]
+    return value
+
+
 def write_spec(view: Any, path: Path) -> None:
-    """Write the specification of a workspace, as W&B stores it, to a JSON file.
+    """Write the specification of a workspace to a JSON file.
 
     Raises:
         UserError: when the file cannot be written.
@@ -88,7 +101,7 @@ def write_spec(view: Any, path: Path) -> None:
     from gptexp.runs import write_atomically
 
     try:
-        write_atomically(path, (json.dumps(view._spec, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(specification(view), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"spec={path}: cannot be written ({error.strerror})") from error
     log.info("specification: %s", path)
@@ -109,7 +122,7 @@ def workspace(config: DashboardConfig) -> Any:
         return ws.Workspace(
             entity=entity, project=config.project, name=config.name,
             sections=[ws.Section(name, panels=panels, is_open=True) for name, panels in sections().items()],
-            settings=ws.WorkspaceSettings(x_axis="step", max_runs=50),
+            settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=50),
             runset_settings=ws.RunsetSettings(
                 filters=ws.And(ws.Metric("JobType") != "compare"),
                 groupby=[ws.Metric("Group"), *(ws.Config(factor) for factor in FACTORS)],
@@ -127,8 +140,9 @@ def sections() -> dict[str, list[Any]]:
 
     from gptexp.analysis.layers import UNITS
 
-    def line(y: str, x: str = "step", **more: Any) -> Any:
-        return wr.LinePlot(title=f"{y} by {x}", x=x, y=[y], groupby_aggfunc="mean", groupby_rangefunc="minmax", **more)
+    def line(y: str, x: str = STEP, **more: Any) -> Any:
+        return wr.LinePlot(title=f"{y} by {'step' if x == STEP else x}", x=x, y=[y], groupby_aggfunc="mean",
+                           groupby_rangefunc="minmax", **more)  # fmt: skip
 
     def bar(factor: str) -> Any:
         return wr.BarPlot(title=f"lowest val/loss by {factor}", metrics=[LOWEST], groupby=wr.Config(factor),
@@ -153,7 +167,7 @@ def sections() -> dict[str, list[Any]]:
         ],
         "speed": [line("tokens_per_second"), line("mfu"), line("tokens", "seconds")],
         "training": [line("grad_norm", log_y=True), line("learning_rate")],
-        "diagnostics": [wr.LinePlot(title=f"{quantity} ({unit})", x="step", metric_regex=f"diagnostics/{quantity}/.*")
+        "diagnostics": [wr.LinePlot(title=f"{quantity} ({unit})", x=STEP, metric_regex=f"diagnostics/{quantity}/.*")
                         for quantity, unit in UNITS.items()],
         "samples": [wr.WeavePanelSummaryTable(table_name="samples", layout=wr.Layout(w=24, h=12))],
     }  # fmt: skip

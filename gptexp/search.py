@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,8 @@ from gptexp.validation import nearest, show
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
+    from optuna.storages import RDBStorage
+    from optuna.trial import FrozenTrial, Trial
 
 SAMPLERS = ("tpe", "random", "gp", "qmc")
 PRUNERS = ("none", "median", "hyperband")
@@ -66,8 +69,8 @@ def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str
                      "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
     for key, allowed in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         if settings[key] not in allowed:
-            wrong.append(f"hydra.sweeper.{key}={show(settings[key])}: unknown{nearest(str(settings[key]), allowed)} "
-                         f"allowed: {', '.join(allowed)}")  # fmt: skip
+            hint = nearest(str(settings[key]), allowed) or ";"
+            wrong.append(f"hydra.sweeper.{key}={show(settings[key])}: unknown{hint} allowed: {', '.join(allowed)}")
     least = {"n_trials": 1, "n_jobs": 1, "startup_trials": 0, "seed": 0}
     wrong += [f"hydra.sweeper.{key}={show(settings[key])}: must be an integer of at least {low}"
               for key, low in least.items() if settings[key] is None or settings[key] < low]  # fmt: skip
@@ -85,32 +88,61 @@ def check_pruner(settings: Mapping[str, Any], config: Config) -> None:
                         f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
 
 
-def check_space(study: "Study", space: Mapping[str, "BaseDistribution"], words: Mapping[str, str]) -> None:
-    """Refuse to go on with a study over other values.
+@dataclass(frozen=True)
+class Search:
+    """A study of Optuna, and the storage that knows its trials by their numbers.
 
-    Args:
-        study: keeps the space that it was begun with.
-        space: the distributions asked for, by dotted key.
-        words: the same as the user wrote them.
-
-    Raises:
-        UserError: when they differ from those of the study.
+    Attributes:
+        study: asks and tells.
+        storage: keeps it.
     """
-    from optuna.distributions import distribution_to_json
 
-    asked = {key: [words[key], distribution_to_json(value)] for key, value in space.items()}
-    known = study.user_attrs.get("space")
-    if known is None:
-        study.set_user_attr("space", asked)
-        return
-    nothing = ["(nothing)", ""]
-    different = [k for k in asked | known if known.get(k, nothing)[1] != asked.get(k, nothing)[1]]
-    if different:
-        raise UserError(
-            f"sweep.name={study.study_name}: {k}={asked.get(k, nothing)[0]} differs from the search's "
-            f"{k}={known.get(k, nothing)[0]}; leave it as it was, or give the new search another name"
-            for k in different
-        )
+    study: "Study"
+    storage: "RDBStorage"
+
+    def trial(self, number: int) -> "Trial":
+        """A trial that may be another process's, to report to and to set attributes of."""
+        from optuna.trial import Trial
+
+        study = self.storage.get_study_id_from_name(self.study.study_name)
+        return Trial(self.study, self.storage.get_trial_id_from_study_id_trial_number(study, number))
+
+    def void(self, number: int) -> None:
+        """Count a trial no more."""
+        from optuna.trial import TrialState
+
+        self.trial(number).set_user_attr("repeats", True)
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def counted(self) -> "list[FrozenTrial]":
+        """The trials but for those that are void, which are never run."""
+        return [t for t in self.study.get_trials(deepcopy=False) if "repeats" not in t.user_attrs]
+
+    def check_space(self, space: Mapping[str, "BaseDistribution"], words: Mapping[str, str]) -> None:
+        """Refuse to go on with a search over other values.
+
+        Args:
+            space: the distributions asked for, by dotted key; the study keeps those that it was begun with.
+            words: the same as the user wrote them.
+
+        Raises:
+            UserError: when they differ from those of the study.
+        """
+        from optuna.distributions import distribution_to_json
+
+        asked = {key: [words[key], distribution_to_json(value)] for key, value in space.items()}
+        known = self.study.user_attrs.get("space")
+        if known is None:
+            self.study.set_user_attr("space", asked)
+            return
+        nothing = ["(nothing)", ""]
+        different = [k for k in asked | known if known.get(k, nothing)[1] != asked.get(k, nothing)[1]]
+        if different:
+            raise UserError(
+                f"sweep.name={self.study.study_name}: {k}={asked.get(k, nothing)[0]} differs from the search's "
+                f"{k}={known.get(k, nothing)[0]}; leave it as it was, or give the new search another name"
+                for k in different
+            )
 
 
 def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
@@ -129,8 +161,8 @@ def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
     return count
 
 
-def open_study(folder: Path, settings: Mapping[str, Any], config: Config) -> "Study":
-    """The study of a sweep, new or as it was left.
+def open_search(folder: Path, settings: Mapping[str, Any], config: Config) -> Search:
+    """The search of a sweep, new or as it was left.
 
     Args:
         folder: the sweep's directory, which keeps the study unless the settings name another storage.
@@ -157,18 +189,19 @@ def open_study(folder: Path, settings: Mapping[str, Any], config: Config) -> "St
         "median": lambda: pruners.MedianPruner(n_startup_trials=startup),
         "hyperband": lambda: pruners.HyperbandPruner(min(config.eval_interval, config.max_steps), config.max_steps),
     }
-    storage = settings["storage"] or f"sqlite:///{folder.absolute() / 'optuna.db'}"
+    url = settings["storage"] or f"sqlite:///{folder.absolute() / 'optuna.db'}"
     try:
+        storage = optuna.storages.RDBStorage(url)
         study = optuna.create_study(
             study_name=folder.name, storage=storage, load_if_exists=True, direction="minimize",
             pruner=make_pruner[settings["pruner"]](),
         )  # fmt: skip
     except Exception as error:  # whatever the database's driver raises
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"hydra.sweeper.storage={storage}: cannot be opened ({reason})") from error
+        raise UserError(f"hydra.sweeper.storage={url}: cannot be opened ({reason})") from error
     # A process that goes on with a study must not draw again what the one before it drew.
     study.sampler = make_sampler[settings["sampler"]](settings["seed"] + len(study.get_trials(deepcopy=False)))
-    return study
+    return Search(study, storage)
 
 
 def summary(study: "Study", sweep: Sweep, config: Config) -> str:
@@ -196,13 +229,11 @@ def trial_name(number: int) -> str:
 
 def watcher(folder: Path, settings: Mapping[str, Any], config: Config) -> Callable[[int, float], bool]:
     """A function that reports each evaluation of a trial, step and loss, and says whether to stop it."""
-    import optuna
-
-    study, job = open_study(folder, settings, config), str(config.sweep.job)
-    number = int(job.rpartition("-")[2])
-    (frozen,) = (t for t in study.get_trials(deepcopy=False) if t.number == number)
-    trial = optuna.trial.Trial(study, frozen._trial_id)
-    known = set(frozen.intermediate_values)  # by the process that began the trial, if it was stopped
+    number = int(str(config.sweep.job).rpartition("-")[2])
+    search = open_search(folder, settings, config)
+    trial = search.trial(number)
+    before = next(t for t in search.study.get_trials(deepcopy=False) if t.number == number)
+    known = set(before.intermediate_values)  # by the process that began the trial, if it was stopped
 
     def watch(step: int, loss: float) -> bool:
         if step == 0 or not math.isfinite(loss):

@@ -6,15 +6,17 @@ A job belongs to whichever process holds its lock. So the same command, given ag
 stopped, and given twice at once, on one machine or on several with a shared disk, it shares the work.
 """
 
+import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +25,9 @@ from gptexp.errors import UserError
 from gptexp.orphans import at_work
 from gptexp.runs import Run, now, write_atomically
 from gptexp.validation import show
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 log = logging.getLogger("gptexp")
 
@@ -273,6 +278,37 @@ def draw(sweep: Sweep) -> None:
             log.info("picture: %s", path)
         except OSError as error:
             log.warning("no picture: cannot write %s (%s)", path, error.strerror)
+
+
+def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
+    """A name for a sweep that has none: what varies, and a digest of the command.
+
+    So the same command finds its sweep again; how and where it runs does not change the name.
+
+    Args:
+        overrides: of the command, those of Hydra itself left out.
+        params: the keys that a file of conf/ varies.
+    """
+    elsewhere = ("logger", "output_dir", "sweep.")
+    asked = sorted({str(o.input_line) for o in overrides if not o.key_or_group.startswith(elsewhere)})
+    varied = [*params, *(o.key_or_group for o in overrides if o.is_sweep_override())]
+    words = dict.fromkeys(key.rpartition(".")[2].replace("/", "-") for key in varied)
+    return "-".join([*words, hashlib.sha256("\n".join(asked).encode()).hexdigest()[:6]])
+
+
+def job_name(config: "Config", swept: str) -> str:
+    """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
+
+    Args:
+        config: the job's configuration.
+        swept: Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
+    """
+    named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
+    shown = {"experiment", "experiment/ladder"} if config.name else named
+    pairs = [pair.partition("=") for pair in swept.split("|") if pair]  # a value can hold a comma
+    extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
+             for key, _, value in pairs if key not in shown]  # fmt: skip
+    return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 
 def _union(first: Sequence[str], more: Sequence[str]) -> list[str]:

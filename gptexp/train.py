@@ -5,11 +5,9 @@
     python -m gptexp.train resume=outputs/runs/NAME
 """
 
-import json
 import logging
 import math
 import os
-import re
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptexp import perf
-from gptexp.console import importing, report_errors
+from gptexp.console import report_errors
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,91 +27,50 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gptexp")
 
-COMMAND = "GPTEXP_COMMAND"
-"""The command line as it was typed; an environment variable, for the processes in which a launcher runs the jobs."""
-
-
-def command() -> list[str]:
-    """The command line that this process, or the one that launched it, was started with."""
-    return list(json.loads(os.environ[COMMAND])) if COMMAND in os.environ else sys.argv
-
 
 def main() -> None:
     """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
     with report_errors():
-        os.environ[COMMAND] = json.dumps(sys.argv)
-        _failed.clear()
-        with importing():
-            args, runs = _checked()
+        from gptexp.arguments import read_arguments
+
+        arguments, problems = read_arguments(sys.argv[1:])
         from hydra import main as hydra_main
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
 
-        from gptexp.overrides import VERSION_BASE, conf_dir, sweep_dir
+        from gptexp.overrides import COMPOSING, VERSION_BASE, check, conf_dir, register_choices
 
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach report_errors, which shows one line
-        try:
-            if runs and args.multirun and not any(o.startswith("hydra.sweep.dir=") for o in args.overrides):
-                sys.argv.append(f"hydra.sweep.dir={sweep_dir(args.overrides, args.config_dir)}")
-            hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(" ".join(str(error).split("\n")[:2])) from error
-        except OSError as error:  # of Hydra's own folder; a run's errors do not come this way
-            what = f"cannot write {error.filename}" if error.filename else "cannot be written"
-            raise UserError(f"output_dir: {what} ({error.strerror})") from error
-        if _failed:
-            raise _failed[0]
-
-
-def _checked() -> tuple[Any, bool]:
-    """The command line's arguments, and whether they ask for a run, whose settings are then free of mistakes.
-
-    Raises:
-        UserError: with a line for every mistake.
-    """
-    from hydra._internal.utils import get_args_parser
-
-    from gptexp.overrides import check, register_choices
-
-    register_choices()
-    flags = [a for a in sys.argv[1:] if a in ("-m", "--multirun")]  # argparse wants flags before all settings
-    sys.argv[1:] = flags + [a for a in sys.argv[1:] if a not in flags]
-    args = get_args_parser().parse_args()
-    # Shown by Hydra itself: help, a printed configuration, completion.
-    runs = not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
-    if runs:
-        problems = check(args.overrides, args.multirun, args.config_dir)
+        register_choices()
+        if arguments.composes:
+            problems += check(arguments.overrides, arguments.multirun, arguments.config_dir, arguments.config_name,
+                              shown=not arguments.trains)  # fmt: skip
         if problems:
             raise UserError(problems)
-    return args, runs
-
-
-_failed: list[Exception] = []  # what ended a single run: of one that passes through it, Hydra would print more
+        try:
+            hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
+        except COMPOSING as error:
+            raise UserError(" ".join(str(error).split("\n")[:2])) from error
 
 
 def job(tree: "DictConfig") -> float | None:
     """One run of a composed configuration, in a directory of its own or in the one it resumes.
 
     Returns:
-        the lowest validation loss, in nats a token; None if another process is working on this job of a sweep.
+        the lowest validation loss, in nats per token; None if another process is working on this job of a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from gptexp.config import plain, read_config
+    from gptexp.sweeps import job_name
 
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         config = read_config(plain(tree))
-        local = hydra.launcher._target_.endswith("BasicLauncher")
-        name = config.sweep.job or job_name(config, hydra.job.override_dirname)
+        local = hydra.runtime.choices["hydra/launcher"] == "basic"
+        name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
         search = dict(hydra.sweeper) if hydra.sweeper._target_.endswith(".OptunaSweeper") else None
         return sweep_job(config, Path(hydra.sweep.dir), name, alone=local, search=search)
-    try:
+    with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
         return single_run(read_config(plain(tree)), str(hydra.run.dir), list(hydra.overrides.task))
-    except Exception as error:
-        _failed.append(error)
-        return math.nan
 
 
 def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
@@ -128,8 +85,11 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
         the lowest validation loss, in nats per token.
     """
     from gptexp.overrides import requested
-    from gptexp.training.launch import Train, claim, run_to_resume, train_together
+    from gptexp.sweeps import job_name
+    from gptexp.training.launch import Train, check_files, claim, run_to_resume, train_together
 
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():  # of several processes the first one will tell
+        check_files(config)  # a mistake is told before torch is imported, which takes a while
     perf.prepare()  # before torch is imported
     from gptexp.training.processes import check_same, joined, processes
 
@@ -145,7 +105,7 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
             path = Path(folder)
             with suppress(OSError):
                 path.rmdir()
-        return train(claim(config, path, name, None, command(), named=folder != "."))
+        return train(claim(config, path, name, None, sys.argv, named=folder != "."))
 
     group = processes(config.hardware.cluster)
     with joined(group):
@@ -188,9 +148,11 @@ def sweep_job(
         watch = watcher(folder, search, config)
 
     def lead(train: Train) -> float | None:
+        sweep = Sweep(folder)
+        command = sweep.info.get("command", sys.argv)  # a launcher starts this process with another one
         try:
-            return Sweep(folder).work(
-                name, config, lambda path: train(claim(config, path, name, folder.name, command())), train
+            return sweep.work(
+                name, config, lambda path: train(claim(config, path, name, folder.name, command)), train
             )
         except Busy:
             return None
@@ -198,21 +160,6 @@ def sweep_job(
     group = processes(config.hardware.cluster)
     with joined(group):
         return train_together(group, lead, watch, quiet=True)
-
-
-def job_name(config: "Config", swept: str) -> str:
-    """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
-
-    Args:
-        config: the job's configuration.
-        swept: Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
-    """
-    named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
-    shown = {"experiment", "experiment/ladder"} if config.name else named
-    pairs = [pair.partition("=") for pair in swept.split("|") if pair]  # a value can hold a comma
-    extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
-             for key, _, value in pairs if key not in shown]  # fmt: skip
-    return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from gptexp.overrides import VERSION_BASE, conf_dir, register_choices
 from gptexp.training.settings import (
     AdamWConfig,
     CosineConfig,
-    LoggerConfig,
     OptimizerConfig,
     ScheduleConfig,
     SweepConfig,
+    TrainerConfig,
 )
 from gptexp.validation import nearest
 
@@ -37,12 +37,16 @@ def test_conf_and_the_dataclasses_have_the_same_defaults() -> None:
     tree = composed()
     assert tree.pop("resume") is None
     assert tree.pop("sweep") == asdict(SweepConfig())
-    assert tree == Config().tree()
+    assert list(tree["logger"]) == ["wandb"]  # the command's choice; a Config by itself has none
+    assert tree["trainer"] == asdict(TrainerConfig())
+    assert read_config(tree | {"logger": {}}) == Config()
+    ours = Config().tree()
+    del ours["hardware"]["num_nodes"], ours["hardware"]["cluster"]  # added by those who have several machines
+    assert tree | {"logger": {}, "trainer": {}} == ours
 
 
 @pytest.mark.parametrize(("section", "classes"), [
     ("optimizer", get_args(OptimizerConfig)), ("schedule", get_args(ScheduleConfig)),
-    ("logger", get_args(LoggerConfig)),
 ])  # fmt: skip
 def test_every_choice_has_a_file_with_its_defaults(section: str, classes: tuple) -> None:  # type: ignore[type-arg]
     assert {p.stem for p in (CONF / section).glob("*.yaml")} == {cls().name for cls in classes}
@@ -51,7 +55,8 @@ def test_every_choice_has_a_file_with_its_defaults(section: str, classes: tuple)
         assert stored == {f.name: getattr(cls(), f.name) for f in fields(cls)}
 
 
-@pytest.mark.parametrize("group", ["model", "norm", "placement", "heads", "data", "hardware", "experiment"])
+@pytest.mark.parametrize("group", [
+    "model", "norm", "placement", "heads", "data", "hardware", "experiment", "callbacks", "logger", "trainer"])
 def test_every_file_composes_into_a_valid_configuration(group: str) -> None:
     files = sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
     assert files
@@ -134,7 +139,8 @@ def test_a_damaged_file_is_told_in_one_line(content: str, tmp_path: Path) -> Non
 
 def test_the_fingerprint_is_of_what_computes() -> None:
     base = Config().fingerprint()
-    same = [{"name": "x"}, {"output_dir": "y"}, {"logger": {"name": "none"}},
+    csv = {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger"}}
+    same = [{"name": "x"}, {"output_dir": "y"}, {"logger": csv},
             {"model": {"norms": {"rmsnorm": {"eps": 0.5}}}}]  # fmt: skip
     other = [{"seed": 1}, {"model": {"norm": "rmsnorm"}}, {"model": {"norms": {"layernorm": {"eps": 0.5}}}},
              {"hardware": {"precision": "64-true"}}, {"max_steps": 7}]  # fmt: skip

@@ -26,6 +26,22 @@ Train = Callable[[Run], float]
 """Trains a run directory to its end; returns the lowest validation loss, in nats per token."""
 
 
+def check_files(config: Config) -> None:
+    """Refuse a run to resume that is not there, or a corpus that cannot be had or cut into splits.
+
+    Raises:
+        UserError: for either.
+    """
+    from gptexp.data.batches import split_corpus
+    from gptexp.data.corpora import find_corpus
+    from gptexp.data.encoded import encode_corpus
+
+    if config.resume in (None, "auto"):
+        split_corpus(encode_corpus(find_corpus(config.data), config.data), config.data, config.model.block_size)
+    else:
+        Run.open(str(config.resume), key="resume")
+
+
 def claim(
     config: Config, path: Path, name: str, group: str | None, command: list[str], named: bool = False
 ) -> Run:

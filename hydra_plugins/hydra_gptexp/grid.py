@@ -3,24 +3,33 @@
 Hydra finds its plugins in the namespace package `hydra_plugins` alone.
 """
 
+import io
+import itertools
 import logging
-import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.core.utils import JobStatus
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from gptexp.console import report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -62,12 +71,36 @@ class Job:
     config: Any = None  # a Config; dataclasses cannot look up its name while Hydra loads plugins
 
 
-class GridSweeper(BasicSweeper):
-    """Runs what is still to be done of a grid, through any launcher, and tells the results of all of it."""
+class GridSweeper(Sweeper):
+    """Runs what is still to be done of a grid, through any launcher, and tells the results of all of it.
+
+    Args:
+        params: values by key, as on the command line.
+    """
+
+    hydra_context: HydraContext
+    config: DictConfig
+    launcher: Launcher
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
-        super().__init__(max_batch_size=None, params=params)
+        self.params = params or {}
         self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra has prepared, name the sweep, and make the launcher of its jobs."""
+        from gptexp.overrides import Groups
+        from gptexp.sweeps import sweep_name
+
+        self.hydra_context, self.config = hydra_context, config
+        HydraConfig.instance().set_config(config.copy())  # for values such as ${hydra:runtime.cwd}
+        self.parser = OverridesParser.create(config_loader=hydra_context.config_loader)
+        searched = [o for o in config.hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
+        self.groups = Groups(hydra_context.config_loader, searched)
+        if config.sweep.name is None:  # hydra.sweep.dir, unless it is given, has it at its end
+            given = self.parser.parse_overrides(list(config.hydra.overrides.task))
+            config.sweep.name = sweep_name(given, list(self.params))
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config)  # fmt: skip
 
     def sweep(self, arguments: list[str]) -> list[float]:
         """Bring all jobs to their end.
@@ -76,16 +109,24 @@ class GridSweeper(BasicSweeper):
             the lowest validation loss of each job that has one, in their order.
 
         Raises:
-            RunFailed: when a job failed.
+            SystemExit: after the messages, when there are mistakes or a job has failed.
         """
         from gptexp.sweeps import Sweep
 
-        overrides = self.parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-        assert self.config is not None
-        sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
+        with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
+            overrides = self.parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+            return self.run(Sweep(Path(str(self.config.hydra.sweep.dir))), overrides)
+
+    def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
+        """Bring all jobs of a sweep to their end.
+
+        Raises:
+            UserError: when the sweep cannot begin.
+            RunFailed: when a job failed.
+        """
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
-        jobs = distinct(self.prepare(list(values), varied) for values in self.split_arguments(overrides, None)[0])
+        jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(values_of, overrides)))
         sound = [job for job in jobs if job.error is None]
         begin(sweep, sound, varied)
         with show(sweep, [job.name for job in sound]):
@@ -97,24 +138,22 @@ class GridSweeper(BasicSweeper):
                 todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
-    def parse(self, arguments: Sequence[str]) -> list[Override]:
+    def parse(self, arguments: Iterable[str]) -> list[Override]:
         """The overrides of a command line; a key that comes twice has the last value."""
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        return list({o.get_key_element(): o for o in parser.parse_overrides(list(arguments))}.values())
+        return list({o.get_key_element(): o for o in self.parser.parse_overrides(list(arguments))}.values())
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
         from gptexp.config import plain, read_config
-        from gptexp.train import job_name
+        from gptexp.sweeps import job_name
 
         job = Job(overrides)
+        shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
             config = read_config(plain(self.compose(overrides)))
-        except UserError as error:
-            job.error, job.name = error, " ".join(o for o in overrides if o.partition("=")[0] in varied)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            job.error, job.name = error, " ".join(shown)
         else:
-            shown = [o for o in overrides if o.partition("=")[0] in varied]
             if "seed" not in varied:
                 shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
             job.name, job.config = job_name(config, "|".join(shown)), config
@@ -122,12 +161,8 @@ class GridSweeper(BasicSweeper):
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """A job's settings. Jobs that differ in values alone share what Hydra, far slower, makes of the groups."""
-        from gptexp.overrides import is_group
-
-        assert self.hydra_context is not None
-        assert self.config is not None
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        values = [o for o in parsed if o.type == OverrideType.CHANGE and not is_group(o.key_or_group)]
+        parsed = self.parser.parse_overrides(list(overrides))
+        values = [o for o in parsed if o.type == OverrideType.CHANGE and o.key_or_group not in self.groups]
         groups = tuple(str(o.input_line) for o in parsed if o not in values)
         if groups not in self.composed:
             tree = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
@@ -141,16 +176,37 @@ class GridSweeper(BasicSweeper):
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
-        assert self.launcher is not None
-        sent = [[*job.overrides, f"sweep.job='{job.name}'"] for job in jobs]
+        folder = QuotedString(str(self.config.hydra.sweep.dir), Quote.single).with_quotes()
+        sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job='{job.name}'"] for job in jobs]
         results = self.launcher.launch(sent, initial_job_idx=0) if sent else []
         busy = []
         for job, result in zip(jobs, results, strict=True):
-            if result.status == JobStatus.FAILED:
-                job.error = result._return_value
-            elif result._return_value is None:
-                busy.append(job)
+            try:
+                if outcome(result) is None:
+                    busy.append(job)
+            except Exception as error:
+                job.error = error
         return busy
+
+
+def values_of(override: Override) -> list[str]:
+    """An override as one with each of its values.
+
+    Raises:
+        UserError: when they cannot be counted.
+    """
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: values without number need a search, hydra/sweeper=optuna")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def outcome(result: JobReturn) -> Any:
+    """What a job returned; raises what ended it, without the line that Hydra prints then: `report` has one."""
+    with redirect_stderr(io.StringIO()):
+        return result.return_value
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
@@ -177,13 +233,12 @@ def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
         UserError: when what the directory holds was made by another configuration.
     """
     from gptexp.config import flatten
-    from gptexp.train import command
 
     flat = [flatten(job.config.tree()) for job in jobs if job.config]
     if flat:
         keys = dict.fromkeys(key for tree in flat for key in tree)
         fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
-        sweep.join(fixed, [k for k in keys if k not in fixed], varied, {j.name: j.config for j in jobs}, command())
+        sweep.join(fixed, [k for k in keys if k not in fixed], varied, {j.name: j.config for j in jobs}, sys.argv)
 
 
 @contextmanager
@@ -199,7 +254,6 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
     # A run looks after signals itself; between runs, and while a launcher waits for its workers, this does.
     previous = signal.signal(signal.SIGTERM, stop)
     levels = {handler: handler.level for handler in log.handlers}
-    os.environ["GPTEXP_QUIET"] = "1"
     try:
         for handler in levels:
             handler.setLevel(logging.WARNING)
@@ -210,7 +264,6 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-        del os.environ["GPTEXP_QUIET"]
         for handler, level in levels.items():
             handler.setLevel(level)
 

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
+import yaml
 
+import gptexp
 from gptexp.runs import Run
-from tests.conftest import TINY
+from tests.conftest import REPOSITORY, TINY, finish, spawn
 
 WRONG: dict[str, list[str]] = {
     "model.nrom=rmsnorm": ["model.nrom=rmsnorm: unknown key; did you mean model.norm?"],
@@ -20,7 +24,9 @@ WRONG: dict[str, list[str]] = {
         "model.norm=rmsnrom: must be one of layernorm, rmsnorm, prmsnorm, scalenorm, dyt, groupnorm, batchnorm, "
         "rbn, causal_batchnorm, powernorm, none; did you mean rmsnorm?"],
     "model.placement=mid": ["model.placement=mid: must be one of pre, post, sandwich, output, deepnorm"],
-    "model.n_head=3": ["model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
+    "model.n_embd=15": ["model.n_head=2: must divide model.n_embd=15; nearest: 1, 3, 5"],
+    "model.n_head=3": ["model.n_head=3: heads=h2 sets model.n_head=2; leave one of them out",
+                       "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
     "model.n_embd=-16": ["model.n_embd=-16: must be an integer of at least 1"],
     "model.n_layer=two": ["model.n_layer=two: must be an integer of at least 0"],
     "model.n_layer=2.5": ["model.n_layer=2.5: must be an integer of at least 0"],
@@ -70,6 +76,64 @@ WRONG: dict[str, list[str]] = {
     "model.norm=[": ["model.norm=[: cannot be read as a setting; quote special characters"],
     "batch_size=1 norm=batchnorm model.norms.batchnorm.stats=[batch]": [
         "batch_size=1: model.norm=batchnorm as it is set needs at least 2 sequences"],
+    # The words of other programs.
+    "lr=3e-4": ["lr=3e-4: unknown key; did you mean optimizer.learning_rate?"],
+    "optimizer.lr=1e-3": ["optimizer.lr=1e-3: unknown key; did you mean optimizer.learning_rate?"],
+    "epochs=3": ["epochs=3: unknown key; the length of training is set in optimizer steps, max_steps"],
+    "wandb=false": ["wandb=false: unknown key; choose with logger=wandb, logger=none or logger.wandb.mode=offline"],
+    "optimiser=muon": ["optimiser=muon: unknown key; did you mean optimizer=muon?"],
+    "device=cuda": ["device=cuda: unknown key; did you mean hardware=gpu?"],
+    "hardware=cuda": ["hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, "],
+    "norm=RMSNorm": ["norm=RMSNorm: unknown; did you mean rmsnorm? allowed: "],
+    "norm=layer_norm": ["norm=layer_norm: unknown; did you mean layernorm? allowed: "],
+    "heads=3": ["heads=3: unknown; did you mean model.n_head=3? allowed: h1, "],
+    "heads=8": ["heads=8: unknown; did you mean h8? allowed: h1, "],
+    "placement=mid": ["placement=mid: unknown; allowed: deepnorm, "],
+    "data=mytext.txt": ["data=mytext.txt: unknown; did you mean data=file data.path=mytext.txt? allowed: file, "],
+    "model.ema=0.99": ["model.ema=0.99: unknown key"],
+    "resume=true": ["resume=true: must be a run directory, or auto for the newest unfinished run of this config"],
+    "resume=latest": ["resume=latest: must be a run directory, or auto for the newest unfinished run"],
+    # Choices that cannot be left out, and such as contradict a value.
+    "~norm": ["~norm: cannot be left out; write norm=none"],
+    "~seed": ["~seed: cannot be left out; write seed=VALUE"],
+    "~experiment": ["~experiment: cannot be left out; without experiment there is none"],
+    "logger=null": ["logger=null: cannot be left out; write logger=none"],
+    "schedule=null": ["schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
+    "model.norm=batchnorm norm=layernorm": [
+        "model.norm=batchnorm: norm=layernorm sets model.norm=layernorm; leave one of them out"],
+    "norm=layernorm model.norm=batchnorm": [
+        "model.norm=batchnorm: norm=layernorm sets model.norm=layernorm; leave one of them out"],
+    "optimizer=sgd optimizer.name=muon": [
+        "optimizer.name=muon: optimizer=sgd sets optimizer.name=sgd; leave one of them out",
+        "optimizer.nesterov=false: unknown key of optimizer.name=muon"],
+    "max_steps=8 trainer.max_steps=9": ["trainer.max_steps=9: max_steps=8 sets the same; leave one of them out"],
+    "eval_interval=4 +trainer.val_check_interval=4": [
+        "+trainer.val_check_interval=4: eval_interval=4 sets the same; leave one of them out"],
+    # Sweeps without -m.
+    "experiment=known/rmsnorm": ["experiment=known/rmsnorm: is a sweep over seed, norm; needs --multirun (-m)"],
+    # The shell's spaces, and dashes.
+    "norm = rmsnorm": ["norm = rmsnorm: a setting has no spaces; write norm=rmsnorm"],
+    "norm =rmsnrom": ["norm =rmsnrom: a setting has no spaces; write norm=rmsnrom", "norm=rmsnrom: unknown; did you "],
+    "norm= rmsnorm": ["norm= rmsnorm: a setting has no spaces; write norm=rmsnorm"],
+    "model.norms.batchnorm.stats=[batch, time]": [
+        "model.norms.batchnorm.stats=[batch, time]: a setting has no spaces; write model.norms.batchnorm.stats=[batch"],
+    "norm=rmsnorm,": ["norm=rmsnorm,: cannot be read as a setting; a list of values ends without a comma"],
+    "--norm=rmsnorm": ["--norm=rmsnorm: a setting has no dashes; write norm=rmsnorm"],
+    "--norm rmsnrom": ["--norm rmsnrom: a setting has no dashes; write norm=rmsnrom", "norm=rmsnrom: unknown; did "],
+    "--norm": ["--norm: unknown option; --hydra-help lists the options, --help the settings"],
+    "++norm=rmsnorm": ["++norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],
+    ".": [".: cannot be read as a setting; a setting is written key=value; did you mean resume=.?"],
+    # Hydra's own settings, and its folders.
+    "hydra.bogus=1": ["Could not override 'hydra.bogus'. To append to your config use +hydra.bogus=1"],
+    "hydra.mode=FOO seed=-1": ["Error merging override hydra.mode=FOO Invalid value 'FOO'", "seed=-1: must be"],
+    "hydra.verbose=true,false": ["hydra.verbose=true,false: a setting of Hydra's own has one value"],
+    "hydra.run.dir=/etc/passwd/run": ["hydra.run.dir=/etc/passwd/run: cannot be made (cannot write /etc/passwd)"],
+    "hydra.run.dir=${nowhere}": ["Interpolation key 'nowhere' not found"],
+    "+bogus=1": ["bogus=1: unknown key"],
+    "logger=wandb logger.wandb.projct=x": ["logger.wandb.projct=x: unknown key; did you mean logger.wandb.project?"],
+    "callbacks.mine.patience=3": [
+        "callbacks.mine.patience=3: unknown key; to add it, write +callbacks.mine.patience=3"],
+    "logger=[none,nonsense]": ["logger=nonsense: unknown; did you mean none? allowed: csv, "],
     "model.nrom=x model.n_embd=0 norm=rms bogus optimizer.beta1=2 seed=-1": [
         "bogus: cannot be read", "norm=rms: unknown; did you mean rmsnorm?", "model.nrom=x: unknown key",
         "model.n_embd=0: must be", "optimizer.beta1=2: must be", "seed=-1: must be"],
@@ -91,6 +155,109 @@ def test_one_line_each(
         assert line.startswith(f"error: {start}"), err
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir()), "a wrong command left something behind"
+
+
+WRONG_SWEEPS = {
+    "norm=layernorm, rmsnorm seed=-1": [
+        "norm=layernorm, rmsnorm: a setting has no spaces; write norm=layernorm,rmsnorm", "seed=-1: must be"],
+    "norm=layernorm,rmsnorm model.norm=batchnorm": [
+        "model.norm=batchnorm: norm=layernorm,rmsnorm sets model.norm=layernorm,rmsnorm; leave one of them out"],
+    "sweep=norms norm=rmsnorm": ["norm=rmsnorm: the sweep sets model.norm=layernorm,rmsnorm,batchnorm; write "],
+    "experiment=known/rmsnorm model.norm=none": [
+        "model.norm=none: the sweep sets norm=layernorm,rmsnorm; write norm=VALUE to choose from it"],
+    "norm=glob(zzz*)": ["norm=glob(zzz*): names no choice; allowed: batchnorm, "],
+    "optimizer.learning_rate=interval(0.1,1)": [
+        "optimizer.learning_rate=interval(0.1,1): values without number need a search, hydra/sweeper=optuna"],
+    "hydra/launcher=jobli hydra.launcher.n_jobs=2 seed=1,-1": [
+        "hydra/launcher=jobli: unknown; did you mean joblib? allowed: basic, ", "seed=-1: must be"],
+    "hydra/sweeper=basic seed=1,2": ["hydra/sweeper=basic: needs sweep.name=NAME, the folder of its jobs"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_SWEEPS)
+def test_one_line_each_in_a_sweep(
+    wrong: str, command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path}", *wrong.split(" ")) == 2
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == len(WRONG_SWEEPS[wrong]), err
+    for line, start in zip(lines, WRONG_SWEEPS[wrong], strict=True):
+        assert line.startswith(f"error: {start}"), err
+    assert "Traceback" not in out + err
+    assert not list(tmp_path.iterdir())
+
+
+class TestFlags:
+    @pytest.mark.parametrize(("arguments", "told"), [
+        (["seed=1,2", "-m", "norm=layernorm,none"], "-m: stands between settings; write it before them: -m seed=1,2"),
+        (["-cd", "nowhere"], "--config-dir nowhere: there is no such folder"),
+        (["--cfg", "job", "norm=rmsnrom"], "norm=rmsnrom: unknown; did you mean rmsnorm? allowed: "),
+        (["--cfg", "job", "sede=3"], "Could not override 'sede'. To append to your config use +sede=3"),
+        (["--help", "norm=rmsnrom"], "norm=rmsnrom: unknown; did you mean rmsnorm? allowed: "),
+        (["--cfg", "jobs"], "argument --cfg/-c: invalid choice: 'jobs' (choose from "),
+    ])  # fmt: skip
+    def test_one_line(
+        self, arguments: list[str], told: str, command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert command(*arguments) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"error: {told}")
+
+    def test_a_configuration_is_shown_even_if_it_is_wrong(
+        self, command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert command("--cfg", "job", "norm=rmsnorm", "model.n_embd=-1") == 0
+        tree = yaml.safe_load(capfd.readouterr().out)
+        assert (tree["model"]["norm"], tree["model"]["n_embd"]) == ("rmsnorm", -1)
+
+    def test_help_and_versions(self, command: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+        assert command("--help") == 0
+        out = capfd.readouterr().out
+        assert "\nnorm: batchnorm, causal_batchnorm, dyt, " in out
+        assert "\nmax_steps: 2000\n" in out
+        assert command("--hydra-help") == 0
+        assert "--multirun,-m" in capfd.readouterr().out
+        assert command("--version") == 0
+        assert capfd.readouterr().out == f"gptexp {gptexp.__version__} (Hydra {hydra.__version__})\n"
+
+    def test_hydras_account_of_the_defaults(self, tmp_path: Path) -> None:
+        code, out, err = finish(spawn("--info", "defaults", "norm=rmsnorm", cwd=tmp_path))
+        assert (code, err) == (0, "")
+        assert "| norm/rmsnorm " in out
+
+    def test_completion(
+        self, command: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        line = "gptexp-train norm=rms"
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert command("-sc", "query=bash") == 0
+        assert capfd.readouterr().out.split() == ["norm=rmsnorm"]
+
+    def test_a_folder_of_ones_own(
+        self, command: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "heads").mkdir()
+        (tmp_path / "heads" / "h5.yaml").write_text("# @package _global_\nmodel:\n  n_head: 5\n")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "short.yaml").write_text("# @package _global_\nmax_steps: 7\n")
+        chosen = ["-cd", str(tmp_path), "heads=h5", "+mine=short"]
+        assert command("--cfg", "job", *chosen) == 0
+        tree = yaml.safe_load(capfd.readouterr().out)
+        assert (tree["model"]["n_head"], tree["max_steps"]) == (5, 7)
+        assert command(*chosen, "seed=-1") == 2  # the others are chosen, or this would be more than these two lines
+        assert [line.partition(": must")[0] for line in capfd.readouterr().err.splitlines()] == [
+            "error: seed=-1", "error: model.n_head=5"]  # fmt: skip
+        assert command(*chosen, "heads=h55") == 2
+        assert "heads=h55: unknown; did you mean h5? allowed: h1, h12, h16, h2, h4, h5, " in capfd.readouterr().err
+
+
+def test_the_package_itself_lists_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "gptexp"], capture_output=True, text=True, check=True)
+    listed = {line.split()[2] for line in done.stdout.splitlines() if line.startswith("    python -m gptexp.")}
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert listed == {target.partition(":")[0] for target in scripts.values()}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +289,7 @@ def test_a_sweep_is_checked_before_its_first_job(
     command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["-m", "norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
-    assert command(*TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}", *sweep) == 2
+    assert command(*sweep, *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}") == 2
     err = capfd.readouterr().err
     assert "norm=rmsnrom: unknown" in err
     assert "model.n_layer=-1: must be an integer of at least 0" in err
@@ -140,11 +307,11 @@ class TestResume:
     def test_another_configuration(self, tiny: Callable[..., Run], command: Callable[..., int], capfd) -> None:  # type: ignore[no-untyped-def]
         run = tiny("run")
         run.update(status="interrupted")
-        assert command(f"resume={run.path}", "model.norm=rmsnorm", "max_steps=99", "model.n_embd=16") == 2
+        assert command(f"resume={run.path}", "model.norm=rmsnorm", "batch_size=8", "model.n_embd=16") == 2
         lines = capfd.readouterr().err.splitlines()
         assert run.info["status"] == "interrupted"
-        assert [line.split(": ")[2].split(" ")[0] for line in lines] == ["model.norm=rmsnorm", "max_steps=99"]
-        assert "differs from the run's model.norm=layernorm" in lines[0]
+        assert [line.split(": ")[2].split(" ")[0] for line in lines] == ["batch_size=8", "model.norm=rmsnorm"]
+        assert "differs from the run's model.norm=layernorm" in lines[1]
 
     def test_a_group_choice_that_is_the_default(
         self, tiny: Callable[..., Run], command: Callable[..., int], capfd: pytest.CaptureFixture[str]

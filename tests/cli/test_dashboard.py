@@ -16,55 +16,77 @@ Command = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def section(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def view(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("spec") / "view.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gptexp", f"spec={path}", "project=mine", "entity=team", "name=side by side"])
         dashboard.main()
-    view = json.loads(path.read_text())
-    assert (view["project"], view["entity"], view["displayName"]) == ("mine", "team", "side by side")
-    return view["spec"]["section"]
+    view: dict[str, Any] = json.loads(path.read_text())
+    assert (view["project"], view["entity"], view["name"]) == ("mine", "team", "side by side")
+    return view
 
 
-def test_the_sections(section: dict[str, Any]) -> None:
-    found = {s["name"]: [p["config"] for p in s["panels"]] for s in section["panelBankConfig"]["sections"]}
+def setting(name: str) -> dict[str, str]:
+    return {"type": "Config", "name": name}
+
+
+LOWEST = {"type": "SummaryMetric", "name": "val/loss.min"}
+
+
+def test_the_sections(view: dict[str, Any]) -> None:
+    found = {section["name"]: section["panels"] for section in view["sections"]}
     assert list(found) == ["loss", "variants", "speed", "training", "diagnostics", "samples"]
-    titles = {name: [c.get("chartTitle") for c in panels] for name, panels in found.items()}
+    assert all(section["is_open"] for section in view["sections"])
+    titles = {name: [panel.get("title") for panel in panels] for name, panels in found.items()}
     assert titles["loss"][:4] == [
         "val/loss by step", "val/loss by tokens", "val/loss by seconds", "train/loss by step"]  # fmt: skip
     assert "val/bpc by step" in titles["loss"]
-    assert titles["variants"][:3] == [f"lowest val/loss by model.{x}" for x in ("norm", "placement", "n_head")]
-    assert [c["groupBy"] for c in found["variants"][:3]] == ["model.value.norm", "model.value.placement",
-                                                             "model.value.n_head"]  # fmt: skip
-    assert found["variants"][3]["xAxis"] == "config:optimizer.value.learning_rate"
-    assert [c["accessor"] for c in found["variants"][4]["columns"]][3:] == [
-        "config:optimizer.value.learning_rate", "summary:val/loss.min"]  # fmt: skip
+    assert [(p["groupby_aggfunc"], p["groupby_rangefunc"]) for p in found["loss"]] == [("mean", "minmax")] * 6
+    factors = ["model.norm", "model.placement", "model.n_head"]
+    assert titles["variants"][:3] == [f"lowest val/loss by {factor}" for factor in factors]
+    assert [panel["groupby"] for panel in found["variants"][:3]] == list(map(setting, factors))
+    assert (found["variants"][3]["x"], found["variants"][3]["y"]) == (setting("optimizer.learning_rate"), LOWEST)
+    assert [column["metric"] for column in found["variants"][4]["columns"]][3:] == [
+        setting("optimizer.learning_rate"), LOWEST]  # fmt: skip
     assert {"tokens_per_second by step", "mfu by step"} <= set(titles["speed"])
     assert titles["training"] == ["grad_norm by step", "learning_rate by step"]
-    assert found["diagnostics"][0]["metricRegex"] == "diagnostics/grad_norm/.*"
-    assert '"val": "samples"' in json.dumps(found["samples"])
+    assert found["diagnostics"][0]["metric_regex"] == "diagnostics/grad_norm/.*"
+    assert found["samples"][0]["table_name"] == "samples"
 
 
-def test_every_metric_and_key_exists(section: dict[str, Any]) -> None:
-    panels = [p["config"] for s in section["panelBankConfig"]["sections"] for p in s["panels"]]
-    named = {name for c in panels for name in (*c.get("metrics", []), c.get("xAxis", "step"))}
-    assert {m.removesuffix(".min") for m in named if not m.startswith("config:")} <= set(METRICS)
-    keys = {c["groupBy"] for c in panels if "groupBy" in c}
-    keys |= {c["xAxis"].removeprefix("config:") for c in panels if c.get("xAxis", "").startswith("config:")}
-    keys |= {column["accessor"].removeprefix("config:") for c in panels for column in c.get("columns", [])
-             if column["accessor"].startswith("config:")}  # fmt: skip
-    assert len(keys) == 4
-    assert {key.replace(".value", "") for key in keys} <= set(known_keys())
+def test_every_metric_and_key_exists(view: dict[str, Any]) -> None:
+    metrics: set[str] = set()
+    keys: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, list):
+            for item in value:
+                look(item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if key in ("x", "y", "metrics") and not isinstance(item, int | dict):
+                    metrics.update([item] if isinstance(item, str) else item)
+                look(item)
+            if value.get("type") == "Config":
+                keys.add(value["name"])
+            elif value.get("type") in ("SummaryMetric", "Summary"):
+                metrics.add(value["name"])
+
+    look(view)
+    assert {m.removesuffix(".min") for m in metrics} <= {*METRICS, "trainer/global_step"}
+    assert {"trainer/global_step", "tokens", "seconds", "val/loss", "val/loss.min"} <= metrics
+    assert keys == {"model.norm", "model.placement", "model.n_head", "optimizer.learning_rate"}
+    assert keys <= set(known_keys())
 
 
-def test_runs_are_grouped_by_sweep_and_variant(section: dict[str, Any]) -> None:
-    (runs,) = section["runSets"]
-    assert [(g["section"], g["name"]) for g in runs["grouping"]] == [
-        ("run", "group"), ("config", "model.value.norm"), ("config", "model.value.placement"),
-        ("config", "model.value.n_head"),
+def test_runs_are_grouped_by_sweep_and_variant(view: dict[str, Any]) -> None:
+    runs = view["runset_settings"]
+    assert runs["groupby"] == [
+        {"type": "Metric", "name": "Group"}, setting("model.norm"), setting("model.placement"), setting("model.n_head"),
     ]  # fmt: skip
-    assert "compare" in json.dumps(runs["filters"])
-    assert runs["sort"]["keys"][0]["key"] == {"section": "summary", "name": "val/loss.min"}
+    assert "compare" in runs["filters"]
+    assert runs["order"][0]["item"] == {"type": "Summary", "name": "val/loss.min"}
+    assert runs["order"][0]["ascending"]
 
 
 def test_mistakes_are_told_together(command: Command, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gptexp.records import read_metrics, read_samples
 from gptexp.runs import Run
 from tests.cli.wandb_file import read_run
-from tests.conftest import TINY
+from tests.conftest import TINY, failing
 
 
 @pytest.fixture
@@ -56,12 +55,12 @@ def test_other_settings_stand_in_the_name(
 def test_a_failed_job_does_not_stop_the_others(
     sweep: Callable[..., tuple[int, dict[str, Run]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, runs = sweep("model.n_head=3,2", "seed=1,2", "max_steps=2")
+    code, runs = sweep("model.n_embd=15,16", "seed=1,2", "max_steps=2")
     assert code == 1
-    assert sorted(runs) == ["layernorm-pre-h2-s1", "layernorm-pre-h2-s2"]
+    assert sorted(runs) == ["layernorm-pre-h2-s1-n_embd_16", "layernorm-pre-h2-s2-n_embd_16"]
     out, err = capfd.readouterr()
     assert err == "error: 2 of 4 jobs failed\n"
-    assert "model.n_head=3: must divide model.n_embd=16" in out
+    assert "model.n_head=2: must divide model.n_embd=15" in out
 
 
 def test_a_sweep_over_lists_and_globs(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
@@ -83,7 +82,7 @@ def test_a_sweep_needs_no_resume(command: Callable[..., int], capfd: pytest.Capt
 
 
 def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
-    _, runs = sweep("logger=wandb", "logger.tags=[mine]", "norm=layernorm,rmsnorm", "seed=1,2")
+    _, runs = sweep("logger=wandb", "logger.wandb.tags=[mine]", "norm=layernorm,rmsnorm", "seed=1,2")
     assert len(runs) == 4
     identities = set()
     for name, run in runs.items():
@@ -96,14 +95,17 @@ def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict
         assert record.project == "gptexp"
         assert record.job_type == "train"
         assert set(record.tags) == {run.config.model.norm, "pre", "h2", "file", "mine"}
-        stored = yaml.safe_load((run.path / "config.yaml").read_text())
-        assert {k: json.loads(v) for k, v in record.config.items() if k in stored} == stored
-        written = [row for row in read_metrics(run.metrics_path) if "val/loss" in row]
-        logged = [row for row in record.history if "val/loss" in row]
-        assert [(r["step"], r["tokens"], r["val/loss"]) for r in logged] == [
-            (r["step"], r["tokens"], r["val/loss"]) for r in written
-        ]
-        assert record.metrics["val/loss"] == ("step", True)  # x-axis, and the minimum in the summary
+        settings = json.loads(json.dumps(run.config.essence()))  # all that can change a result
+        assert {k: json.loads(v) for k, v in record.config.items() if k in settings} == settings
+        rows = {row["step"]: row for row in read_metrics(run.metrics_path)}
+        logged = {r["trainer/global_step"]: r["val/loss"] for r in record.history if "val/loss" in r}
+        assert logged == {step: row["val/loss"] for step, row in rows.items() if "val/loss" in row}
+        trained = [r for r in record.history if "train/loss" in r]
+        assert len(trained) == 8
+        for row in trained:
+            assert {k: row[k] for k in ("train/loss", "tokens")} == {
+                k: rows[row["trainer/global_step"]][k] for k in ("train/loss", "tokens")}
+        assert record.metrics["val/loss"] == ("trainer/global_step", True)  # x-axis, and the minimum in the summary
         assert record.exit_code == 0
         tables = [row["samples/path"] for row in record.history if "samples/path" in row]
         table = json.loads((file.parent / "files" / tables[-1]).read_text())
@@ -112,17 +114,10 @@ def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict
     assert len(identities) == 4
 
 
-def test_a_failed_run_is_closed_in_wandb(
-    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gptexp.training.callbacks.recorder import Recorder
-
-    def explode(*_: object) -> None:
-        raise RuntimeError("in the middle")
-
-    monkeypatch.setattr(Recorder, "_train_row", explode)
+def test_a_failed_run_is_closed_in_wandb(command: Callable[..., int], corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert command(*TINY, "logger=wandb", f"data.path={corpus}", f"hydra.run.dir={folder}") == 1
+    with failing():
+        assert command(*TINY, "logger=wandb", f"data.path={corpus}", f"hydra.run.dir={folder}") == 1
     run = Run.open(folder)
     assert run.info["status"] == "failed"
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -130,20 +125,10 @@ def test_a_failed_run_is_closed_in_wandb(
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(
-    command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., int], corpus: Path, tmp_path: Path
 ) -> None:
-    from gptexp.training.callbacks.recorder import Recorder
-
     folder = tmp_path / "run"
-    train_row = Recorder._train_row
-
-    def explode(self, module, step):  # type: ignore[no-untyped-def]
-        if step == 15:
-            raise RuntimeError("in the middle")
-        return train_row(self, module, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "_train_row", explode)
+    with failing(15):
         assert command(*TINY, "logger=wandb", f"data.path={corpus}", f"hydra.run.dir={folder}") == 1
     assert command(f"resume={folder}") == 0
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
@@ -151,6 +136,6 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
     assert len(records) == 2
     assert records[0].id == records[1].id == Run.open(folder).info["wandb_id"]
     assert records[0].name == records[1].name
-    assert max(row["step"] for row in records[1].history) == 24
+    assert max(row["trainer/global_step"] for row in records[1].history) == 24
     tables = [row["samples/nrows"] for row in records[1].history if "samples/nrows" in row]
     assert tables[-1] == 4  # those from before the interruption, too

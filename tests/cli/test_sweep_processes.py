@@ -111,6 +111,11 @@ def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tm
         code, out, err = finish(begin(corpus, tmp_path / folder, "norm=layernorm,rmsnorm", "seed=1,2",
                                        "hardware.threads=1", *how))  # fmt: skip
         assert code == 0, out + err
+        assert "step 24/24" not in out  # the table of jobs is shown in place of each one's progress
+        for run in runs_of(tmp_path / folder / "sweeps" / "mine").values():  # the command as it was typed
+            assert run.info["command"][1:] == ["-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path / folder}",
+                                               "sweep.name=mine", "norm=layernorm,rmsnorm", "seed=1,2",
+                                               "hardware.threads=1", *how]  # fmt: skip
     serial, parallel = (runs_of(tmp_path / f / "sweeps" / "mine") for f in ("serial", "parallel"))
     assert list(serial) == list(parallel)
     assert len(serial) == 4

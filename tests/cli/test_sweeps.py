@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gptexp.training.callbacks.recorder import Recorder
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, open_dict
 
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
 from hydra_plugins.hydra_gptexp import grid
-from tests.conftest import TINY, runs_of
+from tests.conftest import TINY, failing, runs_of
 
 GRID = ["norm=layernorm,rmsnorm", "seed=1,2"]
 NAMES = [f"{norm}-pre-h2-s{seed}" for norm in ("layernorm", "rmsnorm") for seed in (1, 2)]
@@ -74,17 +73,10 @@ def test_another_configuration_is_refused_with_the_keys(
 
 
 def test_a_failed_job_runs_again_as_often_as_it_may(
-    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tried = []
-
-    def explode(self, module, step):  # type: ignore[no-untyped-def]
-        tried.append(step)
-        raise RuntimeError("in the middle")
-
     same = ["sweep.name=mine", "seed=1,2", "sweep.retries=1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "_train_row", explode)
+    with failing() as tried:
         assert [sweep(*same) for _ in range(3)] == [1, 1, 1]
     assert len(tried) == 4  # two jobs, twice; the third command tries none
     run = Run(tmp_path / "sweeps" / "mine" / "layernorm-pre-h2-s1")

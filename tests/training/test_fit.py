@@ -64,8 +64,12 @@ def test_val_loss_is_the_mean_over_every_token_of_the_split(tiny: Tiny, corpus: 
 @pytest.mark.parametrize(("group", "value"), [
     ("norm=rmsnorm", "model.norm=rmsnorm"), ("placement=post", "model.placement=post"), ("heads=h4", "model.n_head=4"),
 ])  # fmt: skip
-def test_a_group_and_a_value_are_the_same(group: str, value: str, tiny: Tiny) -> None:
-    one, other, default = tiny("one", group), tiny("other", value), tiny("default")
+def test_a_group_and_a_value_are_the_same(
+    group: str, value: str, tiny: Tiny, command: Callable[..., int], corpus: Path, tmp_path: Path
+) -> None:
+    without = [setting for setting in TINY if setting.partition("=")[0] != group.partition("=")[0]]
+    assert command(*without, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'other'}", value) == 0
+    one, other, default = tiny("one", group), Run.open(tmp_path / "other"), tiny("default")
     assert timeless(one) == timeless(other) != timeless(default)
     assert one.samples_path.read_bytes() == other.samples_path.read_bytes()
     assert one.info["fingerprints"]["config"] == other.info["fingerprints"]["config"]
