@@ -88,6 +88,9 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     from gptexp.sweeps import job_name
     from gptexp.training.launch import Train, check_files, claim, run_to_resume, train_together
 
+    if folder != ".":  # the user named it, and Hydra has just made it
+        with suppress(OSError):
+            Path(folder).rmdir()
     if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():  # of several processes the first one will tell
         check_files(config)  # a mistake is told before torch is imported, which takes a while
     perf.prepare()  # before torch is imported
@@ -100,11 +103,8 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
             if run:
                 return train(run)
         name = job_name(config, "")
-        path = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-        if folder != ".":  # the user named it, and Hydra has just made it
-            path = Path(folder)
-            with suppress(OSError):
-                path.rmdir()
+        own = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+        path = own if folder == "." else Path(folder)
         return train(claim(config, path, name, None, sys.argv, named=folder != "."))
 
     group = processes(config.hardware.cluster)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
@@ -176,8 +176,10 @@ class GridSweeper(Sweeper):
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
-        folder = QuotedString(str(self.config.hydra.sweep.dir), Quote.single).with_quotes()
-        sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job='{job.name}'"] for job in jobs]
+        from gptexp.overrides import quoted
+
+        folder = quoted(str(self.config.hydra.sweep.dir))
+        sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job={quoted(job.name)}"] for job in jobs]
         results = self.launcher.launch(sent, initial_job_idx=0) if sent else []
         busy = []
         for job, result in zip(jobs, results, strict=True):

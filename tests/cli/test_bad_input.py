@@ -41,6 +41,7 @@ WRONG: dict[str, list[str]] = {
         "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],
     "data.path=nowhere.txt": ["data.path=nowhere.txt: no such file"],
+    "data.path=nowhere.txt hydra.run.dir=run": ["data.path=nowhere.txt: no such file"],
     "data.path=.": ["data.path=.: not a file"],
     "data.val_fraction=1.5": ["data.val_fraction=1.5: must be a number greater than 0 and less than 1"],
     "max_steps=0": ["max_steps=0: must be an integer of at least 1"],
