@@ -126,12 +126,13 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     Returns:
         the lowest validation loss, in nats per token.
     """
+    from gptexp.config import flatten
     from gptexp.overrides import requested
-    from gptexp.training.launch import Train, claim, run_to_resume, train_together
+    from gptexp.training.launch import Train, claim, cluster, run_to_resume, train_together
     from gptexp.training.startup import prepare_torch
 
     prepare_torch(config.hardware.fast_mkl)
-    from gptexp.training.processes import check_same, joined, processes
+    from gptexp.training.processes import meet, processes
 
     def lead(train: Train) -> float:
         if config.resume:
@@ -147,10 +148,10 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
                 path.rmdir()
         return train(claim(config, path, name, None, command(), named=folder != "."))
 
-    group = processes(config.hardware.cluster)
-    with joined(group):
-        check_same(group, config)
-        loss = train_together(group, lead)
+    group = processes(cluster(config))
+    meet(group, config.hardware.timeout)
+    group.check_same(flatten(config.tree()) | {"resume": config.resume, "hydra.run.dir": folder})
+    loss = train_together(group, lead)
     return math.nan if loss is None else loss
 
 
@@ -175,7 +176,7 @@ def sweep_job(
     from gptexp.training.startup import prepare_torch
 
     prepare_torch(config.hardware.fast_mkl)
-    from gptexp.training.processes import joined, processes
+    from gptexp.training.processes import meet, processes
 
     hardware = config.hardware
     if not alone:
@@ -196,9 +197,9 @@ def sweep_job(
         except Busy:
             return None
 
-    group = processes(config.hardware.cluster)
-    with joined(group):
-        return train_together(group, lead, watch, quiet=True)
+    group = processes(hardware.cluster)
+    meet(group, hardware.timeout)
+    return train_together(group, lead, watch, quiet=True)
 
 
 def job_name(config: "Config", swept: str) -> str:

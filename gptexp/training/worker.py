@@ -1,25 +1,27 @@
-"""One of several processes that train a run on this machine: `python -m gptexp.training.worker DIR`."""
+"""One of several processes that train a run on this machine: `python -m gptexp.training.worker DIR PARENT VOLUME`."""
 
 import sys
 
 from gptexp.console import report_errors
-from gptexp.orphans import end_with_parent
+from gptexp.orphans import at_work, end_with_parent
 from gptexp.runs import Run
 from gptexp.training.startup import prepare_torch
 
 
 def main() -> None:
-    """Train the run directory that the command line names."""
-    end_with_parent()
-    run = Run.open(sys.argv[1])
-    prepare_torch(run.config.hardware.fast_mkl)
-    with report_errors(errors=False):  # the process that started this one shows the error
+    """Train a run directory as long as the process lives that started this one."""
+    path, parent, volume = sys.argv[1:]
+    end_with_parent(int(parent))
+    with report_errors(errors=False, messages=volume == "loud"):  # the parent shows the error
+        run = Run.open(path)
+        prepare_torch(run.config.hardware.fast_mkl)
         from gptexp.training.fit import fit
-        from gptexp.training.processes import joined, processes
+        from gptexp.training.processes import meet, processes
 
         group = processes()
-        with joined(group):
-            fit(run, group, quiet=not group.first)
+        meet(group, run.config.hardware.timeout)
+        with at_work():
+            fit(run, group, quiet=volume == "quiet" or not group.first)
 
 
 if __name__ == "__main__":

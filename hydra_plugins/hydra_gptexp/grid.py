@@ -70,6 +70,17 @@ class GridSweeper(BasicSweeper):
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def sweep(self, arguments: list[str]) -> list[float]:
+        """Bring all jobs to their end; of several processes of this command, the first decides."""
+        from gptexp.training.launch import sweep_together
+
+        assert self.config is not None
+        shared = {k: v for k, v in self.config.items() if k != "hydra"}
+        overrides = self.params | dict(argument.partition("=")[::2] for argument in arguments)
+        local = self.config.hydra.launcher._target_.endswith("BasicLauncher")
+        return sweep_together(OmegaConf.to_container(OmegaConf.create(shared)), overrides, local,
+                              lambda: self.run(arguments))  # fmt: skip
+
+    def run(self, arguments: list[str]) -> list[float]:
         """Bring all jobs to their end.
 
         Returns:

@@ -61,7 +61,7 @@ class OptunaSweeper(GridSweeper):
         self.settings = settings
         self.failed: set[int] = set()  # trials that failed in this process; the next one tries them again
 
-    def sweep(self, arguments: list[str]) -> list[float]:
+    def run(self, arguments: list[str]) -> list[float]:
         """Bring the search to its end, from wherever it stands.
 
         Returns:
