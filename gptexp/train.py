@@ -128,11 +128,10 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     """
     from gptexp.config import flatten
     from gptexp.overrides import requested
-    from gptexp.training.launch import Train, claim, cluster, run_to_resume, train_together
+    from gptexp.training.launch import Train, claim, gathered, run_to_resume, train_together
     from gptexp.training.startup import prepare_torch
 
     prepare_torch(config.hardware.fast_mkl)
-    from gptexp.training.processes import meet, processes
 
     def lead(train: Train) -> float:
         if config.resume:
@@ -148,8 +147,7 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
                 path.rmdir()
         return train(claim(config, path, name, None, command(), named=folder != "."))
 
-    group = processes(cluster(config))
-    meet(group, config.hardware.timeout)
+    group = gathered(config)
     group.check_same(flatten(config.tree()) | {"resume": config.resume, "hydra.run.dir": folder})
     loss = train_together(group, lead)
     return math.nan if loss is None else loss
@@ -172,12 +170,10 @@ def sweep_job(
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
-    from gptexp.training.launch import Train, claim, train_together
+    from gptexp.training.launch import Train, claim, gathered, train_together
     from gptexp.training.startup import prepare_torch
 
     prepare_torch(config.hardware.fast_mkl)
-    from gptexp.training.processes import meet, processes
-
     hardware = config.hardware
     if not alone:
         end_with_parent()
@@ -197,9 +193,7 @@ def sweep_job(
         except Busy:
             return None
 
-    group = processes(hardware.cluster)
-    meet(group, hardware.timeout)
-    return train_together(group, lead, watch, quiet=True)
+    return train_together(gathered(config), lead, watch, quiet=True)
 
 
 def job_name(config: "Config", swept: str) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptexp.config import Config, flatten
 from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.orphans import end_with_parent
 from gptexp.runs import Run, code_fingerprint, unfinished
 from gptexp.training.ranks import several
 from gptexp.training.settings import HardwareConfig
@@ -99,12 +100,24 @@ def check(config: Config) -> None:
         make_trainer(alone, Processes(LightningEnvironment()), [], [], Path())
 
 
-def cluster(config: Config) -> str:
-    """Who starts the processes of a command: `hardware.cluster`, of the run that it goes on with, too."""
-    if config.resume and config.resume != "auto":
+def gathered(config: Config) -> "Processes":
+    """The processes of this command, once all of them are there.
+
+    Raises:
+        UserError: when they do not come, or Slurm has not started them.
+        GroupFailed: when one of them has failed.
+    """
+    from gptexp.training.processes import meet, processes
+
+    cluster = config.hardware.cluster
+    if config.resume and config.resume != "auto":  # a run that Slurm's processes began needs them again
         with suppress(UserError):  # which is told later
-            return Run.open(config.resume).config.hardware.cluster
-    return config.hardware.cluster
+            cluster = Run.open(config.resume).config.hardware.cluster
+    group = processes(cluster)
+    meet(group, config.hardware.timeout)
+    if group.started:
+        end_with_parent()
+    return group
 
 
 def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run | None:
@@ -200,6 +213,7 @@ def sweep_together(
 
     group = processes(cluster)
     meet(group, hardware.get("timeout", HardwareConfig.timeout))
+    end_with_parent()
     group.check_same(flatten(config) | dict(overrides))
     return group.lead(work, follower(group)) or []
 
@@ -266,7 +280,7 @@ def start_workers(run: Run, count: int, quiet: bool = False) -> float:
                         rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0)  # fmt: skip
     command = ("-m", "gptexp.training.worker", str(run.path), str(os.getpid()), "quiet" if quiet else "loud")
     try:
-        with _signals_kept():
+        with _torchrun_tamed():
             elastic_launch(plan, sys.executable)(*command)
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from stop
@@ -292,13 +306,18 @@ def _worker_error(run: Run, codes: Mapping[int, int]) -> Exception:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """torchrun's library takes signals over, and does not give them back; what it has to say, this program says."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                                                                signal.SIGQUIT)}  # fmt: skip
+def _torchrun_tamed() -> Iterator[None]:
+    """Give back the signals that torchrun's library takes over, and keep its log off the terminal."""
     main = threading.current_thread() is threading.main_thread()
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main else ()
+    handlers = {number: signal.getsignal(number) for number in taken}
+    library = logging.getLogger("torch.distributed.elastic")
+    propagates, library.propagate = library.propagate, False
+    library.addHandler(silent := logging.NullHandler())
     try:
         yield
     finally:
-        for number, handler in previous.items() if main else ():
+        library.removeHandler(silent)
+        library.propagate = propagates
+        for number, handler in handlers.items():
             signal.signal(number, handler)

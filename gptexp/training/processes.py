@@ -30,6 +30,7 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gptexp.errors import GroupFailed, Interrupted, UserError
+from gptexp.orphans import at_work
 from gptexp.training import ranks
 from gptexp.validation import show
 
@@ -37,7 +38,7 @@ log = logging.getLogger("gptexp")
 
 T = TypeVar("T")
 
-PATIENCE = 30.0
+PATIENCE = 10.0
 """Seconds that a process which ends waits for the others to hear of it."""
 
 GRACE = 15.0
@@ -63,9 +64,10 @@ class Processes:
     nodes: int = 1
     started: bool = False
     store: dist.Store | None = None
-    _told: int = 0
-    _runs: int = 0
-    _leading: bool = False
+    _told: int = 0  # values
+    _runs: int = 0  # trained so far
+    _leading: bool = False  # the others follow
+    _hurried: bool = False  # asked to end while it fails
 
     @property
     def first(self) -> bool:
@@ -194,15 +196,18 @@ class Processes:
                 continue  # `failure` says it
             time.sleep(0.02)
 
-    def _wait_for_all(self, key: str, seconds: float) -> bool:
+    def _wait_for_all(self, key: str, seconds: float) -> None:
         """Wait until all others have counted themselves."""
         assert self.store is not None
         deadline = time.monotonic() + seconds
         while self.store.add(key, 0) < self.world_size - 1:
-            if time.monotonic() > deadline:
-                return False
+            if time.monotonic() > deadline or self._hurried:
+                return
             time.sleep(0.02)
-        return True
+
+    def hurry(self, *_: Any) -> None:
+        """A signal's handler: a failing process completes its record, but waits for nobody."""
+        self._hurried = True
 
 
 def processes(cluster: str = "auto") -> Processes:
@@ -310,15 +315,15 @@ def connected(group: Processes, log_path: Path) -> Iterator[None]:
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(f"run/{run}", group.store), rank=group.rank, world_size=group.world_size,
         )  # fmt: skip
-        with _watched(group):
+        with at_work(), _watched(group):
             yield
     except KeyboardInterrupt as stop:  # of all processes, or of one alone
         group.fail(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT), [])
         raise
     except Exception as error:
-        if main:  # whoever wants this process to end may wait until the record is complete
-            previous = signal.SIG_IGN
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if main:
+            previous = group.hurry
+            signal.signal(signal.SIGTERM, previous)
         raise group.fail(*_said(error, group.rank, log_path)) from error
     finally:
         if dist.is_initialized():  # others that wait for this process go on, into an error

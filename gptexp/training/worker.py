@@ -3,7 +3,7 @@
 import sys
 
 from gptexp.console import report_errors
-from gptexp.orphans import at_work, end_with_parent
+from gptexp.orphans import end_with_parent
 from gptexp.runs import Run
 from gptexp.training.startup import prepare_torch
 
@@ -20,8 +20,7 @@ def main() -> None:
 
         group = processes()
         meet(group, run.config.hardware.timeout)
-        with at_work():
-            fit(run, group, quiet=volume == "quiet" or not group.first)
+        fit(run, group, quiet=volume == "quiet" or not group.first)
 
 
 if __name__ == "__main__":
