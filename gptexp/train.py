@@ -170,7 +170,7 @@ def sweep_job(
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
-    from gptexp.training.launch import Train, claim, gathered, train_together
+    from gptexp.training.launch import Train, check_watch, claim, gathered, train_together
     from gptexp.training.startup import prepare_torch
 
     prepare_torch(config.hardware.fast_mkl)
@@ -193,7 +193,10 @@ def sweep_job(
         except Busy:
             return None
 
-    return train_together(gathered(config), lead, watch, quiet=True)
+    group = gathered(config)
+    if watch:
+        check_watch(config, group)
+    return train_together(group, lead, watch, quiet=True)
 
 
 def job_name(config: "Config", swept: str) -> str:

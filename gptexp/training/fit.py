@@ -267,15 +267,18 @@ def load_data(run: Run, config: Config) -> CharDataModule:
 def _sampler(
     model: LanguageModel, config: Config, tokenizer: Tokenizer, documents: bool
 ) -> Callable[[GPTModule], str] | None:
-    """A function that samples a text: one long one, or ten documents."""
-    if not config.sample_tokens:
+    """A function that samples a text: one long one, or ten documents.
+
+    None where none is wanted, or where no process holds the whole model; then `gptexp.sample` reads a checkpoint.
+    """
+    if not config.sample_tokens or config.hardware.strategy == "fsdp":
         return None
     opening = tokenizer.encode("\n").tolist() if documents or _knows(tokenizer, "\n") else [0]
     prompts = [opening] * (10 if documents else 1)
     stop = opening if documents else []
 
     def sample(module: GPTModule) -> str:
-        with module.whole_weights(), module.trainer.precision_plugin.forward_context():
+        with module.trainer.precision_plugin.forward_context():
             rows = model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
         if documents:
             return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
@@ -297,7 +300,7 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     last = run.checkpoint("last")
     if not last.exists() and not run.info.get("resumable"):
         return None
-    checkpoint = read_checkpoint(last, f"resume={run.path}")
+    checkpoint = read_checkpoint(last, f"resume={run.path}", weights=False)
     if checkpoint["gptexp"]["config"] not in run.fingerprints:
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
     return last if checkpoint["global_step"] else None

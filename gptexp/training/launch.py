@@ -185,7 +185,7 @@ def train_together(
 def sweep_together(
     config: Mapping[str, Any], overrides: Mapping[str, str], local: bool, work: Callable[[], list[float]]
 ) -> list[float]:
-    """Let the first of the processes that torchrun or Slurm started work through a sweep, and all of them train its jobs.
+    """Let the first of the processes of this command work through a sweep, and all of them train its jobs.
 
     Args:
         config: what the jobs share, as plain settings.
@@ -206,8 +206,8 @@ def sweep_together(
     if not several() and cluster != "slurm":
         return work()
     if not local:
-        raise UserError("hydra/launcher: torchrun or srun has started several processes, which train one job at a time; "
-                        "leave it out, or start the command once")  # fmt: skip
+        raise UserError("hydra/launcher: torchrun or srun has started several processes, which train one job at a "
+                        "time; leave it out, or start the command once")  # fmt: skip
     prepare_torch(hardware.get("fast_mkl", True))
     from gptexp.training.processes import meet, processes
 
@@ -216,6 +216,19 @@ def sweep_together(
     end_with_parent()
     group.check_same(flatten(config) | dict(overrides))
     return group.lead(work, follower(group)) or []
+
+
+def check_watch(config: Config, processes: "Processes") -> None:
+    """Refuse to prune a run that this command would train in processes of its own.
+
+    Raises:
+        UserError: if it would.
+    """
+    from gptexp.training.hardware import world_size
+
+    if not processes.started and (count := world_size(config, processes)) > 1:
+        raise UserError(f"hydra.sweeper.pruner: cannot look into the {count} processes of hardware.strategy="
+                        f"{config.hardware.strategy}; set it to none, or start the search with torchrun")  # fmt: skip
 
 
 def follower(processes: "Processes") -> Callable[[Any], None]:
@@ -243,9 +256,6 @@ def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet:
 
     count = world_size(run.config, processes)
     if not processes.started and count > 1:
-        if watch:
-            raise UserError(f"hydra.sweeper.pruner: cannot look into the {count} processes of hardware.strategy="
-                            f"{run.config.hardware.strategy}; set it to none, or start the search with torchrun")  # fmt: skip
         return start_workers(run, count, quiet)
     from gptexp.training.fit import fit
 

@@ -28,6 +28,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from gptexp.errors import GroupFailed, Interrupted, UserError
 from gptexp.orphans import at_work
@@ -63,7 +64,7 @@ class Processes:
     world_size: int = 1
     nodes: int = 1
     started: bool = False
-    store: dist.Store | None = None
+    store: Store | None = None
     _told: int = 0  # values
     _runs: int = 0  # trained so far
     _leading: bool = False  # the others follow
@@ -264,11 +265,11 @@ def meet(group: Processes, seconds: float, wait: bool = True) -> None:
     if not serves and not _answers(host, port, deadline):  # torch itself would tell of each attempt
         raise UserError(missing)
     try:
-        store = dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+        store = TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=seconds), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{host}:{port}: {str(error).splitlines()[0]}; MASTER_PORT sets another port") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    group.store = dist.PrefixStore(f"gptexp/{attempt}", store)
+    group.store = PrefixStore(f"gptexp/{attempt}", store)
     ranks.met[:] = [group]
     if not group.first:
         for handler in log.handlers:
@@ -313,7 +314,7 @@ def connected(group: Processes, log_path: Path) -> Iterator[None]:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore(f"run/{run}", group.store), rank=group.rank, world_size=group.world_size,
+            store=PrefixStore(f"run/{run}", group.store), rank=group.rank, world_size=group.world_size,
         )  # fmt: skip
         with at_work(), _watched(group):
             yield

@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.cli.test_sweep_processes import alive, children
@@ -34,26 +33,27 @@ def torchrun(*arguments: list[str], cwd: Path, per_node: int = 1, **options: obj
 
 
 def srun(
-    *arguments: list[str], cwd: Path, ntasks: int | None = None, **options: object
+    *arguments: list[str], cwd: Path, only: int | None = None, **options: object
 ) -> list[subprocess.Popen[str]]:
     """Tasks of srun, one for each list of arguments, which they give to gptexp.train.
 
     Args:
         arguments: of the tasks.
         cwd: their folder.
-        ntasks: that Slurm speaks of, if some do not come.
+        only: the one task that comes; without it all do.
         options: of Popen.
     """
-    tasks, port = ntasks or len(arguments), free_port()
+    count = len(arguments)
     slurm = {
-        "SLURM_JOB_ID": "4711", "SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": tasks,
-        "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": 0, "MASTER_PORT": port,
+        "SLURM_JOB_ID": 4711, "SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": count,
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": 0, "MASTER_PORT": free_port(),
     }  # fmt: skip
-    return [
-        spawn(*each, cwd=cwd, env={**os.environ, **{k: str(v) for k, v in slurm.items()},
-                                   "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}, **options)
-        for rank, each in enumerate(arguments)
-    ]  # fmt: skip
+    tasks = []
+    for rank, each in enumerate(arguments):
+        if only in (None, rank):
+            own = {k: str(v) for k, v in (slurm | {"SLURM_PROCID": rank, "SLURM_NODEID": rank}).items()}
+            tasks.append(spawn(*each, cwd=cwd, env=os.environ | own, **options))
+    return tasks
 
 
 def finish_all(processes: list[subprocess.Popen[str]], timeout: float = 300) -> tuple[list[int], str, str]:

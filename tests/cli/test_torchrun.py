@@ -115,7 +115,7 @@ def test_a_signal_to_one_agent_saves_the_run(multirun: bool, corpus: Path, tmp_p
     agents = torchrun(*[common] * 2, cwd=tmp_path)
     wait_for_rows(folder, 5, agents[0])
     agents[1].send_signal(signal.SIGTERM)
-    codes, out, err = finish_all(agents)
+    codes, _, err = finish_all(agents)
     assert 0 not in codes
     assert errors(err) == []
     run = Run.open(folder)
