@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -38,7 +39,10 @@ def read_sharded(path: Path, weights: bool = True) -> dict[str, Any]:
     } if weights else {}  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process reads alone
-        load({**values, **state}, storage_reader=reader, planner=_PlainPlanner(), no_dist=True)
+        try:
+            load({**values, **state}, storage_reader=reader, planner=_PlainPlanner(), no_dist=True)
+        except CheckpointException as error:  # no `Exception`
+            raise next(reason for reason, _ in error.failures.values()) from error
     rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     return {**rest, "state_dict": {name.removeprefix("model."): tensor for name, tensor in state.items()}}
 
