@@ -109,6 +109,7 @@ class Config:
         without = ("model", "sweep", "resume", "output_dir", "name", "trainer", "logger", "diagnostics_interval")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
         plainly = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+        del plainly["hardware"]["timeout"]
         trainer = {k: v for k, v in self.tree()["trainer"].items() if k not in OBSERVING}
         return plainly | {"model": self.model.tree(), "trainer": trainer}
 

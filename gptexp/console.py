@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-from gptexp.errors import Interrupted, UserError
+from gptexp.errors import GroupFailed, Interrupted, UserError
+from gptexp.training.ranks import end_together, part
 
 log = logging.getLogger("gptexp")
 
@@ -73,16 +74,21 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
     log.setLevel(logging.DEBUG)
     try:
         yield
-    except UserError as error:
-        if errors:
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, GroupFailed) as error:
+        _end(error.status if isinstance(error, GroupFailed) else 2, error.problems, errors)
     except KeyboardInterrupt as stop:
-        sys.exit(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT))
+        _end(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT), [], errors)
     except Exception as error:
         if os.environ.get("GPTEXP_DEBUG"):
             raise
-        if errors:
-            print(f"error: {str(error) or type(error).__name__}".replace("\n", " "), file=sys.stderr)
-        sys.exit(1)
+        _end(1, [f"{str(error) or type(error).__name__}".replace("\n", " ")], errors)
+
+
+def _end(status: int, problems: list[str], shown: bool) -> NoReturn:
+    """End this process; of several that train together, the one that failed first says why."""
+    failed = end_together(status, problems)
+    if shown and failed.mine:
+        for problem in failed.problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    part(failed)
+    sys.exit(failed.status)

@@ -56,3 +56,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.signal = number
+
+
+class GroupFailed(BaseException):
+    """The processes of a command end, because one of them failed. No `Exception`: nothing may go on after it.
+
+    Attributes:
+        status: what all exit with.
+        problems: one line for each mistake, or the fault.
+        mine: whether it was this process, which then says so.
+    """
+
+    def __init__(self, status: int, problems: list[str], mine: bool) -> None:
+        super().__init__("; ".join(problems) or f"stopped with status {status}")
+        self.status, self.problems, self.mine = status, problems, mine

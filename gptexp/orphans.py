@@ -25,9 +25,13 @@ def at_work() -> Iterator[None]:
 
 
 @cache  # once a process, which may have many jobs
-def end_with_parent() -> None:
-    """From now on, when this worker's parent is gone, have the run save as at any SIGTERM, and end the process."""
-    parent = os.getppid()
+def end_with_parent(parent: int | None = None) -> None:
+    """From now on, when this worker's parent is gone, have the run save as at any SIGTERM, and end the process.
+
+    Args:
+        parent: its id, if it may be gone already.
+    """
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:

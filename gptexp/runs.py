@@ -25,7 +25,7 @@ from gptexp.models.registry import NORMS
 from gptexp.validation import show
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted", "pruned"]
-_FREE = ("output_dir", "name", "resume")  # say nothing of what a run computes
+_FREE = ("output_dir", "name", "resume", "hardware.timeout")  # say nothing of what a run computes
 
 
 class Run:
@@ -184,7 +184,7 @@ class Run:
         """
         config = self.config
         own = flatten(config.tree())
-        asked = {k: v for k, v in requested.items() if k.partition(".")[0] not in _FREE and own.get(k) != v}
+        asked = {k: v for k, v in requested.items() if not k.startswith(_FREE) and own.get(k) != v}
         more = asked.pop("max_steps", config.max_steps)
         if more > config.max_steps:
             return self._extended(config, more, asked)

@@ -33,7 +33,8 @@ log = logging.getLogger("gptexp")
 
 State = Literal["waiting", "running", "interrupted", "done", "diverged", "pruned", "failed"]
 FINAL = ("done", "diverged", "pruned")
-FREE = ("output_dir", "name", "logger", "sweep", "seed", "hardware.threads")  # may differ within a sweep
+FREE = ("output_dir", "name", "logger", "sweep", "seed", "hardware.threads", "hardware.timeout")
+"""Settings that may differ within a sweep."""
 
 
 @dataclass(frozen=True)

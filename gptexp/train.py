@@ -7,7 +7,6 @@
 
 import logging
 import math
-import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -84,17 +83,18 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     Returns:
         the lowest validation loss, in nats per token.
     """
+    from gptexp.config import flatten
     from gptexp.overrides import requested
     from gptexp.sweeps import job_name
-    from gptexp.training.launch import Train, check_files, claim, run_to_resume, train_together
+    from gptexp.training.launch import Train, check_files, claim, gathered, run_to_resume, train_together
+    from gptexp.training.ranks import several
 
     if folder != ".":  # the user named it, and Hydra has just made it
         with suppress(OSError):
             Path(folder).rmdir()
-    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():  # of several processes the first one will tell
+    if not several():  # of several processes the first one will tell
         check_files(config)  # a mistake is told before torch is imported, which takes a while
     perf.prepare()  # before torch is imported
-    from gptexp.training.processes import check_same, joined, processes
 
     def lead(train: Train) -> float:
         if config.resume:
@@ -107,10 +107,9 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
         path = own if folder == "." else Path(folder)
         return train(claim(config, path, name, None, sys.argv, named=folder != "."))
 
-    group = processes(config.hardware.cluster)
-    with joined(group):
-        check_same(group, config)
-        loss = train_together(group, lead)
+    group = gathered(config)
+    group.check_same(flatten(config.tree()) | {"resume": config.resume, "hydra.run.dir": folder})
+    loss = train_together(group, lead)
     return math.nan if loss is None else loss
 
 
@@ -131,11 +130,9 @@ def sweep_job(
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
-    from gptexp.training.launch import Train, claim, train_together
+    from gptexp.training.launch import Train, check_watch, claim, gathered, train_together
 
     perf.prepare()  # before torch is imported
-    from gptexp.training.processes import joined, processes
-
     hardware = config.hardware
     if not alone:
         end_with_parent()
@@ -157,9 +154,10 @@ def sweep_job(
         except Busy:
             return None
 
-    group = processes(config.hardware.cluster)
-    with joined(group):
-        return train_together(group, lead, watch, quiet=True)
+    group = gathered(config)
+    if watch:
+        check_watch(config, group)
+    return train_together(group, lead, watch, quiet=True)
 
 
 if __name__ == "__main__":

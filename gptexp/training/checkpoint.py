@@ -8,19 +8,36 @@ import torch
 
 from gptexp.errors import UserError
 
+INDEX = ".metadata"
+"""In the directory of a sharded checkpoint: torch's index of all tensors, a pickle."""
 
-def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint's content, mapped into memory; nothing in it is unpickled but tensors and plain values.
+REST = "meta.pt"
+"""Beside it: all that is no weight and no state of an optimizer, as Lightning writes it."""
+
+
+def read_checkpoint(path: Path, key: str, weights: bool = True) -> dict[str, Any]:
+    """A checkpoint's content; nothing in it is unpickled but tensors and plain values.
+
+    Args:
+        path: a file, which is mapped into memory, or the directory of a sharded checkpoint.
+        key: what the command calls it, for messages.
+        weights: read `state_dict` from a sharded checkpoint, too.
 
     Raises:
-        UserError: when the file is missing, cut short, or not a checkpoint of this program.
+        UserError: when the checkpoint is missing, cut short, or not one of this program.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{key}: there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):  # the directory of a zip file is at its end, so a cut file has none
+    whole = (path / INDEX).is_file() and (path / REST).is_file() if path.is_dir() else zipfile.is_zipfile(path)
+    if not whole:  # the directory of a zip file is at its end, so a cut file has none; the index is written last, too
         raise UserError(f"{key}: {path} is not a checkpoint, or is cut short")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.is_dir():
+            from gptexp.training.sharded import read_sharded  # slow to import, and seldom needed
+
+            checkpoint = read_sharded(path, weights)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(checkpoint["gptexp"]["config"], str) or "state_dict" not in checkpoint:
             raise KeyError("gptexp")
     except Exception as error:

@@ -24,10 +24,10 @@ from gptexp.config import Config
 from gptexp.console import LogFile
 from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
-from gptexp.errors import Diverged, Interrupted, Stopped, UserError
+from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
 from gptexp.loggers.wandb import WandbLogger
-from gptexp.models.influence import train_mode
+from gptexp.models.influence import Share, train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels
 from gptexp.runs import Run, Status
@@ -43,11 +43,11 @@ from gptexp.training.callbacks.samples import Samples
 from gptexp.training.callbacks.slowdown import SlowdownWarning
 from gptexp.training.callbacks.throughput import Throughput
 from gptexp.training.checkpoint import read_checkpoint
-from gptexp.training.hardware import describe_device, device_count, peak_flops, thread_count, trainer_arguments
+from gptexp.training.hardware import describe_device, peak_flops, thread_count, trainer_arguments, world_size
 from gptexp.training.module import GPTModule
 from gptexp.training.objects import build
 from gptexp.training.outcome import leave_results, versions
-from gptexp.training.processes import Processes
+from gptexp.training.processes import Processes, connected
 
 log = logging.getLogger("gptexp")
 
@@ -68,14 +68,15 @@ def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool 
         Interrupted: after Ctrl-C or SIGTERM; the run is saved and marked "interrupted".
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
-    with _lightning_silenced(), _log_file(run), _status(run) if processes.first else nullcontext():
+    status = _status(run) if processes.first else nullcontext()
+    with _lightning_silenced(), _log_file(run), status, connected(processes, run.log_path):
         return _fit(run, run.config, processes, watch, quiet)
 
 
 def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, quiet: bool) -> float:
     if problem := mkl_kernels.choose(config.hardware.fast_mkl):
         raise UserError(problem)
-    device_count(config)
+    world_size(config, processes)
     data = load_data(run, config)
     module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
                        chars_per_token=data.chars_per_token)  # fmt: skip
@@ -85,8 +86,9 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         # Training has one shape of batches; the last, smaller one of an evaluation must not make that dynamic.
         module.model.compile(dynamic=False, mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
     resuming = _checkpoint_to_resume(run, config)
+    share = train_mode(module.model.config)  # on all ranks: some norms sum over them
     if processes.first:
-        _introduce(run, config, data, module.model, processes)
+        _introduce(run, config, data, module.model, processes, share)
         if resuming is None:
             for path in run.growing:
                 path.unlink(missing_ok=True)
@@ -144,9 +146,14 @@ def make_trainer(
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _introduce(run: Run, config: Config, data: CharDataModule, model: LanguageModel, processes: Processes) -> None:
+def _introduce(
+    run: Run, config: Config, data: CharDataModule, model: LanguageModel, processes: Processes, share: Share
+) -> None:
     """Write what computes into run.json, and say it."""
-    device, share = describe_device(config, processes), train_mode(model.config)
+    device, before = describe_device(config, processes), run.info.get("device", {}).get("devices", processes.world_size)
+    if before != processes.world_size:
+        log.warning("%s: trained by %d processes so far, now by %d: last digits and dropout differ from an unbroken "
+                    "run's", run.path, before, processes.world_size)  # fmt: skip
     run.update(
         status="running", error=None, device=device, versions=versions(), parameters=model.n_params,
         train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
@@ -183,7 +190,9 @@ def _callbacks(
     interval = config.checkpoint_interval or config.eval_interval
     throughput = Throughput(module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size))
     checkpoints = RunCheckpoints(run, monitor, interval)
-    interruption = Interruption(checkpoints)
+    # Slurm's warning before a job's time is up; srun hands it to all processes.
+    warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
+    interruption = Interruption(checkpoints, warning)
     more: list[Callback] = [build(f"callbacks.{name}", entry) for name, entry in config.callbacks.items()]
     if config.early_stop_patience:
         more.append(EarlyStopping(monitor, patience=config.early_stop_patience))
@@ -262,15 +271,18 @@ def load_data(run: Run, config: Config) -> CharDataModule:
 def _sampler(
     model: LanguageModel, config: Config, tokenizer: Tokenizer, documents: bool
 ) -> Callable[[GPTModule], str] | None:
-    """A function that samples a text: one long one, or ten documents."""
-    if not config.sample_tokens:
+    """A function that samples a text: one long one, or ten documents.
+
+    None where none is wanted, or where no process holds the whole model; then `gptexp.sample` reads a checkpoint.
+    """
+    if not config.sample_tokens or config.hardware.strategy == "fsdp":
         return None
     opening = tokenizer.encode("\n").tolist() if documents or _knows(tokenizer, "\n") else [0]
     prompts = [opening] * (10 if documents else 1)
     stop = opening if documents else []
 
     def sample(module: GPTModule) -> str:
-        with module.whole_weights(), module.trainer.precision_plugin.forward_context():
+        with module.trainer.precision_plugin.forward_context():
             rows = model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
         if documents:
             return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
@@ -292,7 +304,7 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     last = run.checkpoint("last")
     if not last.exists() and not run.info.get("resumable"):
         return None
-    checkpoint = read_checkpoint(last, f"resume={run.path}")
+    checkpoint = read_checkpoint(last, f"resume={run.path}", weights=False)
     if checkpoint["gptexp"]["config"] not in run.fingerprints:
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
     return last if checkpoint["global_step"] else None
@@ -309,7 +321,7 @@ def _log_file(run: Run) -> Iterator[None]:
     try:
         log.debug("started: %s", " ".join(sys.argv))
         yield
-    except Exception:
+    except (Exception, GroupFailed):
         log.debug("failed", exc_info=True)
         raise
     finally:
@@ -325,7 +337,7 @@ def _status(run: Run) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stop:
-            if not isinstance(stop, Interrupted):
+            if not isinstance(stop, Interrupted) or run.info["status"] == "running":  # not saved as a clean stop is
                 run.finish("interrupted")
             raise
         except BaseException as error:
@@ -334,11 +346,14 @@ def _status(run: Run) -> Iterator[None]:
 
 
 def _try_to_finish(run: Run, error: BaseException) -> None:
+    mistake = isinstance(error, UserError) or (isinstance(error, GroupFailed) and error.status == 2)
     try:
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, UserError | GroupFailed) else f"{type(error).__name__}: {error}"
         # A mistake that is found before training leaves a run that can be resumed as it was.
-        if isinstance(error, UserError) and run.info.get("resumable"):
+        if mistake and run.info.get("resumable"):
             run.update(error=text)
+        elif isinstance(error, GroupFailed) and error.status > 128:  # a signal that another process got
+            run.finish("interrupted")
         else:
             run.finish("failed", error=text)
     except OSError:  # a full disk: the error itself is what the user must see

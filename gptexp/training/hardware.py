@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from gptexp.config import Config
 from gptexp.errors import UserError
+from gptexp.models.gpt import Block
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels, openmp_spin
 from gptexp.training.callbacks.checkpoints import DurableCheckpointIO
 from gptexp.training.processes import Processes
-from gptexp.training.settings import HardwareConfig
+from gptexp.training.settings import HardwareConfig, check_batch
 
 TORCH_THREADS = torch.get_num_threads()
 """Torch's own choice of threads, before a run of this process had another: OMP_NUM_THREADS, or the physical cores."""
@@ -50,8 +51,12 @@ def accelerator(config: HardwareConfig) -> str:
     return usable[0]
 
 
-def device_count(config: Config) -> int:
-    """Number of processes on this machine, one per device.
+def world_size(config: Config, processes: Processes) -> int:
+    """The number of processes that train a run of these settings, one per device.
+
+    Args:
+        config: every setting.
+        processes: of this command. If torchrun or Slurm started them, their number counts.
 
     Raises:
         UserError: when the machine has fewer devices, or the batch cannot be shared out among them.
@@ -63,12 +68,21 @@ def device_count(config: Config) -> int:
     if kind == "cuda":  # what deterministic cuBLAS needs, before its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     there = torch.cuda.device_count() if kind == "cuda" else None
-    if hardware.devices == "auto":
-        count = there or 1
+    if processes.started:
+        count, source = processes.world_size, f"{processes.world_size} processes"
+        if there is not None and processes.per_node > there:
+            raise UserError(f"{processes.per_node} processes on a machine with {there} GPUs; start one for each")
+    elif hardware.num_nodes > 1:
+        raise UserError(f"hardware.num_nodes={hardware.num_nodes}: this command starts processes on one machine; for "
+                        "several, start it with torchrun or srun")  # fmt: skip
     else:
-        count = hardware.devices
+        count = (there or 1) if hardware.devices == "auto" else hardware.devices
         if there is not None and count > there:
             raise UserError(f"hardware.devices={count}: this machine has {there}")
+        count = 1 if hardware.strategy == "auto" else count
+        source = f"hardware.devices={count}"
+    if problems := check_batch(config.batch_size, count, config.gradient_accumulation_steps, source):
+        raise UserError(problems)
     return count
 
 
@@ -140,7 +154,8 @@ def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
     strategy: Any = "auto"
     if processes.world_size > 1 or hardware.strategy == "fsdp":
         if hardware.strategy == "fsdp":
-            strategy = FSDPStrategy(state_dict_type="sharded")
+            # Block by block, so that no process ever holds the whole model.
+            strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="sharded")
         else:
             # Norms share their statistics themselves, so no buffer needs to be sent around.
             strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -5,15 +5,23 @@ Nothing here imports torch before it is needed: a mistake in the data or a direc
 
 import logging
 import math
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptexp.config import Config
+from gptexp import perf
+from gptexp.config import Config, flatten
 from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.orphans import end_with_parent
 from gptexp.runs import Run, code_fingerprint, unfinished
+from gptexp.training.ranks import several
+from gptexp.training.settings import HardwareConfig
 from gptexp.validation import show
 
 if TYPE_CHECKING:
@@ -98,15 +106,35 @@ def check(config: Config) -> None:
     from lightning.fabric.plugins.environments import LightningEnvironment
 
     from gptexp.training.fit import make_trainer
-    from gptexp.training.hardware import device_count
+    from gptexp.training.hardware import world_size
     from gptexp.training.objects import check_objects
-    from gptexp.training.processes import Processes
+    from gptexp.training.processes import Processes, processes
 
-    device_count(config)
+    world_size(config, processes(config.hardware.cluster))
     check_objects(config)
     if any(v is not None for v in vars(config.trainer).values()):
         alone = replace(config, hardware=replace(config.hardware, strategy="auto"))
         make_trainer(alone, Processes(LightningEnvironment()), [], [], Path())
+
+
+def gathered(config: Config) -> "Processes":
+    """The processes of this command, once all of them are there.
+
+    Raises:
+        UserError: when they do not come, or Slurm has not started them.
+        GroupFailed: when one of them has failed.
+    """
+    from gptexp.training.processes import meet, processes
+
+    cluster = config.hardware.cluster
+    if config.resume and config.resume != "auto":  # a run that Slurm's processes began needs them again
+        with suppress(UserError):  # which is told later
+            cluster = Run.open(config.resume).config.hardware.cluster
+    group = processes(cluster)
+    meet(group, config.hardware.timeout)
+    if group.started:
+        end_with_parent()
+    return group
 
 
 def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run | None:
@@ -160,32 +188,73 @@ def train_together(
     """Let the first process find or make a run, and train it with all of them.
 
     Args:
-        processes: of this command, this one among them.
+        processes: of this command, this one among them; they have met.
         lead: called in the first process; gets the function that trains, and calls it with a run at most once.
         watch: is given the step and loss of each evaluation, and may prune the run.
         quiet: show no progress.
 
     Returns:
-        what `lead` returns; on the other processes the lowest validation loss, or None where nothing was trained.
+        what `lead` returns; None on the other processes.
     """
-    from gptexp.training.processes import tell
+    return processes.lead(lambda: lead(lambda run: start(run, processes, watch, quiet)), follower(processes))
 
-    told = False
 
-    def train(run: Run) -> float:
-        nonlocal told
-        told = True
-        tell(processes, run.path)
-        return start(run, processes, watch, quiet)
+def sweep_together(
+    config: Mapping[str, Any], overrides: Mapping[str, str], local: bool, work: Callable[[], list[float]]
+) -> list[float]:
+    """Let the first of the processes of this command work through a sweep, and all of them train its jobs.
 
-    if not processes.first:
-        path = tell(processes, None)
-        return None if path is None else start(Run.open(path), processes, watch, quiet)
-    try:
-        return lead(train)
-    finally:
-        if not told:
-            tell(processes, None)
+    Args:
+        config: what the jobs share, as plain settings.
+        overrides: of the command line, values by key.
+        local: whether the jobs run in this process, rather than where a launcher sends them.
+        work: the sweep.
+
+    Returns:
+        what `work` returns; nothing on the other processes.
+
+    Raises:
+        UserError: when the processes were given different commands, or a launcher that starts more of them.
+    """
+    hardware = config["hardware"]
+    cluster = hardware.get("cluster") if local else "auto"
+    if not several() and cluster != "slurm":
+        return work()
+    if not local:
+        raise UserError("hydra/launcher: torchrun or srun has started several processes, which train one job at a "
+                        "time; leave it out, or start the command once")  # fmt: skip
+    perf.prepare()  # before torch is imported
+    from gptexp.training.processes import meet, processes
+
+    group = processes(cluster)
+    meet(group, hardware.get("timeout", HardwareConfig.timeout))
+    end_with_parent()
+    group.check_same(flatten(config) | dict(overrides))
+    return group.lead(work, follower(group)) or []
+
+
+def check_watch(config: Config, processes: "Processes") -> None:
+    """Refuse to prune a run that this command would train in processes of its own.
+
+    Raises:
+        UserError: if it would.
+    """
+    from gptexp.training.hardware import world_size
+
+    if not processes.started and (count := world_size(config, processes)) > 1:
+        raise UserError(f"hydra.sweeper.pruner: cannot look into the {count} processes of hardware.strategy="
+                        f"{config.hardware.strategy}; set it to none, or start the search with torchrun")  # fmt: skip
+
+
+def follower(processes: "Processes") -> Callable[[Any], None]:
+    """What a process does that is told to train a run with the first one."""
+
+    def follow(told: Mapping[str, Any]) -> None:
+        from gptexp.training.fit import fit
+
+        fit(Run.open(told["run"]), processes, (lambda *_: False) if told["prunes"] else None, quiet=True)
+
+    return follow
 
 
 def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet: bool = False) -> float:
@@ -196,13 +265,16 @@ def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet:
 
     Raises:
         RunFailed: for an error that is no mistake of the user's.
+        GroupFailed: for any error, if torchrun or Slurm started several processes.
     """
-    from gptexp.training.hardware import device_count
+    from gptexp.training.hardware import world_size
 
-    if processes.world_size == 1 and run.config.hardware.strategy != "auto" and (count := device_count(run.config)) > 1:
-        return start_workers(run, count)
+    count = world_size(run.config, processes)
+    if not processes.started and count > 1:
+        return start_workers(run, count, quiet)
     from gptexp.training.fit import fit
 
+    processes.tell({"run": str(run.path), "prunes": watch is not None})
     try:
         return fit(run, processes, watch, quiet)
     except (UserError, KeyboardInterrupt):
@@ -212,7 +284,7 @@ def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet:
         raise RunFailed(f"{type(error).__name__}: {error}; traceback in {run.log_path}") from error
 
 
-def start_workers(run: Run, count: int) -> float:
+def start_workers(run: Run, count: int, quiet: bool = False) -> float:
     """Train a run in processes on this machine, which torchrun's library starts and ends together.
 
     Returns:
@@ -230,17 +302,47 @@ def start_workers(run: Run, count: int) -> float:
     with run.lock():  # refuses a run that is being trained; the first worker takes the lock over
         run.update(error=None)
     plan = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=run.path.name, rdzv_backend="c10d",
-                        rdzv_endpoint="127.0.0.1:0", max_restarts=0)  # fmt: skip
+                        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0)  # fmt: skip
+    command = ("-m", "gptexp.training.worker", str(run.path), str(os.getpid()), "quiet" if quiet else "loud")
     try:
-        elastic_launch(plan, sys.executable)("-m", "gptexp.training.worker", str(run.path))
+        with _torchrun_tamed():
+            elastic_launch(plan, sys.executable)(*command)
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from stop
     except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        info = run.info
-        message = info.get("error") or f"a process ended with status {code}"
-        if info["status"] == "running" and code != 2:  # killed before it could say so
-            run.finish("failed", error=message)
-        raise UserError(message) if code == 2 else RunFailed(f"{message}; see {run.log_path}") from failed
+        raise _worker_error(run, {rank: f.exitcode for rank, f in failed.failures.items()}) from failed
     best = (run.result or {}).get("best_val_loss")
     return math.nan if best is None else float(best)
+
+
+def _worker_error(run: Run, codes: Mapping[int, int]) -> Exception:
+    """What ended a run's processes, by their exit statuses; completes run.json if they could not."""
+    killed = [(rank, -code) for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
+    if killed:
+        rank, number = killed[0]
+        message = f"rank {rank} was killed ({signal.Signals(number).name})"
+        run.finish("failed", error=message)
+        return RunFailed(f"{message}; see {run.log_path}")
+    code = next(iter(codes.values()))
+    message = run.info.get("error") or f"a process ended with status {code}; see {run.log_path}"
+    if run.info["status"] == "running" and code != 2:
+        run.finish("failed", error=message)
+    return UserError(message.split("; ")) if code == 2 else RunFailed(message)
+
+
+@contextmanager
+def _torchrun_tamed() -> Iterator[None]:
+    """Give back the signals that torchrun's library takes over, and keep its log off the terminal."""
+    main = threading.current_thread() is threading.main_thread()
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main else ()
+    handlers = {number: signal.getsignal(number) for number in taken}
+    library = logging.getLogger("torch.distributed.elastic")
+    propagates, library.propagate = library.propagate, False
+    library.addHandler(silent := logging.NullHandler())
+    try:
+        yield
+    finally:
+        library.removeHandler(silent)
+        library.propagate = propagates
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

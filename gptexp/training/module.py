@@ -1,8 +1,7 @@
 """The LightningModule: a model, its loss, its optimizer and its learning rate."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -160,16 +159,6 @@ class GPTModule(LightningModule):
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_config, step, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Every rank holds all weights in here, also those of a model that is sharded among ranks."""
-        sharded: Any = self.trainer.strategy.model
-        if hasattr(sharded, "summon_full_params"):
-            with sharded.summon_full_params(sharded, writeback=False):
-                yield
-        else:
-            yield
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:

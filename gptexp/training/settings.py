@@ -105,6 +105,7 @@ class HardwareConfig:
         strategy: how several devices share the work.
         cluster: who starts the processes of several devices: "auto" is torchrun if it started this command, else this
             command itself; "slurm" is srun.
+        timeout: seconds to wait for the processes of other machines.
         precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
         compile: compile the model with torch.compile; "graphs" also has a GPU repeat its work as CUDA graphs, which
             spares a small model the time of starting each kernel.
@@ -119,6 +120,7 @@ class HardwareConfig:
     num_nodes: Annotated[int, Ge(1)] = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     cluster: Literal["auto", "slurm"] = "auto"
+    timeout: Annotated[float, Gt(0)] = 300
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
     compile: bool | Literal["graphs"] = False
     threads: Annotated[int, Ge(1)] | Literal["auto"] | None = "auto"
@@ -233,11 +235,18 @@ def check_hardware(config: HardwareConfig, batch_size: int, accumulation: int) -
     return problems
 
 
-def check_batch(batch_size: int, devices: int, accumulation: int) -> list[str]:
-    """A problem if the batch cannot be shared out evenly among devices and micro-batches."""
+def check_batch(batch_size: int, devices: int, accumulation: int, source: str | None = None) -> list[str]:
+    """A problem if the batch cannot be shared out evenly among devices and micro-batches.
+
+    Args:
+        batch_size: sequences of an optimizer step.
+        devices: that share them.
+        accumulation: micro-batches of a step.
+        source: what says how many devices there are.
+    """
     if batch_size % (devices * accumulation) == 0:
         return []
     return [
-        f"batch_size={batch_size}: must be a multiple of hardware.devices={devices} * "
+        f"batch_size={batch_size}: must be a multiple of {source or f'hardware.devices={devices}'} * "
         f"gradient_accumulation_steps={accumulation} = {devices * accumulation}"
     ]

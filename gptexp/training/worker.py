@@ -1,4 +1,4 @@
-"""One of several processes that train a run on this machine: `python -m gptexp.training.worker DIR`."""
+"""One of several processes that train a run on this machine: `python -m gptexp.training.worker DIR PARENT VOLUME`."""
 
 import sys
 
@@ -9,17 +9,18 @@ from gptexp.runs import Run
 
 
 def main() -> None:
-    """Train the run directory that the command line names."""
-    end_with_parent()
-    run = Run.open(sys.argv[1])
-    perf.prepare()
-    with report_errors(errors=False):  # the process that started this one shows the error
+    """Train a run directory as long as the process lives that started this one."""
+    path, parent, volume = sys.argv[1:]
+    end_with_parent(int(parent))
+    with report_errors(errors=False, messages=volume == "loud"):  # the parent shows the error
+        run = Run.open(path)
+        perf.prepare()
         from gptexp.training.fit import fit
-        from gptexp.training.processes import joined, processes
+        from gptexp.training.processes import meet, processes
 
         group = processes()
-        with joined(group):
-            fit(run, group, quiet=not group.first)
+        meet(group, run.config.hardware.timeout)
+        fit(run, group, quiet=volume == "quiet" or not group.first)
 
 
 if __name__ == "__main__":

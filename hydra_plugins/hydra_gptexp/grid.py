@@ -103,19 +103,25 @@ class GridSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config)  # fmt: skip
 
     def sweep(self, arguments: list[str]) -> list[float]:
-        """Bring all jobs to their end.
+        """Bring all jobs to their end; of several processes of this command, the first decides.
 
         Returns:
-            the lowest validation loss of each job that has one, in their order.
+            the lowest validation loss of each job that has one, in their order; nothing on other processes.
 
         Raises:
             SystemExit: after the messages, when there are mistakes or a job has failed.
         """
         from gptexp.sweeps import Sweep
+        from gptexp.training.launch import sweep_together
 
         with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
             overrides = self.parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-            return self.run(Sweep(Path(str(self.config.hydra.sweep.dir))), overrides)
+            sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
+            ours = OmegaConf.masked_copy(self.config, [key for key in self.config if key != "hydra"])
+            shared: Any = OmegaConf.to_container(ours)
+            given = {o.get_key_element(): o.get_value_element_as_str() for o in overrides}
+            local = self.config.hydra.runtime.choices["hydra/launcher"] == "basic"
+            return sweep_together(shared, given, local, lambda: self.run(sweep, overrides))
 
     def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
         """Bring all jobs of a sweep to their end.

@@ -1,6 +1,7 @@
 """Saves checkpoints/last and checkpoints/best, and the length of the files that belong to them."""
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
 
 from gptexp.records import cut
 from gptexp.runs import Run
@@ -33,6 +35,53 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def save_durably(trainer: Trainer, path: Path) -> None:
+    """Save a checkpoint so that a crash at any moment leaves the old one or the new one.
+
+    A model that is shared out among processes becomes a directory, to which each of them writes its part; path is then
+    a link to it, which is put in place once all of it is on the disk.
+
+    Args:
+        trainer: whose state it is; every rank calls this.
+        path: of the checkpoint.
+    """
+    if not isinstance(trainer.strategy, FSDPStrategy):  # `DurableCheckpointIO` does so
+        trainer.save_checkpoint(path)
+        return
+    folder = path.with_name(f".{path.name}.{trainer.global_step}")
+    if trainer.is_global_zero and not is_current(folder, path):  # what a crash has left
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.save_checkpoint(folder)
+    if trainer.is_global_zero:
+        publish(folder, path)
+
+
+def is_current(folder: Path, path: Path) -> bool:
+    """Whether a checkpoint's link leads to this directory."""
+    return path.is_symlink() and path.readlink() == Path(folder.name)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Make a link to a directory beside it, in place of the one that is there, and remove the directories before it.
+
+    Args:
+        folder: the directory.
+        path: of the link, or of a checkpoint that is no link, to be replaced.
+    """
+    for file in folder.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    link = path.with_name(f".{path.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    if path.is_dir() and not path.is_symlink():  # a copy of a run in which links were followed
+        path.rename(path.with_name(f".{path.name}.copy"))
+    link.replace(path)
+    for other in path.parent.glob(f".{path.name}.*"):
+        if other.name != folder.name:
+            shutil.rmtree(other)
 
 
 class RunCheckpoints(ModelCheckpoint):
@@ -76,7 +125,7 @@ class RunCheckpoints(ModelCheckpoint):
         self.current_score = loss
         if self.best_model_score is None or loss < self.best_model_score:
             self.best_model_score, self.best_model_path = loss.clone(), str(self.run.checkpoint("best"))
-            trainer.save_checkpoint(self.best_model_path)
+            save_durably(trainer, Path(self.best_model_path))
             self._tell(trainer)
         if step % self.interval == 0 or trainer.should_stop:
             self.save_latest(trainer)
@@ -88,7 +137,7 @@ class RunCheckpoints(ModelCheckpoint):
         if self.saved_at == trainer.global_step or trainer.fast_dev_run:
             return
         self.saved_at, self.last_model_path = trainer.global_step, str(self.run.checkpoint("last"))
-        trainer.save_checkpoint(self.last_model_path)
+        save_durably(trainer, Path(self.last_model_path))
         self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:

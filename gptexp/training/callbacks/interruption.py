@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,13 +23,15 @@ class Interruption(Checkpoint):
 
     Args:
         checkpoints: saves the run.
+        more: signals that are taken as SIGTERM is.
 
     Attributes:
         signal: the number of the signal that came, or None.
     """
 
-    def __init__(self, checkpoints: RunCheckpoints) -> None:
+    def __init__(self, checkpoints: RunCheckpoints, more: Sequence[int] = ()) -> None:
         self.checkpoints = checkpoints
+        self.signals = (signal.SIGINT, signal.SIGTERM, *more)
         self.signal: int | None = None
         self._step = -1
         self._previous: dict[int, Any] = {}
@@ -36,8 +39,11 @@ class Interruption(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; Lightning's own handler of SIGTERM would stop without saving."""
         self._step = trainer.global_step
+        self._take()
+
+    def _take(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.signals:
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -57,10 +63,17 @@ class Interruption(Checkpoint):
                 log_step(trainer)
             self._stop(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the final evaluation end: in a signal, Lightning's handler waits for ranks that may not have got it."""
+        if trainer.state.fn == "validate" and trainer.world_size > 1:
+            self._take()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after an evaluation, unless the run ends with it."""
         if trainer.state.fn == "fit" and not trainer.should_stop and self._noted(trainer):
             self._stop(trainer)
+        if trainer.state.fn == "validate":
+            self._restore()
 
     def _noted(self, trainer: Trainer) -> bool:
         """Whether any rank got a signal, so that all stop together."""

@@ -39,5 +39,6 @@ class Pruning(Callback):
         """Report an evaluation; the last one is no longer worth a stop."""
         if trainer.state.fn != "fit" or trainer.should_stop:
             return
-        if self.watch(trainer.global_step, float(trainer.callback_metrics[self.monitor])):
+        poor = self.watch(trainer.global_step, float(trainer.callback_metrics[self.monitor]))
+        if trainer.strategy.reduce_boolean_decision(poor, all=False):  # the first rank knows
             self.pruned = trainer.should_stop = True

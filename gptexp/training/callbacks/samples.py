@@ -22,7 +22,7 @@ class Samples(Callback):
         self.run, self.sample = run, sample
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Sample; every rank does, as each may hold a part of the weights."""
+        """Sample; every rank does, so that none waits for another."""
         if trainer.state.fn != "fit":
             return
         text = self.sample(pl_module)
