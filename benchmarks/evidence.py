@@ -122,8 +122,8 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def rows(folder: Path) -> int:
-    """Lines of all metrics.csv below a folder."""
-    return sum(_contents(folder.rglob("metrics.csv")))
+    """Runs below a folder, and lines of all their metrics.csv."""
+    return len([*folder.rglob("run.json")]) + sum(_lengths(folder.rglob("metrics.csv")))
 
 
 def files(folder: Path) -> int:
@@ -131,7 +131,7 @@ def files(folder: Path) -> int:
     return len([path for path in folder.glob("sweeps/sweep/report/**/*") if path.is_file()])
 
 
-def _contents(paths: Iterator[Path]) -> Iterator[int]:
+def _lengths(paths: Iterator[Path]) -> Iterator[int]:
     for path in paths:
         try:
             yield path.read_bytes().count(b"\n")

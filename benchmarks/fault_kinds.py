@@ -150,10 +150,15 @@ def check_told(ended: Ended) -> None:
 CHANGING = ("run.json", "train.log", "curves.png")  # a refused run may note that it was refused
 
 TORN = {
-    "last.ckpt": ("cut", "zeros", "older"), "run.json": ("cut", "zeros", "older"), "config.yaml": ("cut", "zeros"),
-    "metrics.csv": ("cut", "longer"), "samples.txt": ("cut", "longer"), "result.json": ("cut", "zeros"),
-    "sweep.json": ("cut", "zeros", "older"), "optuna.db": ("cut", "zeros"),
-}  # fmt: skip
+    "last.ckpt": ("cut", "zeros", "hole", "older"),
+    "run.json": ("cut", "zeros", "older"),
+    "config.yaml": ("cut", "zeros"),
+    "metrics.csv": ("cut", "longer"),
+    "samples.txt": ("cut", "longer"),
+    "result.json": ("cut", "zeros"),
+    "sweep.json": ("cut", "zeros", "older"),
+    "optuna.db": ("cut", "zeros"),
+}
 """Ways to tear each file. Those that grow are cut or get longer."""
 
 
@@ -161,7 +166,7 @@ def torn(case: Case) -> None:
     """A file as a power loss leaves it: a beginning, zeros, or what it was before."""
     base = case.choose("training", "training", "training with batch norm", "sweep", "search")
     case.prepare(case.target)
-    process, moment = case.begin(case.target), Moment(progress=case.draw.randint(2, base.progress))
+    process, moment = case.begin(case.target), Moment(progress=case.draw.randint(1, base.progress))
     case.reach(process, Moment(progress=case.draw.randint(1, moment.progress or 1)))
     older = {path: path.read_bytes() for path in _tearable(case.outputs)}
     case.reach(process, moment)

@@ -165,19 +165,23 @@ def show(rows: Mapping[str, Mapping[str, Any]], lacking: Mapping[str, str]) -> N
 
 
 def run(campaign: Campaign, faults: Sequence[Fault], jobs: int) -> list[Result]:
-    """Try faults, some at a time; returns what came of each, in their order."""
+    """Try faults, some at a time; returns what came of each, in their order. Ctrl-C ends it with those tried so far."""
     results: dict[Fault, Result] = {}
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process and no mount is left
     with ThreadPoolExecutor(jobs) as pool:
         try:
             waiting = {pool.submit(take, campaign, fault): fault for fault in faults}
             done = as_completed(waiting)
             for future in track(done, "faults", total=len(faults), console=Console(stderr=True)):
                 results[waiting[future]] = future.result()
-        except BaseException:
+        except BaseException as error:
             campaign.stop()
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [results[fault] for fault in faults]
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    return [results[fault] for fault in faults if fault in results]
 
 
 def main() -> None:
@@ -190,7 +194,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/faults.json"), help="JSON with all cases")
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # mounts and processes go with this one
     wanted = [kind for kind in KINDS if kind in (asked.only or KINDS)]
     lacking = {kind: reason for kind in wanted if (reason := KINDS[kind].lacking())}
     kinds = [kind for kind in wanted if kind not in lacking]
@@ -211,6 +214,8 @@ def main() -> None:
         Console().print("\n    ".join(told), highlight=False, markup=False, soft_wrap=True)
     write(asked.out, {"seed": asked.seed, "seconds": time.perf_counter() - begin, "kinds": rows, "skipped": lacking,
                       "faults": [asdict(result) for result in results]})  # fmt: skip
+    if kinds and len(results) < asked.n:
+        raise SystemExit(128 + signal.SIGINT)
     if lost or not any(result.injected for result in results):
         raise SystemExit(1)
 

@@ -129,8 +129,9 @@ def tear(path: Path, how: str, draw: random.Random, older: bytes | None = None) 
 
     Args:
         path: the file.
-        how: "cut" leaves a random beginning; "zeros" has zeros in place of the rest; "longer" adds zeros at the end, as
-            of a file whose length was written before its data; "older" is the content that it had before.
+        how: "cut" leaves a random beginning; "zeros" has zeros in place of the rest; "hole" has zeros in place of some
+            blocks; "longer" adds zeros at the end, as of a file whose length was written before its data; "older" is
+            the content that it had before.
         draw: where.
         older: what it had before.
 
@@ -146,6 +147,10 @@ def tear(path: Path, how: str, draw: random.Random, older: bytes | None = None) 
         case "zeros":
             path.write_bytes(content[:place] + bytes(len(content) - place))
             return f"{path.name} zeros from byte {place} of {len(content)}"
+        case "hole":
+            size = min(draw.randint(1, 4) * 512, len(content) - place)
+            path.write_bytes(content[:place] + bytes(size) + content[place + size :])
+            return f"{path.name} {size} zeros from byte {place} of {len(content)}"
         case "longer":
             count = draw.randint(1, PAGE)
             path.write_bytes(content + bytes(count))

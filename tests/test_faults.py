@@ -75,7 +75,7 @@ def test_finished_runs_must_agree(pair: list[Path], tmp_path: Path) -> None:
 
 def test_ways_to_tear_a_file(tmp_path: Path) -> None:
     path, content, draw = tmp_path / "file", bytes(range(1, 101)), random.Random(0)
-    for how in ("cut", "zeros", "longer", "older"):
+    for how in ("cut", "zeros", "hole", "longer", "older"):
         path.write_bytes(content)
         said = injection.tear(path, how, draw, older=b"before")
         torn = path.read_bytes()
@@ -87,6 +87,10 @@ def test_ways_to_tear_a_file(tmp_path: Path) -> None:
             case "zeros":
                 assert len(torn) == len(content)
                 assert content.startswith(torn.rstrip(b"\0"))
+            case "hole":
+                assert len(torn) == len(content)
+                kept = [i for i, byte in enumerate(torn) if byte]
+                assert [torn[i] for i in kept] == [content[i] for i in kept]
             case "longer":
                 assert torn.startswith(content)
                 assert set(torn[len(content) :]) == {0}
@@ -238,6 +242,7 @@ def test_the_exit_status(
 ) -> None:  # fmt: skip
     result = Result("torn", 0, "training", "cut", injected, recovered, "a line", LOST, 1.0, str(tmp_path))
     monkeypatch.setattr(faults, "run", lambda *_: [result])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["faults", "--n=1", "--only=torn", f"--out={tmp_path / 'out.json'}"])
     with pytest.raises(SystemExit, match="1") if status else nullcontext():
         faults.main()
