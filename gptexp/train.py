@@ -89,10 +89,13 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     from gptexp.training.launch import Train, check_files, claim, gathered, run_to_resume, train_together
     from gptexp.training.ranks import several
 
-    if folder != ".":  # the user named it, and Hydra has just made it
-        with suppress(OSError):
-            Path(folder).rmdir()
+    def unmake() -> None:
+        if folder != ".":  # the user named it, and Hydra has just made it
+            with suppress(OSError):
+                Path(folder).rmdir()
+
     if not several():  # of several processes the first one will tell
+        unmake()
         check_files(config)  # a mistake is told before torch is imported, which takes a while
     perf.prepare()  # before torch is imported
 
@@ -108,6 +111,7 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
         return train(claim(config, path, name, None, sys.argv, named=folder != "."))
 
     group = gathered(config)
+    unmake()  # once Hydra is done in every process
     group.check_same(flatten(config.tree()) | {"resume": config.resume, "hydra.run.dir": folder})
     loss = train_together(group, lead)
     return math.nan if loss is None else loss
@@ -130,7 +134,7 @@ def sweep_job(
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
-    from gptexp.training.launch import Train, check_watch, claim, gathered, train_together
+    from gptexp.training.launch import Train, check_watch, claim, gathered, job_together
 
     perf.prepare()  # before torch is imported
     hardware = config.hardware
@@ -157,7 +161,7 @@ def sweep_job(
     group = gathered(config)
     if watch:
         check_watch(config, group)
-    return train_together(group, lead, watch, quiet=True)
+    return job_together(group, lead, watch)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptexp import perf
 from gptexp.config import Config, flatten
-from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.errors import GroupFailed, Interrupted, RunFailed, UserError
 from gptexp.orphans import end_with_parent
 from gptexp.runs import Run, code_fingerprint, unfinished
 from gptexp.training.ranks import several
@@ -197,6 +197,25 @@ def train_together(
         what `lead` returns; None on the other processes.
     """
     return processes.lead(lambda: lead(lambda run: start(run, processes, watch, quiet)), follower(processes))
+
+
+def job_together(
+    processes: "Processes", lead: Callable[[Train], float | None], watch: "Watch | None" = None
+) -> float | None:
+    """`train_together` for a job of a sweep, which a launcher may have sent to several processes of Slurm's.
+
+    Raises:
+        RunFailed: when one of these failed; what called this goes on without them.
+    """
+    try:
+        return train_together(processes, lead, watch, quiet=True)
+    except (Exception, GroupFailed) as error:
+        if processes.store is None or processes.leading:  # one process, or those of the whole sweep
+            raise
+        problems = error.problems if isinstance(error, UserError | GroupFailed) else [str(error)]
+        failed = processes.fail(2 if isinstance(error, UserError) else 1, problems)
+        processes.part(failed)
+        raise RunFailed(str(failed)) from error
 
 
 def sweep_together(

@@ -57,6 +57,7 @@ class Processes:
         nodes: machines.
         started: whether torchrun or Slurm started them, so that their number counts and not `hardware.devices`.
         store: where they meet; None before they have.
+        leading: whether this process works while the others follow.
     """
 
     environment: ClusterEnvironment
@@ -65,9 +66,9 @@ class Processes:
     nodes: int = 1
     started: bool = False
     store: Store | None = None
+    leading: bool = False
     _told: int = 0  # values
     _runs: int = 0  # trained so far
-    _leading: bool = False  # the others follow
     _hurried: bool = False  # asked to end while it fails
 
     @property
@@ -131,20 +132,20 @@ class Processes:
         Returns:
             what `work` returns; None on the other processes.
         """
-        if self.store is None or self._leading:
+        if self.store is None or self.leading:
             return work()
         if not self.first:
             while (value := self.tell(None)) is not None:
                 follow(value)
             self.store.add("left", 1)
             return None
-        self._leading = True
+        self.leading = True
         try:
             result = work()
             self.tell(None)
             self._wait_for_all("left", PATIENCE)  # the store may be in this process
         finally:
-            self._leading = False
+            self.leading = False
         return result
 
     def fail(self, status: int, problems: list[str]) -> GroupFailed:

@@ -1,5 +1,6 @@
 """Processes with the variables that Slurm's srun sets; no Slurm is needed."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptexp.runs import Run
+from tests.cli import slurm
 from tests.cli.agents import errors, finish_all, kill_all, srun
 from tests.cli.faulty import faulty
 from tests.cli.test_distributed import check_close
@@ -124,3 +126,29 @@ class TestWithoutTheOthers:
         assert command(*SLURM, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}") == 2
         assert capfd.readouterr().err == (
             "error: hardware.cluster=slurm: give srun --ntasks-per-node instead of --ntasks\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [False, True])
+def test_submitit_with_several_machines_per_job(fault: bool, corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    for name in ("sbatch", "srun", "sacct", "scancel"):
+        (tmp_path / name).symlink_to(Path(slurm.__file__))
+    Path(slurm.__file__).chmod(0o755)
+    settings = [*SLURM, f"data.path={corpus}", "norm=layernorm,rmsnorm", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
+    paths = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    code, out, err = finish(
+        spawn("-m", *settings, *launcher, *(faulty(1, "raise") if fault else []), cwd=tmp_path, env=paths))
+    assert (tmp_path / "sweep").is_dir(), out + err
+    runs = runs_of(tmp_path / "sweep")
+    assert list(runs) == ["layernorm-pre-h2-s1337", "rmsnorm-pre-h2-s1337"], out + err
+    assert {run.info["device"]["devices"] for run in runs.values()} == {2}
+    if fault:
+        assert (code, err) == (1, "error: 2 of 2 jobs failed\n")
+        assert {run.info["status"] for run in runs.values()} == {"failed"}
+        table = out.partition("--- 2 jobs")[2]
+        assert table.count("rank 1: ValueError: of this rank alone") == 2
+    else:
+        assert (code, err) == (0, "")
+        assert {run.info["status"] for run in runs.values()} == {"done"}
