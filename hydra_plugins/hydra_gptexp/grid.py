@@ -119,7 +119,7 @@ class GridSweeper(Sweeper):
             sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             ours = OmegaConf.masked_copy(self.config, [key for key in self.config if key != "hydra"])
             shared: Any = OmegaConf.to_container(ours)
-            given = {o.get_key_element(): o.get_value_element_as_str() for o in overrides}
+            given = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in overrides}
             local = self.config.hydra.runtime.choices["hydra/launcher"] == "basic"
             return sweep_together(shared, given, local, lambda: self.run(sweep, overrides))
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gptexp.runs import Run
+from tests.cli import slurm
+from tests.cli.agents import free_port
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -25,6 +28,7 @@ def commands(text: str) -> list[str]:
 
 SECTIONS = {s.partition("\n")[0]: commands(s) for s in README.split("\n## ") if commands(s)}
 MAKE = SECTIONS.pop("# gptexp")
+MACHINES = SECTIONS.pop("Train on several machines")
 PYTHON = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
 
 
@@ -36,6 +40,7 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 
 def test_the_readme_has_commands_and_its_links_exist() -> None:
     assert MAKE == ["make train", "make test"]
+    assert [line.partition(" ")[0] for line in MACHINES] == ["torchrun", "srun", "python"]
     assert sum(map(len, SECTIONS.values())) > 20
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (REPOSITORY / target).exists(), target
@@ -73,6 +78,25 @@ def test_every_command(
         if code != (2 if "n_heads" in line else 0):
             failures.append(f"{line}: {code}\n{out}")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", MACHINES)
+def test_commands_for_several_machines(line: str, corpus: Path, tmp_path: Path) -> None:
+    """One process for each machine, on the loopback address, and a stand-in for Slurm."""
+    for name in ("sbatch", "srun", "sacct", "scancel"):
+        (tmp_path / name).symlink_to(Path(slurm.__file__))
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    short = f"{TRAINING} {SMALL} data=file data.path={corpus} logger=none batch_size=4 output_dir={tmp_path}"
+    line = re.sub(r"(per.node[= ])4", r"\g<1>1", line).replace("HOST:29400", f"127.0.0.1:{free_port()}")
+    line = line.replace("torchrun ", "torchrun --local-addr 127.0.0.1 ").replace("sweep=norms", "sweep=norms seed=1")
+    line = line.replace("sweep=norms", "norm=layernorm,rmsnorm") + f" {short}"
+    both = f"{line} & first=$!; {line} && wait $first" if line.startswith("torchrun") else line
+    done = shell(both, tmp_path, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [Run.open(found.parent) for found in tmp_path.rglob("run.json")]
+    assert len(runs) == (2 if "submitit" in line else 1)
+    assert {(run.info["status"], run.info["device"]["devices"]) for run in runs} == {("done", 2)}
 
 
 def test_the_printed_mistakes_are_the_real_ones(tmp_path: Path) -> None:
