@@ -36,7 +36,8 @@ def main() -> None:
         arguments, problems = read_arguments(sys.argv[1:])
         from hydra import main as hydra_main
 
-        from gptexp.overrides import COMPOSING, VERSION_BASE, check, conf_dir, register_choices
+        from gptexp.groups import VERSION_BASE, conf_dir, register_choices
+        from gptexp.overrides import COMPOSING, check
 
         register_choices()
         if arguments.composes:
