@@ -40,7 +40,7 @@ def main() -> None:
         from gptexp.overrides import COMPOSING, check
 
         register_choices()
-        if arguments.composes:
+        if arguments.trains or (arguments.composes and arguments.overrides):
             problems += check(arguments.overrides, arguments.multirun, arguments.config_dir, arguments.config_name,
                               shown=not arguments.trains)  # fmt: skip
         if problems:
