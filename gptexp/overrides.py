@@ -5,31 +5,32 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gptexp.config import Config, flatten, known_keys, norm_hint, plain, read_config
 from gptexp.errors import UserError
-from gptexp.models.registry import NORMS, PLACEMENTS, default_norms
+from gptexp.groups import (
+    VERSION_BASE,
+    Groups,
+    conf_dir,
+    parse,
+    quoted,
+    register_choices,
+    texts_of,
+    values_of,
+)
 from gptexp.training.settings import SHORT
 from gptexp.validation import Tree, nearest, show
-
-VERSION_BASE = "1.3"
 
 COMPOSING = (HydraException, OmegaConfBaseException, ValueError, AssertionError)
 """What Hydra raises where it cannot compose a configuration."""
@@ -61,51 +62,6 @@ OTHER_CHOICES = {"cuda": "gpu"}
 
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 """The launchers that an extra of this package installs."""
-
-
-def conf_dir() -> str:
-    """The folder of the configuration files: beside the package in a checkout, inside it once installed."""
-    package = Path(str(files("gptexp")))
-    inside, beside = package / "conf", package.parent / "conf"
-    return str(inside if inside.is_dir() else beside)
-
-
-def register_choices() -> None:
-    """Give Hydra the table of all norms' settings, and a choice for each norm and placement without a file in conf/."""
-    store = ConfigStore.instance()
-    store.store(group="norms", name="defaults", node=default_norms())
-    for group, names in (("norm", NORMS), ("placement", PLACEMENTS)):
-        for name in names:
-            if not (Path(conf_dir()) / group / f"{name}.yaml").exists():
-                store.store(group=group, name=name, node={"model": {group: name}}, package="_global_")
-
-
-def quoted(text: str) -> str:
-    """A text as the value of an override."""
-    return QuotedString(text, Quote.single).with_quotes()
-
-
-def parse(arguments: Iterable[str], loader: ConfigLoader | None = None) -> tuple[list[Override], list[str]]:
-    """The overrides among the arguments, and a line for each that is not well-formed.
-
-    Args:
-        arguments: of a command line.
-        loader: knows the choices that a glob stands for.
-    """
-    overrides, problems, parser = [], [], OverridesParser.create(config_loader=loader)
-    for argument in arguments:
-        try:
-            overrides += parser.parse_overrides([argument])
-        except HydraException:
-            hint = "quote special characters"
-            if "=" not in argument:
-                hint = "a setting is written key=value"
-                if Path(argument).is_dir():
-                    hint += f"; did you mean resume={argument}?"
-            elif argument.endswith(","):
-                hint = "a list of values ends without a comma"
-            problems.append(f"{argument}: cannot be read as a setting; {hint}")
-    return overrides, problems
 
 
 def check(
@@ -171,7 +127,7 @@ class _Check:
         lines = [*self.unread]
         for override in self.overrides:
             lines += self.sort(override)
-        chosen = {group: f"{group}={_texts(choice)[0]}" for group, choice in self.choices.items()}
+        chosen = {group: f"{group}={texts_of(choice)[0]}" for group, choice in self.choices.items()}
         tree, hydra, problems = self.compose(chosen.values())
         lines += problems
         if tree is None or hydra is None or self.shown:
@@ -189,7 +145,7 @@ class _Check:
         swept = any(override.is_sweep_override() for override in [*self.overrides, *params])
         lines += self.check_values(tree, values, cross_check=not swept)
         for group, choice in self.choices.items():  # further choices of a swept group
-            for text in _texts(choice)[1:]:
+            for text in texts_of(choice)[1:]:
                 other, _, problems = self.compose((chosen | {group: f"{group}={text}"}).values())
                 lines += [*problems, *(_problems(other, cross_check=False) if other is not None else [])]
         return _unique(lines)
@@ -212,7 +168,7 @@ class _Check:
         elif plainly and not self.shown:
             self.values.append(override)
         else:
-            texts = _texts(override)  # of several values the first
+            texts = texts_of(override)  # of several values the first
             self.passed.append(f"{override.get_key_element()}={texts[0]}" if texts else str(override.input_line))
         return []
 
@@ -255,7 +211,7 @@ class _Check:
 
     def check_choice(self, override: Override) -> list[str]:
         """A line for each choice that its group does not have."""
-        group, texts, options = override.key_or_group, _texts(override), self.groups.options(override.key_or_group)
+        group, texts, options = override.key_or_group, texts_of(override), self.groups.options(override.key_or_group)
         if not texts:  # a glob that matches nothing
             return [f"{override.input_line}: names no choice; allowed: {', '.join(options)}"]
         names = [name.strip("'\" ") for text in texts for name in text.strip("[]").split(",") if name]
@@ -290,7 +246,7 @@ class _Check:
     def source_of_sweep(self) -> str:
         """The override that makes the command a sweep."""
         for group, choice in self.choices.items():
-            if any(k.startswith("hydra.sweeper.params.") for k in self.groups.settings(group, _texts(choice)[0])):
+            if any(k.startswith("hydra.sweeper.params.") for k in self.groups.settings(group, texts_of(choice)[0])):
                 return str(choice.input_line)
         return "hydra.sweeper.params"
 
@@ -321,7 +277,7 @@ class _Check:
         for group, choice in (filed | self.choices).items():
             for key, values in (self.stands_for(choice) if group in self.groups else {}).items():
                 value = by_key.get(key)
-                if value is None or set(map(show, values)) == set(map(show, _values(value))):
+                if value is None or set(map(show, values)) == set(map(show, values_of(value))):
                     continue
                 if group in filed or key in filed:
                     ours, theirs = (value, choice) if group in filed else (choice, value)
@@ -336,7 +292,7 @@ class _Check:
         """The setting that a group's choices are other words for, with its values: norm=rmsnorm, or optimizer=sgd."""
         found: dict[str, list[Any]] = {}
         group = choice.key_or_group
-        for text in _texts(choice):
+        for text in texts_of(choice):
             settings = self.groups.settings(group, text)
             alone = len(settings) == 1 and not next(iter(settings)).startswith(f"{group}.")
             for key in settings if alone else settings.keys() & {f"{group}.name"}:
@@ -356,13 +312,13 @@ class _Check:
                 problems.append(f"{override.input_line}: unknown key{self.hint_of_key(override, base)}")
         absent = [o for o in settable if OmegaConf.select(base, o.key_or_group, default=_MISSING) is _MISSING]
         for override in settable:
-            for value in _values(override)[:1]:
+            for value in values_of(override)[:1]:
                 OmegaConf.update(base, override.key_or_group, value, merge=False)
         problems += _problems(base, cross_check)
         problems += [f"{o.input_line}: is no setting of conf/; to add it, write +{o.input_line}" for o in absent
                      if not any(line.startswith(f"{o.key_or_group}=") for line in problems)]  # fmt: skip
         for override in settable:
-            for value in _values(override)[1:]:
+            for value in values_of(override)[1:]:
                 changed = base.copy()
                 OmegaConf.update(changed, override.key_or_group, value, merge=False)
                 problems += _problems(changed, cross_check=False)
@@ -385,56 +341,6 @@ class _Check:
             names |= {group: f"{group}={value}" for group in self.declared}  # optimiser=muon
         near = get_close_matches(tail, names, 1)
         return f"; did you mean {names[near[0]]}?" if near else nearest(tail if names else key, self.known)
-
-
-class Groups:
-    """The groups of a configuration and their choices.
-
-    Args:
-        loader: of Hydra.
-        search: the override of `hydra.searchpath`, if there is one.
-    """
-
-    def __init__(self, loader: ConfigLoader, search: Sequence[str] = ()) -> None:
-        self._loader, self._search = loader, list(search)
-        self._names = set(loader.get_group_options("", ObjectType.GROUP, overrides=self._search))
-
-    def __contains__(self, key: str) -> bool:
-        """Whether a key names a group."""
-        return key.partition("/")[0] in self._names and "." not in key
-
-    def options(self, group: str) -> list[str]:
-        """The choices of a group, those in folders below it included."""
-        folders = self._loader.get_group_options(group, ObjectType.GROUP, overrides=self._search)
-        below = [f"{folder}/{option}" for folder in folders for option in self.options(f"{group}/{folder}")]
-        return [*self._loader.get_group_options(group, overrides=self._search), *below]
-
-    def load(self, path: str) -> ConfigResult | None:
-        """A file of the configuration, or None where there is none, or only the search path names its folder."""
-        return next((s.load_config(path) for s in self._loader.get_sources() if s.is_config(path)), None)
-
-    def settings(self, group: str, choice: str) -> Tree:
-        """What a choice sets by itself, by dotted key."""
-        file = self.load(f"{group}/{choice}")
-        if file is None:
-            return {}
-        prefix = "" if file.header.get("package") == "_global_" else f"{group}."
-        tree: Any = OmegaConf.to_container(file.config)  # interpolations as they stand
-        return {f"{prefix}{k}": v for k, v in flatten(tree).items() if k != "defaults"}
-
-    def defaults(self, path: str) -> list[tuple[str, Any]]:
-        """The defaults list of a file: what stands before each colon, and the choice."""
-        file = self.load(path)
-        tree: Any = OmegaConf.to_container(file.config) if file else {}
-        return [(str(k), v) for entry in tree.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()]
-
-    def all_keys(self, group: str, choice: str) -> set[str]:
-        """The dotted keys that a choice sets, itself or through the other choices that it makes."""
-        keys = set(self.settings(group, choice))
-        for name, other in self.defaults(f"{group}/{choice}"):
-            if name.startswith("override "):
-                keys |= self.all_keys(name.rpartition(" ")[2].lstrip("/"), str(other))
-        return keys
 
 
 def compose_config(arguments: Sequence[str]) -> Config:
@@ -504,20 +410,6 @@ def _problems(config: DictConfig, cross_check: bool) -> list[str]:
     except UserError as error:
         return error.problems
     return []
-
-
-def _values(override: Override) -> list[Any]:
-    """The values of an override: one, or all that a sweep over it takes."""
-    if override.is_discrete_sweep():
-        return [OverridesParser.create().parse_override(f"key={text}").value() for text in _texts(override)]
-    return [override.value()] if not override.is_sweep_override() else []
-
-
-def _texts(override: Override) -> list[str]:
-    """The values of an override as Hydra's grammar writes them."""
-    if override.is_discrete_sweep():
-        return list(override.sweep_string_iterator())
-    return [override.get_value_element_as_str()] if not override.is_sweep_override() else []
 
 
 def _unique(lines: list[str]) -> list[str]:

@@ -35,10 +35,11 @@ def main() -> None:
         arguments, problems = read_arguments(sys.argv[1:])
         from hydra import main as hydra_main
 
-        from gptexp.overrides import COMPOSING, VERSION_BASE, check, conf_dir, register_choices
+        from gptexp.groups import VERSION_BASE, conf_dir, register_choices
+        from gptexp.overrides import COMPOSING, check
 
         register_choices()
-        if arguments.composes:
+        if arguments.trains or (arguments.composes and arguments.overrides):
             problems += check(arguments.overrides, arguments.multirun, arguments.config_dir, arguments.config_name,
                               shown=not arguments.trains)  # fmt: skip
         if problems:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config
 from gptexp.errors import UserError
+from gptexp.groups import VERSION_BASE, conf_dir, register_choices
 from gptexp.models.registry import NORMS, PLACEMENTS
-from gptexp.overrides import VERSION_BASE, conf_dir, register_choices
 from gptexp.training.settings import (
     AdamWConfig,
     CosineConfig,

@@ -88,7 +88,7 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has prepared, name the sweep, and make the launcher of its jobs."""
-        from gptexp.overrides import Groups
+        from gptexp.groups import Groups
         from gptexp.sweeps import sweep_name
 
         self.hydra_context, self.config = hydra_context, config
@@ -132,7 +132,7 @@ class GridSweeper(Sweeper):
         """
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
-        jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(values_of, overrides)))
+        jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
         sound = [job for job in jobs if job.error is None]
         begin(sweep, sound, varied)
         with show(sweep, [job.name for job in sound]):
@@ -182,7 +182,7 @@ class GridSweeper(Sweeper):
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
-        from gptexp.overrides import quoted
+        from gptexp.groups import quoted
 
         folder = quoted(str(self.config.hydra.sweep.dir))
         sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job={quoted(job.name)}"] for job in jobs]
@@ -197,18 +197,17 @@ class GridSweeper(Sweeper):
         return busy
 
 
-def values_of(override: Override) -> list[str]:
-    """An override as one with each of its values.
+def each(override: Override) -> list[str]:
+    """An override with each of its values.
 
     Raises:
         UserError: when they cannot be counted.
     """
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    if not override.is_discrete_sweep():
+    from gptexp.groups import texts_of
+
+    if not (texts := texts_of(override)):
         raise UserError(f"{override.input_line}: values without number need a search, hydra/sweeper=optuna")
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{override.get_key_element()}={text}" for text in texts]
 
 
 def outcome(result: JobReturn) -> Any:

@@ -311,8 +311,8 @@ class TestResume:
         assert command(f"resume={run.path}", "model.norm=rmsnorm", "batch_size=8", "model.n_embd=16") == 2
         lines = capfd.readouterr().err.splitlines()
         assert run.info["status"] == "interrupted"
-        assert sorted(line.split(": ")[2].split(" ")[0] for line in lines) == ["batch_size=8", "model.norm=rmsnorm"]
-        assert "differs from the run's model.norm=layernorm" in lines[1]
+        assert [line.split(": ")[2].split(" ")[0] for line in lines] == ["model.norm=rmsnorm", "batch_size=8"]
+        assert "differs from the run's model.norm=layernorm" in lines[0]
 
     def test_a_group_choice_that_is_the_default(
         self, tiny: Callable[..., Run], command: Callable[..., int], capfd: pytest.CaptureFixture[str]

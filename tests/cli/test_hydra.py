@@ -11,7 +11,7 @@ import pytest
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gptexp.overrides import quoted
+from gptexp.groups import quoted
 from gptexp.runs import Run
 from tests.conftest import TINY, failing, runs_of
 

@@ -11,7 +11,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from gptexp.config import known_keys
-from gptexp.overrides import check, register_choices
+from gptexp.groups import register_choices
+from gptexp.overrides import check
 from gptexp.records import METRICS
 from gptexp.runs import Run
 from tests.cli.wandb_file import read_run
