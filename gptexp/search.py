@@ -13,6 +13,7 @@ from gptexp.config import Config
 from gptexp.errors import UserError
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
+from gptexp.training.ranks import several
 from gptexp.validation import nearest, show
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str
 
 
 def check_pruner(settings: Mapping[str, Any], config: Config) -> None:
-    """Refuse to prune trials that train in processes of their own, which nothing reaches from outside.
+    """Refuse to prune trials that this command trains in processes of their own, which nothing reaches from outside.
 
     Raises:
         UserError: when the settings of the sweeper ask for it.
     """
-    if settings["pruner"] != "none" and config.hardware.strategy != "auto":
+    if settings["pruner"] != "none" and config.hardware.strategy != "auto" and not several():
         raise UserError(f"hydra.sweeper.pruner={settings['pruner']}: a trial of hardware.strategy="
                         f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from gptexp.config import Config, flatten
-from gptexp.errors import UserError
+from gptexp.errors import GroupFailed, UserError
 from gptexp.orphans import at_work
 from gptexp.runs import Run, now, write_atomically
 from gptexp.validation import show
@@ -243,7 +243,7 @@ class Sweep:
         try:
             with at_work():
                 return work()
-        except Exception:
+        except (Exception, GroupFailed):
             if (self.folder / name / "run.json").exists():
                 run = Run(self.folder / name)
                 run.update(attempts=int(run.info.get("attempts", 0)) + 1)

@@ -135,7 +135,7 @@ def sweep_job(
     """
     from gptexp.orphans import end_with_parent
     from gptexp.sweeps import Busy, Sweep
-    from gptexp.training.launch import Train, check_watch, claim, gathered, job_together
+    from gptexp.training.launch import Train, claim, gathered, job_together
 
     perf.prepare()  # before torch is imported
     hardware = config.hardware
@@ -159,10 +159,7 @@ def sweep_job(
         except Busy:
             return None
 
-    group = gathered(config)
-    if watch:
-        check_watch(config, group)
-    return job_together(group, lead, watch)
+    return job_together(gathered(config), lead, watch)
 
 
 if __name__ == "__main__":

@@ -252,19 +252,6 @@ def sweep_together(
     return group.lead(work, follower(group)) or []
 
 
-def check_watch(config: Config, processes: "Processes") -> None:
-    """Refuse to prune a run that this command would train in processes of its own.
-
-    Raises:
-        UserError: if it would.
-    """
-    from gptexp.training.hardware import world_size
-
-    if not processes.started and (count := world_size(config, processes)) > 1:
-        raise UserError(f"hydra.sweeper.pruner: cannot look into the {count} processes of hardware.strategy="
-                        f"{config.hardware.strategy}; set it to none, or start the search with torchrun")  # fmt: skip
-
-
 def follower(processes: "Processes") -> Callable[[Any], None]:
     """What a process does that is told to train a run with the first one."""
 

@@ -71,8 +71,6 @@ def test_a_multirun_killed_and_continued(corpus: Path, tmp_path: Path) -> None:
         check_same(run, unbroken[name])
         assert run.info["device"]["devices"] == 2
     assert killed["layernorm-pre-h2-s1337"].log_path.read_text().count("started: ") == 2  # not begun again
-    (tmp_path / "alone").mkdir()
-    assert finish(spawn(*common, f"hydra.sweep.dir={tmp_path / 'alone'}", "model.dropout=0", cwd=tmp_path))[0] == 0
 
 
 @pytest.mark.slow
@@ -123,6 +121,19 @@ def test_a_signal_to_one_agent_saves_the_run(multirun: bool, corpus: Path, tmp_p
     assert sorted(r.name for r in folder.parent.glob("*s2")) == []  # no other job has begun
     steps = int(timeless(run)[-1][0])
     assert f"interrupted at step {steps} and saved" in run.log_path.read_text()
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_their_agents(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    common = [*TINY, f"data.path={corpus}", "max_steps=100000", f"hydra.run.dir={folder}"]
+    agents = torchrun(*[common] * 2, cwd=tmp_path)
+    wait_for_rows(folder, 5, agents[0])
+    for agent in agents:
+        agent.kill()
+        agent.communicate()
+    with Run.open(folder).lock(timeout=60):  # free once the workers are gone
+        assert Run.open(folder).info["status"] == "interrupted"  # and they have saved
 
 
 @pytest.mark.slow
