@@ -32,12 +32,17 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.path.name
+        """None, so that what a callback keeps by it is in the run directory itself."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.path.parent)
 
     @property
     def version(self) -> str:
-        """There is one."""
+        """None, as for the name."""
         return ""
 
     @rank_zero_only
