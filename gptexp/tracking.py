@@ -64,12 +64,15 @@ def open_wandb(
         "console": "off", "silent": True, "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or 30),
         "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT") or patience), "finish_timeout_raises": True,
     } | dict(settings or {})  # fmt: skip
-    options |= {"reinit": "finish_previous", "dir": str(folder.absolute()), "settings": wandb.Settings(**chosen)}
+    options |= {  # `wandb sync`, too, puts the parts of a run that was resumed together by `resume`
+        "reinit": "finish_previous", "resume": "allow", "dir": str(folder.absolute()),
+        "settings": wandb.Settings(**chosen),
+    }  # fmt: skip
     run: Any = None
     if wanted != "offline":
         try:
             wandb.setup(wandb.Settings(silent=True))  # that it found a key is no news
-            run = wandb.init(mode=wanted, resume="allow", **options)
+            run = wandb.init(mode=wanted, **options)
         except wandb.errors.UsageError:
             raise
         except Exception as error:  # an unreachable server must not cost a run

@@ -57,7 +57,7 @@ class MetricsCSV(Logger):
             return
         if self._row and self._row["step"] != row["step"]:
             self.flush()
-        self._row |= row
+        self._row = row | self._row  # what came first: the seconds of training, not those of the evaluation
 
     @rank_zero_only
     def flush(self) -> None:

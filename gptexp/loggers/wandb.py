@@ -1,6 +1,7 @@
 """Lightning's W&B logger, without questions: online where an API key is configured, offline elsewhere."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from gptexp.tracking import open_wandb
 
 log = logging.getLogger("gptexp")
+
+PATIENCE = 10
+"""Seconds that W&B's server may take to answer; asked in vain, it would stop training for 19 each time."""
 
 SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "val/bpc": "min,last", "val/accuracy": "max,last"}
 """Which of a metric's values count, as W&B's summary shows them."""
@@ -57,46 +61,70 @@ class WandbLogger(LightningWandbLogger):
                 run.define_metric(metric, step_metric="trainer/global_step", summary=summary)
         super().__init__(name, save_dir, project=project, id=id, log_model=log_model, experiment=run, **options)
         self.watched = watch
-        self._lost = False
+        self._lost = self._unanswered = False
 
     @contextmanager
-    def _service(self) -> Iterator[None]:
-        """Around what W&B's own process is sent, which the training can do without."""
+    def _sending(self) -> Iterator[None]:
+        """Around what W&B's own process is sent, and a run can do without."""
         try:
             yield
         except ConnectionError:
             if not self._lost:
                 log.warning("W&B's process has ended; the run goes on without it")
-            self._lost = True
+            self._lost = self._unanswered = True
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around what W&B asks its server before it returns: a table, an artifact. Without an answer it is the last."""
+        start, problem = time.monotonic(), ""
+        try:
+            with self._sending():
+                yield
+        except Exception as error:
+            problem = str(error).split("\n")[0]
+        if time.monotonic() - start > PATIENCE:
+            problem = f"no answer within {PATIENCE} s"
+        if problem and not self._unanswered:
+            log.warning("W&B: %s; it gets no more samples and checkpoints, which are in %s", problem, self.save_dir)
+            self._unanswered = True
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Add to the W&B run's configuration."""
-        with self._service():
+        with self._sending():
             super().log_hyperparams(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row to the W&B run's history."""
-        with self._service():
+        with self._sending():
             super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        """Log a table; takes Lightning's arguments."""
+        if not self._unanswered:
+            with self._asking():
+                super().log_table(*args, **kwargs)
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Add to the W&B run's summary."""
-        with self._service():
+        with self._sending():
             self.experiment.summary.update(dict(values))
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Upload a checkpoint, or remember it for the end, as `log_model` says."""
-        with self._service():
-            super().after_save_checkpoint(checkpoint_callback)
+        if not self._unanswered:
+            with self._asking():
+                super().after_save_checkpoint(checkpoint_callback)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Upload the checkpoints that are still to be uploaded. The W&B run itself goes on, as Lightning has it."""
-        with self._service():
-            super().finalize(status)
+        if not self._unanswered:
+            with self._asking():
+                super().finalize(status)
 
     @rank_zero_only
     def watch_module(self, module: LightningModule, interval: int) -> None:

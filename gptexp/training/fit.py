@@ -22,7 +22,6 @@ from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
-from gptexp.loggers.wandb import WandbLogger
 from gptexp.models.influence import train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.runs import Run, Status
@@ -88,13 +87,9 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
     loggers: list[Logger] = []
     status: Status | None = None
     try:
-        if not config.trainer.fast_dev_run:  # with which Lightning records nothing
-            open_loggers(run, replace(config, model=module.model.config), loggers)
+        open_loggers(run, config, module, loggers)
         loggers.append(MetricsCSV(run.metrics_path))  # the last: `trainer.logger` is one of the user's
         trainer = make_trainer(config, processes, loggers, parts.all, run.path)
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.watch_module(module, config.log_interval)
         status = _train(trainer, module, data, resuming)
         if config.trainer.profiler and processes.first:
             log.info("%s", trainer.profiler.summary())
@@ -294,7 +289,7 @@ def _status(run: Run) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stop:
-            if not isinstance(stop, Interrupted):
+            if not isinstance(stop, Interrupted) and run.info["status"] == "running":  # else its results are written
                 run.finish("interrupted")
             raise
         except BaseException as error:

@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gptexp.config import Config
 from gptexp.loggers.media import log_settings
+from gptexp.loggers.wandb import WandbLogger as OurWandbLogger
 from gptexp.runs import Run
 from gptexp.tracking import close_wandb
+from gptexp.training.module import GPTModule
 from gptexp.training.objects import IDENTITIES, build, parameters
 
 log = logging.getLogger("gptexp")
 
 
-def open_loggers(run: Run, config: Config, loggers: list[Logger]) -> None:
+def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logger]) -> None:
     """Open the loggers of the configuration, and log its settings.
 
     A service that keeps runs of its own, as W&B and MLflow do, gives each an id. It is kept in run.json, so that a
@@ -30,13 +33,15 @@ def open_loggers(run: Run, config: Config, loggers: list[Logger]) -> None:
 
     Args:
         run: the run's directory.
-        config: every setting.
+        config: every setting. With `trainer.fast_dev_run` Lightning records nothing, so none is opened.
+        module: that is going to be trained.
         loggers: those that are open are added to it, also where a later one fails.
 
     Raises:
         UserError: when one refuses its arguments.
     """
-    for name, entry in config.logger.items():
+    settings = replace(config, model=module.model.config).essence()  # which knows the size of the vocabulary
+    for name, entry in config.logger.items() if not config.trainer.fast_dev_run else ():
         cls = get_class(entry["_target_"])
         key = next((k for k in IDENTITIES if k in parameters(cls)), None)
         given = next((entry[k] for k in ("version", *IDENTITIES) if entry.get(k)), None) if key else None
@@ -52,9 +57,11 @@ def open_loggers(run: Run, config: Config, loggers: list[Logger]) -> None:
         with _alone(config, cls):
             logger = build(f"logger.{name}", options, save_dir=run.path, run_name=run.info["name"], **own)
             loggers.append(logger)
-            log_settings(logger, config.essence())
+            log_settings(logger, settings)
         if isinstance(logger, MLFlowLogger) and known:
             logger.experiment.update_run(logger.run_id, "RUNNING")
+        if isinstance(logger, OurWandbLogger):
+            logger.watch_module(module, config.log_interval)
         if key and isinstance(logger.version, str):
             _keep(run, name, logger.version)
 
