@@ -3,7 +3,7 @@
 import difflib
 import json
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -37,12 +37,13 @@ def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -
 
 
 def read_fields(
-    cls: type, prefix: str, tree: Mapping[str, Any], problems: list[str], skip: Collection[str] = ()
+    cls: Callable[..., Any], prefix: str, tree: Mapping[str, Any], problems: list[str], skip: Collection[str] = ()
 ) -> Tree | None:
-    """Check a plain tree against the dataclass cls.
+    """Check a plain tree against the dataclass cls, or against the arguments of a function.
 
     Args:
-        cls: a dataclass whose fields have type hints; bounds and choices stand in `Annotated`.
+        cls: a dataclass whose fields, or a function whose arguments, have type hints; bounds and choices are in
+            `Annotated`.
         prefix: stands before each key in a problem, such as "model.".
         tree: values by field name.
         problems: gets a line for each mistake.
@@ -69,7 +70,7 @@ def read_fields(
 
 
 @cache  # as the next one: a comparison reads thousands of configurations
-def _hints(cls: type) -> Tree:
+def _hints(cls: Callable[..., Any]) -> Tree:
     return typing.get_type_hints(cls, include_extras=True)
 
 

@@ -1,14 +1,68 @@
-"""Texts, pictures and final figures for the loggers that can take them."""
+"""Settings, texts, pictures and final figures for the loggers that can take them.
+
+Lightning has an interface for metrics and settings alone, so that each logger takes the rest in its own way. A logger
+of another package is given texts and pictures if it has the methods `log_text(key, columns, data, step=...)` and
+`log_image(key, images, step=...)` of Lightning's WandbLogger, and the summary if it has `log_summary(values)`.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
+@runtime_checkable
+class TakesTexts(Protocol):
+    """A logger that takes a table of texts."""
+
+    def log_text(self, key: str, columns: list[str], data: list[list[Any]], *, step: int) -> None:
+        """Log a table.
+
+        Args:
+            key: its name.
+            columns: their names.
+            data: the rows.
+            step: optimizer steps done.
+        """
+
+
+@runtime_checkable
+class TakesImages(Protocol):
+    """A logger that takes pictures."""
+
+    def log_image(self, key: str, images: list[Any], *, step: int) -> None:
+        """Log pictures.
+
+        Args:
+            key: their name.
+            images: paths of files.
+            step: optimizer steps done.
+        """
+
+
+@runtime_checkable
+class TakesSummary(Protocol):
+    """A logger that keeps figures which stand for the whole run."""
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Log the figures, by name."""
+
+
+def log_settings(logger: Logger, values: Mapping[str, Any]) -> None:
+    """Log a run's settings.
+
+    Args:
+        logger: any.
+        values: nested, by name. MLflow keeps those that a resumed run had before.
+    """
+    if isinstance(logger, MLFlowLogger) and logger.experiment.get_run(logger.run_id).data.params:
+        return
+    logger.log_hyperparams(dict(values))
+
+
 def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
-    """Log the newest of a run's sampled texts; to W&B all of them, as one table.
+    """Log the newest of a run's sampled texts, or all of them where a logger takes a table.
 
     Args:
         logger: any; one that takes no text is left alone.
@@ -16,12 +70,12 @@ def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
     """
     step, text = samples[-1]
     match logger:
-        case WandbLogger():
-            logger.log_text("samples", columns=["step", "text"], data=[list(row) for row in samples], step=step)
         case TensorBoardLogger():
             logger.experiment.add_text("samples", "\n".join(f"    {line}" for line in text.split("\n")), step)
         case MLFlowLogger():
             logger.experiment.log_text(logger.run_id, text, f"samples/{step:08d}.txt")
+        case TakesTexts():
+            logger.log_text("samples", ["step", "text"], [list(row) for row in samples], step=step)
 
 
 def log_figure(logger: Logger, path: Path, step: int) -> None:
@@ -33,14 +87,14 @@ def log_figure(logger: Logger, path: Path, step: int) -> None:
         step: optimizer steps done.
     """
     match logger:
-        case WandbLogger():
-            logger.log_image(path.stem, [str(path)], step=step)
         case TensorBoardLogger():
             from matplotlib.image import imread
 
             logger.experiment.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
         case MLFlowLogger():
             logger.experiment.log_artifact(logger.run_id, str(path))
+        case TakesImages():
+            logger.log_image(path.stem, [str(path)], step=step)
 
 
 def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
@@ -51,11 +105,13 @@ def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
         values: numbers and texts by name.
     """
     match logger:
-        case WandbLogger():
-            logger.experiment.summary.update(dict(values))
         case TensorBoardLogger():
             rows = [f"| {name} | {value} |" for name, value in values.items()]
             logger.experiment.add_text("summary", "\n".join(["| | |", "|---|---|", *rows]))
         case MLFlowLogger():
             for name, value in values.items():
                 logger.experiment.set_tag(logger.run_id, name, value)
+        case TakesSummary():
+            logger.log_summary(values)
+        case WandbLogger():
+            logger.experiment.summary.update(dict(values))

@@ -32,12 +32,17 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.path.name
+        """None, so that what a callback keeps by it is in the run directory itself."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.path.parent)
 
     @property
     def version(self) -> str:
-        """There is one."""
+        """None, as for the name."""
         return ""
 
     @rank_zero_only
@@ -52,7 +57,7 @@ class MetricsCSV(Logger):
             return
         if self._row and self._row["step"] != row["step"]:
             self.flush()
-        self._row |= row
+        self._row = row | self._row  # what came first: the seconds of training, not those of the evaluation
 
     @rank_zero_only
     def flush(self) -> None:

@@ -1,20 +1,30 @@
 """Lightning's W&B logger, without questions: online where an API key is configured, offline elsewhere."""
 
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gptexp.tracking import open_wandb
+
+log = logging.getLogger("gptexp")
+
+PATIENCE = 10
+"""Seconds that W&B's server may take to answer; asked in vain, it would stop training for 19 each time."""
 
 SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "val/bpc": "min,last", "val/accuracy": "max,last"}
 """Which of a metric's values count, as W&B's summary shows them."""
 
 
 class WandbLogger(LightningWandbLogger):
-    """A W&B run that an unreachable server cannot stop.
+    """A W&B run that neither an unreachable server nor the loss of W&B's own process can stop.
 
     Args:
         project: W&B's.
@@ -22,7 +32,10 @@ class WandbLogger(LightningWandbLogger):
         save_dir: the folder in which W&B keeps its files.
         log_model: upload checkpoints: True at the end, "all" as they are saved.
         watch: what to log of the model's tensors: "gradients", "parameters" or "all".
-        options: of `wandb.init`, such as `id`, by which a resumed run goes on in the same W&B run.
+        settings: of `wandb.Settings`.
+        id: of the W&B run; a run that is resumed goes on in the one that has it.
+        name: of the W&B run.
+        options: of `wandb.init`, such as `entity`, `group` and `tags`.
     """
 
     def __init__(
@@ -32,26 +45,89 @@ class WandbLogger(LightningWandbLogger):
         save_dir: str | Path = ".",
         log_model: Literal["all"] | bool = False,
         watch: Literal["gradients", "parameters", "all"] | None = None,
+        settings: dict[str, Any] | None = None,
+        id: str | None = None,
+        name: str | None = None,
         **options: Any,
     ) -> None:
         run = None
         if rank_zero_only.rank == 0:
-            run = open_wandb(Path(save_dir), mode, project=project, **options)
+            patience = 600 if log_model else 60  # checkpoints take longer than a few last rows
+            run = open_wandb(Path(save_dir), mode, settings, patience, project=project, id=id, name=name, **options)
             run.define_metric("trainer/global_step")  # what Lightning draws everything over
             run.define_metric("tokens")
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-            for name, summary in SUMMARIES.items():
-                run.define_metric(name, step_metric="trainer/global_step", summary=summary)
-        super().__init__(project=project, save_dir=save_dir, log_model=log_model, experiment=run, **options)
+            for metric, summary in SUMMARIES.items():
+                run.define_metric(metric, step_metric="trainer/global_step", summary=summary)
+        super().__init__(name, save_dir, project=project, id=id, log_model=log_model, experiment=run, **options)
         self.watched = watch
+        self._lost = self._unanswered = False
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Around what W&B's own process is sent, and a run can do without."""
+        try:
+            yield
+        except ConnectionError:
+            if not self._lost:
+                log.warning("W&B's process has ended; the run goes on without it")
+            self._lost = self._unanswered = True
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around what W&B asks its server before it returns: a table, an artifact. Without an answer it is the last."""
+        start, problem = time.monotonic(), ""
+        try:
+            with self._sending():
+                yield
+        except Exception as error:
+            problem = str(error).split("\n")[0]
+        if time.monotonic() - start > PATIENCE:
+            problem = f"no answer within {PATIENCE} s"
+        if problem and not self._unanswered:
+            log.warning("W&B: %s; it gets no more samples and checkpoints, which are in %s", problem, self.save_dir)
+            self._unanswered = True
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Add to the W&B run's configuration."""
+        with self._sending():
+            super().log_hyperparams(params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row to the W&B run's history."""
+        with self._sending():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        """Log a table; takes Lightning's arguments."""
+        if not self._unanswered:
+            with self._asking():
+                super().log_table(*args, **kwargs)
+
+    @rank_zero_only
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Add to the W&B run's summary."""
+        with self._sending():
+            self.experiment.summary.update(dict(values))
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """Upload a checkpoint, or remember it for the end, as `log_model` says."""
+        if not self._unanswered:
+            with self._asking():
+                super().after_save_checkpoint(checkpoint_callback)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Upload the checkpoints that are still to be uploaded. The W&B run itself goes on, as Lightning has it."""
+        if not self._unanswered:
+            with self._asking():
+                super().finalize(status)
 
     @rank_zero_only
     def watch_module(self, module: LightningModule, interval: int) -> None:
         """Log the tensors that `watch` names every `interval` steps, if it names any."""
         if self.watched:
             self.watch(module, log=self.watched, log_freq=interval, log_graph=False)
-
-    @rank_zero_only
-    def close(self, succeeded: bool) -> None:
-        """End the W&B run, and wait until everything is where it belongs."""
-        self.experiment.finish(exit_code=0 if succeeded else 1)

@@ -2,22 +2,18 @@
 
 import logging
 import math
-import os
 import signal
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from gptexp.config import Config
@@ -26,7 +22,6 @@ from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
-from gptexp.loggers.wandb import WandbLogger
 from gptexp.models.influence import Share, train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels
@@ -44,6 +39,7 @@ from gptexp.training.callbacks.slowdown import SlowdownWarning
 from gptexp.training.callbacks.throughput import Throughput
 from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, peak_flops, thread_count, trainer_arguments, world_size
+from gptexp.training.loggers import close_loggers, open_loggers
 from gptexp.training.module import GPTModule
 from gptexp.training.objects import build
 from gptexp.training.outcome import leave_results, versions
@@ -92,14 +88,13 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         if resuming is None:
             for path in run.growing:
                 path.unlink(missing_ok=True)
-    loggers = _loggers(run, config)
     parts = _callbacks(run, config, processes, data, module, watch, quiet)
-    ours = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    loggers: list[Logger] = []
     status: Status | None = None
     try:
+        open_loggers(run, config, module, loggers)
+        loggers.append(MetricsCSV(run.metrics_path))  # the last: `trainer.logger` is one of the user's
         trainer = make_trainer(config, processes, loggers, parts.all, run.path)
-        for logger in ours:
-            logger.watch_module(module, config.log_interval)
         status = _train(trainer, module, data, resuming)
         if config.trainer.profiler and processes.first:
             log.info("%s", trainer.profiler.summary())
@@ -109,8 +104,7 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         if processes.first:
             best = leave_results(run, status, parts.stopped_early(trainer), trainer, parts.throughput)
     finally:
-        for logger in ours:
-            logger.close(succeeded=status in ("done", "pruned"))
+        close_loggers(loggers, succeeded=status in ("done", "pruned"))
     if status == "interrupted":
         raise Interrupted(parts.interruption.signal or signal.SIGTERM)
     return best
@@ -168,20 +162,6 @@ def _introduce(
                     config.model.label)  # fmt: skip
 
 
-def _loggers(run: Run, config: Config) -> list[Logger]:
-    """metrics.csv, and the loggers of the configuration."""
-    loggers: list[Logger] = [MetricsCSV(run.metrics_path)]
-    if config.trainer.fast_dev_run:  # Lightning records nothing then
-        return loggers
-    for name, entry in config.logger.items():
-        ours = entry["_target_"] == f"{WandbLogger.__module__}.{WandbLogger.__name__}"
-        arguments = entry | (_wandb_options(run, config, entry) if ours else {})
-        logger = build(f"logger.{name}", arguments, save_dir=run.path, run_name=run.info["name"])
-        logger.log_hyperparams(config.essence())
-        loggers.append(logger)
-    return loggers
-
-
 def _callbacks(
     run: Run, config: Config, processes: Processes, data: CharDataModule, module: GPTModule,
     watch: Watch | None, quiet: bool,
@@ -193,7 +173,9 @@ def _callbacks(
     # Slurm's warning before a job's time is up; srun hands it to all processes.
     warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
     interruption = Interruption(checkpoints, warning)
-    more: list[Callback] = [build(f"callbacks.{name}", entry) for name, entry in config.callbacks.items()]
+    folder = run.checkpoint("last").parent
+    more: list[Callback] = [build(f"callbacks.{name}", entry, dirpath=folder)
+                            for name, entry in config.callbacks.items()]  # fmt: skip
     if config.early_stop_patience:
         more.append(EarlyStopping(monitor, patience=config.early_stop_patience))
     pruning = Pruning(watch, monitor) if watch else None
@@ -227,20 +209,6 @@ class Parts:
         """Whether early stopping ended the run before its last step."""
         stops = any(isinstance(c, EarlyStopping) and c.exhausted for c in self.all)
         return stops and trainer.global_step < trainer.max_steps
-
-
-def _wandb_options(run: Run, config: Config, entry: dict[str, Any]) -> dict[str, Any]:
-    """What a run adds to the settings of its W&B run; the id stays, so that a resumed run goes on in the same one."""
-    info = run.info
-    given = os.environ.get("WANDB_RUN_ID") if info["group"] is None else None  # a W&B agent's: it watches this run
-    identity = info.get("wandb_id") or given or uuid.uuid4().hex[:12]
-    if rank_zero_only.rank == 0:
-        run.update(wandb_id=identity)
-    groups = (entry.get("group"), info["group"], os.environ.get("WANDB_RUN_GROUP"), os.environ.get("WANDB_SWEEP_ID"))
-    return {
-        "name": info["name"], "id": identity, "group": next(filter(None, groups), None),
-        "tags": [*config.model.tags, info["data"]["corpus"], *entry.get("tags", [])],
-    }  # fmt: skip
 
 
 def load_data(run: Run, config: Config) -> CharDataModule:
@@ -336,8 +304,8 @@ def _status(run: Run) -> Iterator[None]:
     with run.lock():
         try:
             yield
-        except KeyboardInterrupt as stop:
-            if not isinstance(stop, Interrupted) or run.info["status"] == "running":  # not saved as a clean stop is
+        except KeyboardInterrupt:
+            if run.info["status"] == "running":  # else it was saved, and its results are written
                 run.finish("interrupted")
             raise
         except BaseException as error:

@@ -2,19 +2,31 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
 from gptexp.config import Config
 from gptexp.errors import UserError
-from gptexp.validation import nearest, show
+from gptexp.validation import nearest, read_fields, show
 
 KINDS = {"callbacks": Callback, "logger": Logger}
-GIVEN = ("save_dir", "run_name")  # arguments that a run gives its loggers
+
+SUPPLIED = {"callbacks": ("dirpath",), "logger": ("save_dir", "run_name")}
+"""Arguments that a run adds where a class has them and its entry leaves them out."""
+
+IDENTITIES = ("id", "run_id")
+"""Arguments by which a logger goes on in a run of its service, such as W&B's."""
+
+PACKAGES: dict[type, tuple[tuple[str, ...], str]] = {
+    TensorBoardLogger: (("tensorboard",), "tensorboard"),
+    MLFlowLogger: (("mlflow", "sqlalchemy", "alembic"), "mlflow"),
+}
+"""What Lightning's loggers need and import only once they are built, and the extra of this package that brings it."""
 
 
 def check_objects(config: Config) -> None:
@@ -26,12 +38,12 @@ def check_objects(config: Config) -> None:
     problems: list[str] = []
     for section, kind in KINDS.items():
         for name, entry in getattr(config, section).items():
-            problems += _problems(f"{section}.{name}", kind, entry)
+            problems += _problems(section, f"{section}.{name}", kind, entry)
     if problems:
         raise UserError(problems)
 
 
-def _problems(key: str, kind: type, entry: Mapping[str, Any]) -> list[str]:
+def _problems(section: str, key: str, kind: type, entry: Mapping[str, Any]) -> list[str]:
     target = entry["_target_"]
     try:
         cls = get_class(target)
@@ -40,16 +52,28 @@ def _problems(key: str, kind: type, entry: Mapping[str, Any]) -> list[str]:
         return [f"{key}._target_={target}: cannot be imported ({reason})"]
     if not issubclass(cls, kind):
         return [f"{key}._target_={target}: is no {kind.__name__} of Lightning"]
+    for needing, (packages, extra) in PACKAGES.items():
+        missing = [p for p in packages if find_spec(p) is None] if issubclass(cls, needing) else []
+        if missing:
+            return [f"{key}: {' and '.join(missing)} cannot be imported; pip install 'gptexp[{extra}]'"]
     given = {k: v for k, v in entry.items() if k not in ("_target_", "_convert_", "_recursive_", "_partial_", "_args_")}
-    parameters = inspect.signature(cls).parameters
-    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    known = parameters(cls)
+    named = [p.name for p in known.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind == p.VAR_KEYWORD for p in known.values()):
         unknown = [k for k in given if k not in named]
         if unknown:
             return [f"{key}.{k}={show(given[k])}: {target} takes no such argument{nearest(k, named)}; allowed: "
                     f"{', '.join(named) or 'none'}" for k in unknown]  # fmt: skip
-    required = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in GIVEN]
-    return [f"{key}.{n}: is missing; {target} needs it" for n in required if n not in given]
+    required = [n for n in named if known[n].default is inspect.Parameter.empty and n not in SUPPLIED[section]]
+    problems = [f"{key}.{n}: is missing; {target} needs it" for n in required if n not in given]
+    if section == "logger" and cls.__module__.startswith("gptexp."):  # whose arguments have exact types
+        read_fields(cls.__init__, f"{key}.", {k: v for k, v in given.items() if k in named}, problems, skip=["return"])
+    return problems
+
+
+def parameters(cls: type) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a class takes, by name."""
+    return inspect.signature(cls).parameters
 
 
 def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
@@ -63,7 +87,7 @@ def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
     Raises:
         UserError: when the class refuses its arguments.
     """
-    known = inspect.signature(get_class(entry["_target_"])).parameters
+    known = parameters(get_class(entry["_target_"]))
     named = {k: v for k, v in defaults.items() if k in known and k not in entry}
     try:
         return instantiate(dict(entry), _convert_="all", **named)

@@ -54,9 +54,12 @@ def leave_results(run: Run, status: Status, stopped_early: bool, trainer: Traine
     seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}
     pictures = _draw(run, rows)
     for logger in trainer.loggers:
-        log_summary(logger, {"status": status, "parameters": parameters, **seen})
-        for path in pictures:
-            log_figure(logger, path, step)
+        try:
+            log_summary(logger, {"status": status, "parameters": parameters, **seen})
+            for path in pictures:
+                log_figure(logger, path, step)
+        except Exception as error:  # the run is whole without them
+            log.warning("%s: no summary or picture (%s)", type(logger).__name__, str(error).split("\n")[0])
     run.finish(status)
     match status:
         case "interrupted":
@@ -87,10 +90,9 @@ def _draw(run: Run, rows: list[dict[str, float]]) -> list[Path]:
         from gptexp.analysis.plots import plot_curves
 
         plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
-        if not run.config.diagnostics_interval:
-            return [run.curves_path]
-        plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)
-        return [run.curves_path, run.heat_maps_path]
+        if run.config.diagnostics_interval:
+            plot_diagnostics(read_diagnostics(run.diagnostics_path), run.info["name"], run.heat_maps_path)
+        return [path for path in (run.curves_path, run.heat_maps_path) if path.exists()]
     except Exception as error:  # the run is whole without its pictures
         log.warning("%s: no picture (%s)", run.path, error)
         return []

@@ -20,7 +20,7 @@ CALLBACKS = "lightning.pytorch.callbacks"
 
 def column(run: Run, name: str) -> dict[int, float]:
     """A column of the file of Lightning's CSVLogger (logger=csv)."""
-    with (run.path / "csv" / "metrics.csv").open(newline="") as file:
+    with (run.path / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 

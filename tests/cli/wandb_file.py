@@ -2,19 +2,18 @@
 
 import json
 import struct
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-
-PATIENCE = 120  # seconds
 
 
 @dataclass
@@ -43,43 +42,55 @@ class Record:
 def records(path: Path) -> Iterator[bytes]:
     """The log's records: chunks of at most a block, each with a checksum, a length and a type.
 
-    They end before the first chunk that is not whole: the process that writes the file may be in the middle of it.
+    Raises:
+        EOFError: after the last whole one, where the file ends in the middle of another.
     """
     data = path.read_bytes()
     at, parts = 7, b""  # a header of seven bytes
-    while at + 7 <= len(data):
+    while at < len(data):
         if BLOCK - at % BLOCK < 7:  # a block's last bytes are padding
             at += BLOCK - at % BLOCK
             continue
+        if at + 7 > len(data):
+            raise EOFError(path)
         checksum, length, kind = struct.unpack("<IHB", data[at : at + 7])
         chunk = data[at + 7 : at + 7 + length]
-        if kind == 0 or len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
-            return
+        if len(chunk) < length:
+            raise EOFError(path)
+        assert checksum == zlib.crc32(chunk, zlib.crc32(bytes([kind])))
         parts += chunk
         at += 7 + length
         if kind in (FULL, LAST):
             yield parts
             parts = b""
+    if parts:
+        raise EOFError(path)
 
 
 def read_run(path: Path) -> Record:
-    """Everything of interest in the file of a run that has ended: W&B's own process writes it a moment later.
+    """Everything of interest in the file of a run that has ended.
 
-    Raises:
-        TimeoutError: when the file does not come to its end.
+    W&B's own process writes the file, and goes on doing so for a moment after the run is over. It ends with the
+    process that began it, which waits for it. Where that is this process, it ends here.
     """
-    deadline = time.monotonic() + PATIENCE
-    while (found := read_so_far(path)).exit_code is None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{path}: no end after {PATIENCE} s, and {len(found.history)} rows")
-        time.sleep(0.05)
-    return found
+    wandb.teardown()
+    return read(records(path))
 
 
 def read_so_far(path: Path) -> Record:
-    """The same of a run that may go on, as far as it is written."""
+    """The same of a run that goes on, or was killed, as far as it is written."""
+
+    def whole() -> Iterator[bytes]:
+        with suppress(EOFError):
+            yield from records(path)
+
+    return read(whole())
+
+
+def read(contents: Iterable[bytes]) -> Record:
+    """What a file's records say."""
     found, names = Record(), {}
-    for content in records(path):
+    for content in contents:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
         match record.WhichOneof("record_type"):

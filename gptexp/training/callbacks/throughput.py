@@ -72,10 +72,8 @@ class Throughput(Callback):
             return
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
         self._logged, rate = (self.tokens, self.seconds), tokens / max(seconds, 1e-9)
-        shown = {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": rate,
-                 "mfu": rate * self.flops_per_token / (self._peak or float("inf"))}  # fmt: skip
-        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        pl_module.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in shown.items()})
+        self._log(pl_module, tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate,
+                  mfu=rate * self.flops_per_token / (self._peak or float("inf")))  # fmt: skip
         log_step(trainer, MetricsCSV)
         if not evaluates:
             flush(trainer)
@@ -86,15 +84,20 @@ class Throughput(Callback):
             self._tick()
         self._mark = time.perf_counter()
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
+        """Log with an evaluation what else its metrics can be drawn over."""
+        self._log(pl_module, tokens=self.tokens, seconds=self.seconds)
+
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
         """Complete the row, and let the clock of training go on."""
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.log_metrics({"tokens": self.tokens}, step=trainer.global_step)
         flush(trainer)
         now = time.perf_counter()
         self.eval_seconds += now - self._mark
         self._mark = now
+
+    def _log(self, pl_module: GPTModule, **values: float) -> None:
+        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        pl_module.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in values.items()})
 
     def _tick(self) -> None:
         now = time.perf_counter()
