@@ -165,7 +165,9 @@ def test_two_machines_with_different_settings(how: str, corpus: Path, tmp_path: 
 ])  # fmt: skip
 def test_a_mistake_of_all_is_told_once(wrong: list[str], line: str, corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
-    codes, _, err = finish_all(torchrun(*[[*wrong, *TINY, f"data.path={corpus}"][:]] * 2, cwd=tmp_path))
+    flags = [argument for argument in wrong if argument == "-m"]
+    settings = [*flags, *TINY, f"data.path={corpus}", *wrong[len(flags) :]]
+    codes, _, err = finish_all(torchrun(settings, settings, cwd=tmp_path))
     assert codes == [1, 1]
     (told,) = errors(err)
     assert told.startswith(line)

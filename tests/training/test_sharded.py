@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def shard(source: Path, folder: Path, **more: Any) -> None:
     """What Lightning's FSDP strategy makes of a checkpoint, with further entries."""
     content = torch.load(source, weights_only=True)
     parts = {"model": content.pop("state_dict"), "optimizer_0": content.pop("optimizer_states")[0], **more}
-    dcp.save(parts, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(parts, checkpoint_id=folder, no_dist=True)
     torch.save(content, folder / "meta.pt")
 
 
