@@ -77,6 +77,15 @@ def _leaves_nothing_behind() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _root_logger() -> Iterator[None]:
+    """Takes back what packages do to the root logger: alembic, for one, gives it a handler of its own."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 6,000 characters that a model can learn something from."""

@@ -53,6 +53,8 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of a step."""
         row = {k: float(metrics[k]) for k in METRICS if k in metrics} | {"step": float(step or 0)}
+        if len(row) == 1:  # nothing of these columns
+            return
         if row["step"] == self._written.get("step") and row.keys() <= self._written.keys():
             return
         if self._row and self._row["step"] != row["step"]:

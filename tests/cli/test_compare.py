@@ -17,6 +17,8 @@ from tests.conftest import REPOSITORY, TINY, finish, spawn
 
 Command = Callable[..., int]
 
+WANDB = {"wandb": {"_target_": "gptexp.loggers.wandb.WandbLogger", "project": "mine", "mode": "offline"}}
+
 
 @pytest.fixture
 def sweep(command: Command, corpus: Path, tmp_path: Path) -> Path:
@@ -130,7 +132,7 @@ def test_a_report_in_wandb(
     write: Callable[..., Run], tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     for seed in range(6):
-        write(2.0 + seed / 100, seed, settings={"logger": {"name": "wandb", "project": "mine", "mode": "offline"}})
+        write(2.0 + seed / 100, seed, settings={"logger": WANDB})
         write(1.9 + seed / 100, seed, "rmsnorm")
     folder = tmp_path / "sweep"
     assert command(str(folder), main=compare.main) == 0

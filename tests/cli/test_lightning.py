@@ -82,11 +82,19 @@ def test_arguments_of_the_trainer(tiny: Tiny, capfd: pytest.CaptureFixture[str])
     assert few != whole
 
 
-def test_both_names_of_a_setting_make_the_same_run(tiny: Tiny) -> None:
+def test_both_names_of_a_setting_make_the_same_run(
+    command: Callable[..., int], corpus: Path, tmp_path: Path
+) -> None:
     long = ["trainer.max_steps=12", "trainer.gradient_clip_val=0.5", "trainer.val_check_interval=8",
             "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2"]  # fmt: skip
     short = ["max_steps=12", "grad_clip=0.5", "eval_interval=4", "gradient_accumulation_steps=2", "log_interval=2"]
-    one, other = tiny("one", *long), tiny("other", *short)
+    named = ("max_steps", "eval_interval", "log_interval")
+    common = [*(s for s in TINY if not s.startswith(named)), f"data.path={corpus}"]
+    runs = []
+    for name, settings in (("one", long), ("other", short)):
+        assert command(*common, *settings, f"hydra.run.dir={tmp_path / name}") == 0
+        runs.append(Run.open(tmp_path / name))
+    one, other = runs
     assert timeless(one) == timeless(other)
     assert one.info["fingerprints"]["config"] == other.info["fingerprints"]["config"]
 
@@ -103,7 +111,7 @@ def test_fast_dev_run_records_nothing(tiny: Tiny, capfd: pytest.CaptureFixture[s
 
 def test_epochs_of_lightning(tiny: Tiny) -> None:
     run = tiny("run", "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.check_val_every_n_epoch=1",
-               "trainer.val_check_interval=5")  # fmt: skip
+               "eval_interval=5")  # fmt: skip
     rows = read_metrics(run.metrics_path)
     assert rows[-1]["step"] == 10
     assert [row["step"] for row in rows if "val/loss" in row] == [0, 5, 10]
@@ -144,7 +152,7 @@ def test_mistakes(
     overrides: str, line: str, command: Callable[..., int], corpus: Path, tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    settings = [*(s for s in TINY if not s.startswith("max_steps")), f"data.path={corpus}"]
+    settings = [*(s for s in TINY if not s.startswith(("max_steps", "eval_interval"))), f"data.path={corpus}"]
     assert command(*settings, *overrides.split(), f"hydra.run.dir={tmp_path / 'run'}") == 2
     (error,) = capfd.readouterr().err.splitlines()
     assert error.startswith(f"error: {line}")

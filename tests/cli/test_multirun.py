@@ -89,7 +89,7 @@ def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict
         (file,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
         record = read_run(file)
         identities.add(record.id)
-        assert record.id == run.info["wandb_id"]
+        assert record.id == run.info["loggers"]["wandb"]
         assert record.name == name
         assert record.group == run.path.parent.name
         assert record.project == "gptexp"
@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
     records = [read_run(file) for file in files]
     assert len(records) == 2
-    assert records[0].id == records[1].id == Run.open(folder).info["wandb_id"]
+    assert records[0].id == records[1].id == Run.open(folder).info["loggers"]["wandb"]
     assert records[0].name == records[1].name
     assert max(row["trainer/global_step"] for row in records[1].history) == 24
     tables = [row["samples/nrows"] for row in records[1].history if "samples/nrows" in row]
