@@ -332,7 +332,8 @@ def test_the_loggers_hold_what_is_in_the_file(
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     history = [h for h in read_run(file).history if any(key.startswith("diagnostics/") for key in h)]
     assert [h["trainer/global_step"] for h in history] == [0, 3, 6]
-    logged = {(h["trainer/global_step"], key): v for h in history for key, v in h.items() if key.startswith("diagnostics/")}
+    logged = {(h["trainer/global_step"], key): value
+              for h in history for key, value in h.items() if key.startswith("diagnostics/")}  # fmt: skip
     assert logged == pytest.approx(written, rel=1e-6)
 
 
