@@ -72,7 +72,7 @@ def test_a_run_under_the_agent(corpus: Path, tmp_path: Path) -> None:
     record = read_run(file)
     assert (record.id, record.sweep, record.group) == ("run1", "sweep1", "sweep1")
     assert (record.project, record.entity) == ("theirs", "team")
-    assert Run.open(folder).info["wandb_id"] == "run1"
+    assert Run.open(folder).info["loggers"]["wandb"] == "run1"
     assert Run.open(folder).config.model.norm == "rmsnorm"  # type: ignore[union-attr]
     assert record.config["model.norm"] == '"rmsnorm"'
     losses = [row["val/loss"] for row in record.history if "val/loss" in row]
