@@ -1,7 +1,5 @@
 """What every command shares at the terminal: where messages go, and what an error looks like."""
 
-import atexit
-import gc
 import io
 import logging
 import os
@@ -15,22 +13,6 @@ from gptexp.errors import GroupFailed, Interrupted, UserError
 from gptexp.training.ranks import end_together, part
 
 log = logging.getLogger("gptexp")
-
-atexit.register(gc.freeze)  # a process that ends need not search a million objects for garbage: most of a second
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Around imports by the hundred. What they make is no garbage, and to search it would take a tenth of the time."""
-    enabled, before = gc.isenabled(), len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if len(sys.modules) > before + 100:  # the first time
-            gc.freeze()  # later searches leave it out, too
-        if enabled:
-            gc.enable()
 
 
 class _Quiet(logging.Handler):

@@ -57,6 +57,7 @@ class Processes:
         nodes: machines.
         started: whether torchrun or Slurm started them, so that their number counts and not `hardware.devices`.
         store: where they meet; None before they have.
+        runs: that they have trained.
         leading: whether this process works while the others follow.
     """
 
@@ -68,7 +69,7 @@ class Processes:
     store: Store | None = None
     leading: bool = False
     _told: int = 0  # values
-    _runs: int = 0  # trained so far
+    runs: int = 0
     _hurried: bool = False  # asked to end while it fails
 
     @property
@@ -309,7 +310,7 @@ def connected(group: Processes, log_path: Path) -> Iterator[None]:
     if group.store is None:
         yield
         return
-    run, group._runs = group._runs, group._runs + 1
+    run, group.runs = group.runs, group.runs + 1
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _interrupt) if main else None  # until training looks after it
     try:
