@@ -96,6 +96,7 @@ def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict
         assert record.job_type == "train"
         assert set(record.tags) == {run.config.model.norm, "pre", "h2", "file", "mine"}
         settings = json.loads(json.dumps(run.config.essence()))  # all that can change a result
+        settings["model"]["vocab_size"] = len(run.info["tokenizer"]["symbols"])
         assert {k: json.loads(v) for k, v in record.config.items() if k in settings} == settings
         rows = {row["step"]: row for row in read_metrics(run.metrics_path)}
         logged = {r["trainer/global_step"]: r["val/loss"] for r in record.history if "val/loss" in r}
