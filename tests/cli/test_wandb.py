@@ -253,7 +253,8 @@ def begin(processes: Processes, corpus: Path, tmp_path: Path) -> Begin:
     """Begins a real process of the command line, with more overrides and environment variables."""
 
     def run(*overrides: str, **env: str) -> subprocess.Popen[str]:
-        settings = [*TINY, "logger=wandb", f"data.path={corpus}", *overrides]
+        flags = [o for o in overrides if o.startswith("-")]  # which stand before the settings
+        settings = [*flags, *TINY, "logger=wandb", f"data.path={corpus}", *(o for o in overrides if o not in flags)]
         shared = {"PYTHONPATH": str(REPOSITORY), "GPTEXP_TEST": processes.mark}
         return spawn(*settings, cwd=tmp_path, env=os.environ | shared | env)
 
@@ -338,6 +339,7 @@ def test_a_sweep_whose_wandb_is_killed_goes_on(begin: Begin, processes: Processe
     found: list[Path] = []
 
     def training() -> bool:
+        assert process.poll() is None, finish(process)
         found[:] = (tmp_path / "out").glob("sweeps/*/*/metrics.csv")
         return bool(found) and rows(found[0].parent) > 5
 
