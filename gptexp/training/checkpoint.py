@@ -24,13 +24,13 @@ def read_checkpoint(path: Path, key: str, weights: bool = True) -> dict[str, Any
         weights: read `state_dict` from a sharded checkpoint, too.
 
     Raises:
-        UserError: when the checkpoint is missing, cut short, or not one of this program.
+        UserError: when the checkpoint is missing, damaged, or not one of this program.
     """
     if not path.exists():
         raise UserError(f"{key}: there is no checkpoint {path}")
-    whole = (path / INDEX).is_file() and (path / REST).is_file() if path.is_dir() else zipfile.is_zipfile(path)
-    if not whole:  # the directory of a zip file is at its end, so a cut file has none; the index is written last, too
-        raise UserError(f"{key}: {path} is not a checkpoint, or is cut short")
+    whole = (path / INDEX).is_file() and (path / REST).is_file() if path.is_dir() else _undamaged(path)
+    if not whole:
+        raise UserError(f"{key}: {path} is not a checkpoint, or is damaged")
     try:
         if path.is_dir():
             from gptexp.training.sharded import read_sharded  # slow to import, and seldom needed
@@ -43,3 +43,12 @@ def read_checkpoint(path: Path, key: str, weights: bool = True) -> dict[str, Any
     except Exception as error:
         raise UserError(f"{key}: {path} is not a checkpoint of gptexp ({type(error).__name__})") from error
     return dict(checkpoint)
+
+
+def _undamaged(path: Path) -> bool:
+    """Whether a file has all that was saved, by the checksums in it, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):  # the directory of a zip file is at its end, so a cut file has none
+        return False

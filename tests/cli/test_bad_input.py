@@ -13,6 +13,7 @@ import yaml
 
 import gptexp
 from gptexp.runs import Run
+from gptexp.training.module import GPTModule
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 
 WRONG: dict[str, list[str]] = {
@@ -322,7 +323,7 @@ class TestResume:
         assert command(f"resume={run.path}", "norm=layernorm") == 2
         assert "model.norm=layernorm differs from the run's model.norm=rmsnorm" in capfd.readouterr().err
 
-    @pytest.mark.parametrize("damage", ["missing", "foreign", "cut", "other run"])
+    @pytest.mark.parametrize("damage", ["missing", "foreign", "cut", "hole", "other run"])
     def test_a_bad_checkpoint(
         self, damage: str, tiny: Callable[..., Run], command: Callable[..., int], capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -336,6 +337,10 @@ class TestResume:
             last.write_bytes(b"not a checkpoint at all")
         elif damage == "cut":
             last.write_bytes(content[: len(content) // 2])
+        elif damage == "hole":  # zeros in place of weights, as a power loss can leave them
+            weights = next(iter(GPTModule.load_from_checkpoint(last).model.parameters())).detach().numpy().tobytes()
+            assert content.count(weights) == 1
+            last.write_bytes(content.replace(weights, bytes(len(weights))))
         else:
             last.write_bytes(tiny("other", "seed=7").checkpoint("last").read_bytes())
         before = run.metrics_path.read_bytes()

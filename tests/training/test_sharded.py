@@ -118,5 +118,5 @@ def test_an_unfinished_directory(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     shard(run.checkpoint("best"), folder)
     (folder / "meta.pt").unlink()
-    with pytest.raises(UserError, match="is not a checkpoint, or is cut short"):
+    with pytest.raises(UserError, match="is not a checkpoint, or is damaged"):
         read_checkpoint(folder, "run")
