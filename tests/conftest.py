@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: bits de
 
 import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from benchmarks.compare import write_run
 from gptexp import perf
 from gptexp.config import Config
+from gptexp.overrides import compose_config
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
 
@@ -122,6 +124,19 @@ def tiny(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[
         return Run.open(tmp_path / name)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(compose_config([*TINY, f"data.path={corpus}"]), folder)
+    return folder
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Run:
+    """A copy of a tiny run without further overrides, trained once for all tests."""
+    return Run.open(shutil.copytree(_finished, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ def test_all_parts_together_stay_under_nine_minutes() -> None:
     assert sum(part.seconds for part in PARTS.values()) < 9 * 60
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     figures = tmp_path / "new" / "figures.json"
     done = run("--only=ladder,throughput,generate", f"--peer={tmp_path}", f"--json={figures}", "--minutes=60")
@@ -173,6 +174,7 @@ def test_losses_that_are_too_far_apart_are_told() -> None:
         check_close({"plain": 2.0, "compiled": math.nan}, "plain", 0.02)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_time_saves_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class UntilTarget(Stage):
         def left(self) -> float:

@@ -299,15 +299,15 @@ def test_a_sweep_is_checked_before_its_first_job(
 
 
 class TestResume:
-    def test_a_finished_run(self, tiny: Callable[..., Run], command: Callable[..., int], capfd) -> None:  # type: ignore[no-untyped-def]
-        run = tiny("run")
+    def test_a_finished_run(self, finished: Run, command: Callable[..., int], capfd) -> None:  # type: ignore[no-untyped-def]
+        run = finished
         before = run.metrics_path.read_bytes()
         assert command(f"resume={run.path}") == 2
         assert "this run is done" in capfd.readouterr().err
         assert run.metrics_path.read_bytes() == before
 
-    def test_another_configuration(self, tiny: Callable[..., Run], command: Callable[..., int], capfd) -> None:  # type: ignore[no-untyped-def]
-        run = tiny("run")
+    def test_another_configuration(self, finished: Run, command: Callable[..., int], capfd) -> None:  # type: ignore[no-untyped-def]
+        run = finished
         run.update(status="interrupted")
         assert command(f"resume={run.path}", "model.norm=rmsnorm", "batch_size=8", "model.n_embd=16") == 2
         lines = capfd.readouterr().err.splitlines()
@@ -325,9 +325,10 @@ class TestResume:
 
     @pytest.mark.parametrize("damage", ["missing", "foreign", "cut", "hole", "other run"])
     def test_a_bad_checkpoint(
-        self, damage: str, tiny: Callable[..., Run], command: Callable[..., int], capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        run = tiny("run")
+        self, damage: str, finished: Run, tiny: Callable[..., Run], command: Callable[..., int],
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        run = finished
         run.update(status="interrupted")
         last = run.checkpoint("last")
         content = last.read_bytes()

@@ -54,8 +54,12 @@ def test_a_sweep_of_real_runs(sweep: Path, command: Command, capfd: pytest.Captu
     assert (sweep.parent / "mine" / "report.html").exists()
 
 
-def test_an_unfinished_sweep(sweep: Path, command: Command, capfd: pytest.CaptureFixture[str]) -> None:
-    runs = sorted(p.parent for p in sweep.glob("*/run.json"))
+def test_an_unfinished_sweep(
+    write: Callable[..., Run], command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    runs = sorted(write(3.0, seed, norm, placement).path for norm in ("layernorm", "batchnorm")
+                  for placement in ("pre", "post") for seed in (1, 2, 3))  # fmt: skip
     (sweep / "sweep.json").write_text(json.dumps({"jobs": [p.name for p in runs]}))
     shutil.rmtree(runs[0])
     Run(runs[1]).update(status="running")

@@ -20,7 +20,8 @@ def check_close(one: Run, two: Run) -> None:
             assert x.get(column, 0) == pytest.approx(y.get(column, 0), abs=1e-4), (x["step"], column)
 
 
-@pytest.mark.parametrize("norm", [pytest.param("layernorm", marks=pytest.mark.slow), "batchnorm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
 def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -> None:
     common = [*TINY, *LONGER, f"data.path={corpus}", f"norm={norm}"]
     for name, hardware in (("one", "cpu"), ("two", "ddp_cpu")):

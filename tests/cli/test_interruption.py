@@ -149,6 +149,7 @@ def test_a_signal_between_micro_batches_is_saved_too(corpus: Path, tmp_path: Pat
     check_same(Run.open(folder), Run.open(unbroken))
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     # A step of many micro-batches lasts long enough for two signals.
@@ -169,6 +170,7 @@ def test_resume_auto_without_a_run_starts_one(command: Callable[..., int], corpu
     assert Run.open(path).info["status"] == "done"
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_one_run(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = begin(corpus, folder, "max_steps=1000000")

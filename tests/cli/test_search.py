@@ -166,6 +166,7 @@ def test_a_trial_that_was_half_asked_for_is_not_trained(search: Callable[..., in
         "trial-0000", "trial-0003", "trial-0004"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_space_that_is_used_up(
     search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def test_the_same_command_trains_nothing_twice(
     assert out.partition("--- 4 jobs")[2] == table
 
 
+@pytest.mark.slow
 def test_more_seeds_join_the_sweep(sweep: Callable[..., int], tmp_path: Path) -> None:
     assert sweep("sweep.name=mine", "norm=layernorm,rmsnorm", "seed=1,2", "max_steps=2") == 0
     assert sweep("sweep.name=mine", "norm=rmsnorm", "seed=3", "max_steps=2") == 0

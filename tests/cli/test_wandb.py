@@ -283,6 +283,7 @@ def test_what_ran_is_told(begin: Begin, processes: Processes, tmp_path: Path) ->
     check_history(record, run)
 
 
+@pytest.mark.slow
 def test_a_killed_run_stays_unfinished(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = begin(f"hydra.run.dir={folder}", "log_interval=1", *LONG)
@@ -299,6 +300,7 @@ def test_a_killed_run_stays_unfinished(begin: Begin, processes: Processes, tmp_p
     assert steps == list(written(run, "train/loss"))[: len(steps)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_told(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     """It ends the run in W&B, as one that did not reach its end, once what was logged is there."""
     folder = tmp_path / "run"
@@ -315,6 +317,7 @@ def test_ctrl_c_is_told(begin: Begin, processes: Processes, tmp_path: Path) -> N
     assert list(logged(record, "train/loss")) == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_signals_while_wandb_waits_for_its_server(
     number: signal.Signals, status: int, begin: Begin, processes: Processes, server: Server, tmp_path: Path
@@ -334,6 +337,7 @@ def test_signals_while_wandb_waits_for_its_server(
     assert rows(folder) <= 0
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_wandb_is_killed_goes_on(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     process = begin("-m", "seed=1,2", "max_steps=1000", "eval_interval=500", f"output_dir={tmp_path / 'out'}")
     found: list[Path] = []

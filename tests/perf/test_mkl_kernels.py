@@ -131,6 +131,7 @@ def test_a_choice_stands_from_the_first_product_on(choices: str, refused: str, a
     assert all(problem.startswith(f"hardware.fast_mkl={refused}: an earlier run") for problem in problems)
 
 
+@pytest.mark.slow
 @needed
 @pytest.mark.parametrize("values", ["true,false", "false,true"])
 def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path) -> None:
@@ -145,6 +146,7 @@ def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path)
     assert [info["device"]["fast_mkl"] for info in known if info["status"] == "done"] == [first == "true"]
 
 
+@pytest.mark.slow
 def test_a_run_tells_which_kernels_it_had_and_repeats_with_them(corpus: Path, tmp_path: Path) -> None:
     rows = {}
     for name, setting in (("fast", "true"), ("own", "false"), ("again", "true")):
