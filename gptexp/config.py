@@ -8,9 +8,9 @@ import json
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
 from annotated_types import Ge, Lt
@@ -18,22 +18,41 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptexp.data.settings import DataConfig
-from gptexp.data.settings import check as check_data
 from gptexp.errors import UserError
-from gptexp.models.registry import NORMS, default_norms
 from gptexp.models.settings import GPTConfig, ModelConfig
-from gptexp.training import settings as training
 from gptexp.training.settings import (
     OBSERVING,
     SHORT,
+    AdamWConfig,
+    CosineConfig,
     HardwareConfig,
     OptimizerConfig,
     ScheduleConfig,
     SweepConfig,
     TrainerConfig,
-    check_hardware,
 )
-from gptexp.validation import Tree, nearest, read_fields, show
+from gptexp.validation import Tree, dataclasses_of, read, read_fields, show
+
+_EXAMPLES = {
+    "callbacks": "lightning.pytorch.callbacks.LearningRateMonitor",
+    "logger": "lightning.pytorch.loggers.CSVLogger",
+}
+
+
+def _read_objects(section: str, table: Any, problems: list[str]) -> dict[str, Tree]:
+    """A section of objects by name. Whether each can be built is seen once Lightning is imported."""
+    if not isinstance(table, Mapping | None):
+        problems.append(f"{section}={show(table)}: must be a table of objects by name, each with its _target_")
+        return {}
+    entries = {str(name): entry for name, entry in (table or {}).items() if entry is not None}  # null: switched off
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("_target_"), str):
+            problems.append(f"{section}.{name}={show(entry)}: lacks _target_, the class to build, such as "
+                            f"{section}.{name}._target_={_EXAMPLES[section]}")  # fmt: skip
+    return entries
+
+
+_Objects = Annotated[dict[str, Tree], _read_objects]
 
 
 @dataclass(frozen=True)
@@ -64,12 +83,12 @@ class Config:
 
     model: ModelConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=training.AdamWConfig)
-    schedule: ScheduleConfig = field(default_factory=training.CosineConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=CosineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    callbacks: dict[str, Tree] = field(default_factory=dict)
-    logger: dict[str, Tree] = field(default_factory=dict)
+    callbacks: _Objects = field(default_factory=dict)
+    logger: _Objects = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     max_steps: Annotated[int, Ge(1)] = 2000
@@ -106,12 +125,12 @@ class Config:
 
     def essence(self) -> Tree:
         """Every setting that can change a result; names, paths, loggers and diagnostics cannot."""
-        without = ("model", "sweep", "resume", "output_dir", "name", "trainer", "logger", "diagnostics_interval")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
-        plainly = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
-        del plainly["hardware"]["timeout"]
-        trainer = {k: v for k, v in self.tree()["trainer"].items() if k not in OBSERVING}
-        return plainly | {"model": self.model.tree(), "trainer": trainer}
+        tree = self.tree()
+        for key in ("output_dir", "name", "logger", "diagnostics_interval"):
+            del tree[key]
+        del tree["hardware"]["timeout"]
+        trainer = {k: v for k, v in tree["trainer"].items() if k not in OBSERVING}
+        return tree | {"model": self.model.tree(), "trainer": trainer}
 
     def fingerprint(self) -> str:
         """SHA-256 over `essence`."""
@@ -119,18 +138,6 @@ class Config:
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-
-
-_SECTIONS: dict[str, tuple[type, ...]] = {
-    "model": get_args(ModelConfig),
-    "data": (DataConfig,),
-    "optimizer": get_args(OptimizerConfig),
-    "schedule": get_args(ScheduleConfig),
-    "hardware": (HardwareConfig,),
-    "trainer": (TrainerConfig,),
-    "sweep": (SweepConfig,),
-}
-_OBJECTS = ("callbacks", "logger")  # sections of objects that are built by their _target_
 
 
 def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
@@ -145,20 +152,15 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     """
     problems: list[str] = []
     tree = _by_short_names(tree, problems)
-    values: Tree = {section: _read_objects(section, tree.get(section), problems) for section in _OBJECTS}
-    for section, classes in _SECTIONS.items():
-        values[section] = _read_section(section, classes, tree.get(section, {}), problems)
-    sections = {*_SECTIONS, *_OBJECTS}
-    top = {k: v for k, v in tree.items() if k not in sections}
-    values |= read_fields(Config, "", top, problems, skip=sections) or {}
-    name = values["sweep"].name if values["sweep"] else None
+    config = Config(**read_fields(Config, "", tree, problems, skip=("vocab_size",)))  # the tokenizer says vocab_size
+    name = config.sweep.name if config.sweep else None
     if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):
         problems.append(f"sweep.name={show(name)}: names a directory; allowed: letters, digits, and any of _ . + -")
     if cross_check:
-        problems += _cross_check(values)
+        problems += _cross_check(config)
     if problems:
         raise UserError(problems)
-    return Config(**values)
+    return config
 
 
 def load_config(path: Path) -> Config:
@@ -207,33 +209,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _read_section(
-    name: str, classes: tuple[type, ...], tree: Any, problems: list[str], vocab_size: bool = False
-) -> Any:
-    if not isinstance(tree, Mapping):
-        choices = [c().name for c in classes] if len(classes) > 1 else []
-        allowed = f"a group choice: {', '.join(choices)}" if choices else "a group of settings"
-        problems.append(f"{name}={show(tree)}: must be {allowed}")
-        return None
-    cls = classes[0]
-    if len(classes) > 1:
-        by_name = {c().name: c for c in classes}
-        choice = tree["name"] if "name" in tree else getattr(Config(), name).name
-        if choice not in by_name:
-            problems.append(
-                f"{name}.name={show(choice)}: unknown{nearest(str(choice), by_name)} allowed: {', '.join(by_name)}")
-            return None
-        cls = by_name[choice]
-    before = len(problems)
-    norms = {}
-    if "norms" in (f.name for f in fields(cls)):  # each norm's settings are a dataclass of their own
-        norms = {"norms": _read_norms(tree.get("norms", {}), problems)}
-        tree = {k: v for k, v in tree.items() if k != "norms"}
-    skip = {"norms"} if vocab_size else {"vocab_size", "norms"}  # the tokenizer says vocab_size
-    values = read_fields(cls, f"{name}.", tree, problems, skip=skip)
-    return None if values is None or len(problems) > before else cls(**values, **norms)
-
-
 def read_section(name: str, given: Any) -> Any:
     """One section by itself, such as "model", from a plain tree or from its dataclass.
 
@@ -244,134 +219,65 @@ def read_section(name: str, given: Any) -> Any:
     Raises:
         UserError: with one line for every problem.
     """
-    classes = _SECTIONS[name]
-    if isinstance(given, classes):
-        return given
+    hint = typing.get_type_hints(Config, include_extras=True)[name]
     problems: list[str] = []
-    made = _read_section(name, classes, {} if given is None else given, problems, vocab_size=True)
-    if name == "model" and made:
-        problems += made.problems()
+    known = type(given) in dataclasses_of(hint)
+    section = given if known else read(hint, name, {} if given is None else given, problems)
+    if isinstance(section, ModelConfig | DataConfig):
+        problems += section.problems()
     if problems:
         raise UserError(problems)
-    return made
+    return section
 
 
 def _by_short_names(tree: Mapping[str, Any], problems: list[str]) -> Tree:
     """The tree with those arguments of the Trainer that have a shorter name under that name."""
-    tree = dict(tree)
     trainer = tree.get("trainer")
     if not isinstance(trainer, Mapping):
-        return tree
-    tree["trainer"] = {k: v for k, v in trainer.items() if k not in SHORT}
-    for argument, value in trainer.items():
-        if argument not in SHORT or value is None:
-            continue
-        section, _, key = SHORT[argument].rpartition(".")
-        if argument == "val_check_interval":  # Lightning counts batches, eval_interval optimizer steps
-            batches = trainer.get("accumulate_grad_batches") or tree.get("gradient_accumulation_steps", 1)
-            if not isinstance(value, int) or value % batches:
-                problems.append(f"trainer.val_check_interval={show(value)}: must be a number of batches, a multiple of "
-                                f"gradient_accumulation_steps={batches}")  # fmt: skip
-            else:
-                tree[key] = value // batches
-        elif section:
-            tree[section] = {**tree.get(section, {}), key: value}
+        return dict(tree)
+    tree = {**tree, "trainer": {k: v for k, v in trainer.items() if k not in SHORT}}
+    given = {SHORT[k]: v for k, v in trainer.items() if k in SHORT and v is not None}
+    if "eval_interval" in given:  # counts optimizer steps, Lightning batches
+        interval = given.pop("eval_interval")
+        batches = {**tree, **given}.get("gradient_accumulation_steps", 1)
+        if isinstance(interval, int) and isinstance(batches, int) and batches and interval % batches == 0:
+            given["eval_interval"] = interval // batches
         else:
-            tree[key] = value
-    return tree
+            problems.append(f"trainer.val_check_interval={show(interval)}: must be a number of batches, a multiple of "
+                            f"gradient_accumulation_steps={show(batches)}")  # fmt: skip
+    hardware = {k.removeprefix("hardware."): given.pop(k) for k in list(given) if k.startswith("hardware.")}
+    if hardware and isinstance(tree.get("hardware", {}), Mapping):
+        given["hardware"] = {**tree.get("hardware", {}), **hardware}
+    return tree | given
 
 
-def _read_objects(section: str, table: Any, problems: list[str]) -> dict[str, Tree]:
-    """A section of objects by name. Whether each can be built is seen once Lightning is imported."""
-    if table is None:
-        return {}
-    if not isinstance(table, Mapping):
-        problems.append(f"{section}={show(table)}: must be a table of objects by name, each with its _target_")
-        return {}
-    found: dict[str, Tree] = {}
-    for name, entry in table.items():
-        if entry is None:  # switched off
-            continue
-        if not isinstance(entry, Mapping):
-            problems.append(f"{section}.{name}={show(entry)}: must be a table with _target_, the class, and arguments")
-        elif not isinstance(entry.get("_target_"), str):
-            problems.append(f"{section}.{name}: lacks _target_, the class to build, such as "
-                            f"{section}.{name}._target_={_EXAMPLES[section]}")  # fmt: skip
-        else:
-            found[str(name)] = dict(entry)
-    return found
-
-
-_EXAMPLES = {
-    "callbacks": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "logger": "lightning.pytorch.loggers.CSVLogger",
-}
-
-
-def _read_norms(table: Any, problems: list[str]) -> Tree:
-    """The table model.norms: each entry checked by its norm's own settings dataclass."""
-    read: Tree = default_norms()
-    if not isinstance(table, Mapping):
-        problems.append(f"model.norms={show(table)}: must be a table of settings by norm")
-        return read
-    for name, entry in table.items():
-        if name not in NORMS:
-            problems.append(f"model.norms.{name}: unknown norm{nearest(str(name), NORMS)} allowed: {', '.join(NORMS)}")
-            continue
-        if repr(entry) == repr(read[name]):  # true is not 1
-            continue
-        if not isinstance(entry, Mapping):
-            problems.append(f"model.norms.{name}={show(entry)}: must be a table of settings")
-            continue
-        values = read_fields(NORMS[name].settings, f"model.norms.{name}.", entry, problems)
-        if values is not None:
-            read[name] = asdict(NORMS[name].settings(**values))
-    return read
-
-
-def _cross_check(values: Tree) -> list[str]:
-    """Problems between settings, as far as the settings involved are themselves valid."""
-    problems: list[str] = []
-    model, data, hardware = values.get("model"), values.get("data"), values.get("hardware")
-    problems += model.problems() if model else []
-    problems += check_data(data) if data else []
-    batch_size = values.get("batch_size", Config.batch_size)
-    accumulation = values.get("gradient_accumulation_steps", Config.gradient_accumulation_steps)
-    problems += check_hardware(hardware, batch_size, accumulation) if hardware else []
-    if getattr(values.get("optimizer"), "name", "") == "muon":
+def _cross_check(config: Config) -> list[str]:
+    """Problems between settings, as far as the settings involved are themselves valid; the others are None."""
+    model, hardware, interval = config.model, config.hardware, config.diagnostics_interval
+    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
+    problems = [problem for section in (model, config.data) if section for problem in section.problems()]
+    if hardware and batch_size and accumulation:
+        problems += hardware.problems(batch_size, accumulation)
+    if config.optimizer and config.optimizer.name == "muon":
         if hardware and hardware.strategy == "fsdp":
             problems.append("optimizer.name=muon: needs whole matrices, which hardware.strategy=fsdp cuts in pieces")
         if model and model.name == "bigram":
             problems.append("optimizer.name=muon: model.name=bigram has no hidden layers; allowed: adamw, sgd")
-    problems += _check_diagnostics(values.get("diagnostics_interval"), hardware)
-    micro = batch_size // accumulation
-    if model and micro < model.min_sequences:
+    if interval and hardware:
+        opaque = {f"hardware.compile={str(hardware.compile).lower()}": hardware.compile,
+                  "hardware.strategy=fsdp": hardware.strategy == "fsdp"}  # fmt: skip
+        problems += [f"diagnostics_interval={interval}: sees no layer of a model with {k}" for k in opaque if opaque[k]]
+    if model and batch_size and accumulation and batch_size // accumulation < model.min_sequences:
         problems.append(
-            f"batch_size={batch_size}: model.norm={model.norm} as it is set needs at least {model.min_sequences} "
-            f"sequences in a micro-batch (batch_size / gradient_accumulation_steps = {micro})")
+            f"batch_size={batch_size}: model.norm={model.tree()['norm']} as it is set needs at least "
+            f"{model.min_sequences} sequences in a micro-batch (batch_size / gradient_accumulation_steps = "
+            f"{batch_size // accumulation})")
     return problems
-
-
-def _check_diagnostics(interval: int | None, hardware: HardwareConfig | None) -> list[str]:
-    if interval is None or hardware is None:
-        return []
-    compiled = f"hardware.compile={str(hardware.compile).lower()}"
-    opaque = {compiled: hardware.compile, "hardware.strategy=fsdp": hardware.strategy == "fsdp"}
-    return [f"diagnostics_interval={interval}: sees no layer of a model with {k}" for k, used in opaque.items() if used]
-
-
-def norm_hint(key: str) -> str:
-    """For an unknown setting of a norm, such as model.norms.rmsnorm.momentum: the settings that the norm has."""
-    name = key.removeprefix("model.norms.").partition(".")[0]
-    if not key.startswith("model.norms.") or name not in NORMS:
-        return ""
-    settings = ", ".join(f.name for f in fields(NORMS[name].settings))
-    return f"; the settings of {name} are {settings}" if settings else f"; {name} has no settings"
 
 
 def known_keys() -> list[str]:
     """Every settable key, dotted."""
-    keys = [*flatten(Config().tree()), *_OBJECTS, "resume"]
-    for section, classes in _SECTIONS.items():
-        keys += [f"{section}.{f.name}" for cls in classes for f in fields(cls) if f.name != "vocab_size"]
-    return sorted(set(keys))
+    keys = {*flatten(Config().tree()), "resume", *(f"trainer.{argument}" for argument in SHORT)}
+    for section, hint in typing.get_type_hints(Config).items():
+        keys |= {f"{section}.{f.name}" for cls in dataclasses_of(hint) for f in fields(cls)}
+    return sorted(keys - {"model.vocab_size"})

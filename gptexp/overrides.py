@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gptexp.config import Config, flatten, known_keys, norm_hint, plain, read_config
+from gptexp.config import Config, flatten, known_keys, plain, read_config
 from gptexp.errors import UserError
 from gptexp.groups import (
     VERSION_BASE,
@@ -332,8 +332,6 @@ class _Check:
         if key.partition(".")[0] in FREE:
             tree: Any = OmegaConf.to_container(base)
             return nearest(key, flatten(tree)) or f"; to add it, write +{override.input_line}"
-        if hint := norm_hint(key):
-            return hint
         if tail in OTHER_NAMES:
             return "; " + OTHER_NAMES[tail].format(value)
         names = {k.rpartition(".")[2]: k for k in self.known if not section or k.startswith(f"{section}.")}

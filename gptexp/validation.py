@@ -4,8 +4,11 @@ import difflib
 import json
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from inspect import isfunction
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
@@ -32,41 +35,70 @@ def read_arguments(arguments: Iterable[str], problems: list[str]) -> Tree:
 
 def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -> _T | None:
     """An instance of the settings dataclass cls, or None after adding a line to problems for each mistake."""
-    values = read_fields(cls, "", tree, problems)
-    return None if values is None else cls(**values)
+    settings: _T | None = read(cls, "", tree, problems)
+    return settings
+
+
+def read(hint: Any, key: str, value: Any, problems: list[str], skip: Collection[str] = ()) -> Any:
+    """A plain value as what its type hint says, or None after adding a line to problems for each mistake.
+
+    Args:
+        hint: a type that pydantic knows; a dataclass; a union of dataclasses, each with its own `name`, of which the
+            value chooses one, or takes the first; or one that has in `Annotated` a function that reads the value.
+        key: of the value; "" for a tree that is no part of another.
+        value: read from a file or a command line.
+        problems: gets a line for each mistake.
+        skip: fields of dataclasses that the value may not set.
+    """
+    for reader in filter(isfunction, get_args(hint)):
+        return reader(key, value, problems)
+    choices = {getattr(cls, "name", ""): cls for cls in dataclasses_of(hint)}
+    if not choices:
+        try:
+            if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
+                raise ValueError("pydantic would read true as the number 1")
+            return _adapter(hint).validate_python(value)
+        except ValueError:
+            problems.append(f"{key}={show(value)}: must be {describe(hint)}{nearest(str(value), _words(hint))}")
+            return None
+    if not isinstance(value, Mapping):
+        allowed = f"a group choice: {', '.join(choices)}" if len(choices) > 1 else "a group of settings"
+        problems.append(f"{key}={show(value)}: must be {allowed}")
+        return None
+    name = show(value["name"]) if len(choices) > 1 and "name" in value else next(iter(choices))
+    if name not in choices:
+        problems.append(f"{key}.name={name}: unknown{nearest(name, choices) or ';'} allowed: {', '.join(choices)}")
+        return None
+    before = len(problems)
+    values = read_fields(choices[name], f"{key}." if key else "", value, problems, skip)
+    return choices[name](**values) if len(problems) == before else None
 
 
 def read_fields(
     cls: Callable[..., Any], prefix: str, tree: Mapping[str, Any], problems: list[str], skip: Collection[str] = ()
-) -> Tree | None:
-    """Check a plain tree against the dataclass cls, or against the arguments of a function.
+) -> Tree:
+    """The fields of a dataclass, or the arguments of a function, as their type hints say.
 
     Args:
-        cls: a dataclass whose fields, or a function whose arguments, have type hints; bounds and choices are in
-            `Annotated`.
+        cls: a dataclass or a function, with bounds and choices in `Annotated`.
         prefix: stands before each key in a problem, such as "model.".
         tree: values by field name.
         problems: gets a line for each mistake.
         skip: fields that the tree may not set.
 
     Returns:
-        keyword arguments for cls, or None when something was wrong.
+        keyword arguments for cls; None in place of each that is wrong.
     """
     hints = {k: h for k, h in _hints(cls).items() if k not in skip}
-    before, read = len(problems), {}
-    for key, value in tree.items():
-        if key not in hints:
-            of = f" of {prefix}name={tree['name']}" if prefix and "name" in tree else ""
-            problems.append(f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}")
-        else:
-            try:
-                if isinstance(value, bool) and bool not in _flat_types(hints[key]):
-                    raise ValueError("pydantic would read true as the number 1")
-                read[key] = _adapter(hints[key]).validate_python(value)
-            except ValueError:
-                hint = nearest(str(value), _choices(hints[key]))
-                problems.append(f"{prefix}{key}={show(value)}: must be {describe(hints[key])}{hint}")
-    return read if len(problems) == before else None
+    of = f" of {prefix}name={tree['name']}" if prefix and "name" in tree else ""
+    problems += [f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}"
+                 for key, value in tree.items() if key not in hints]  # fmt: skip
+    return {k: read(hints[k], f"{prefix}{k}", v, problems, skip) for k, v in tree.items() if k in hints}
+
+
+def dataclasses_of(hint: Any) -> list[Any]:
+    """A dataclass, or those of a union."""
+    return [cls for cls in get_args(hint) or [hint] if isinstance(cls, type) and is_dataclass(cls)]
 
 
 @cache  # as the next one: a comparison reads thousands of configurations
@@ -81,51 +113,31 @@ def _adapter(hint: Any) -> Any:
     return TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
 
 
+_BOUNDS = {Ge: "of at least {0.ge}", Gt: "greater than {0.gt}", Le: "of at most {0.le}", Lt: "less than {0.lt}"}
+
+
 def describe(hint: Any) -> str:
     """What a field allows, in words: "an integer of at least 1 or null"."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        if choices := _choices(hint):
-            return f"one of {', '.join(choices)}"
-        return " ".join([describe(args[0]), " and ".join(_bound(meta) for meta in args[1:]).replace("and of ", "and ")])
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
+    origin, args, words = get_origin(hint), get_args(hint), _words(hint)
     if origin is list:
         return f"a list with each entry {describe(args[0])}"
-    if len(args) > 1:  # a union
+    if origin in (Union, UnionType):
         return " or ".join("null" if a is type(None) else describe(a) for a in args)
+    if words:
+        return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+    if origin is Annotated:
+        bounds = " and ".join(_BOUNDS[type(meta)].format(meta) for meta in args[1:])
+        return f"{describe(args[0])} {bounds.replace('and of ', 'and ')}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
-def _bound(meta: Any) -> str:
-    match meta:
-        case Ge():
-            return f"of at least {meta.ge}"
-        case Gt():
-            return f"greater than {meta.gt}"
-        case Le():
-            return f"of at most {meta.le}"
-        case Lt():
-            return f"less than {meta.lt}"
-    return ""
-
-
-def _choices(hint: Any) -> list[str]:
+def _words(hint: Any) -> list[str]:
     """The words that a field allows, where it allows only certain ones."""
     if get_origin(hint) is Literal:
         return [str(a) for a in get_args(hint)]
-    words = []
-    for arg in get_args(hint):
-        if isinstance(arg, Predicate):  # Predicate(REGISTRY.__contains__)
-            words += list(arg.func.__self__)  # type: ignore[attr-defined]
-        else:
-            words += _choices(arg)
-    return words
-
-
-def _flat_types(hint: Any) -> set[Any]:
-    args = get_args(hint)
-    return {hint}.union(*(_flat_types(a) for a in args)) if args else {hint}
+    if isinstance(hint, Predicate):  # Predicate(REGISTRY.__contains__)
+        return list(hint.func.__self__)  # type: ignore[attr-defined]
+    return [word for arg in get_args(hint) for word in _words(arg)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from gptexp.errors import UserError
 from gptexp.groups import VERSION_BASE, conf_dir, register_choices
 from gptexp.models.registry import NORMS, PLACEMENTS
 from gptexp.training.settings import (
+    SHORT,
     AdamWConfig,
     CosineConfig,
     OptimizerConfig,
@@ -38,7 +39,7 @@ def test_conf_and_the_dataclasses_have_the_same_defaults() -> None:
     assert tree.pop("resume") is None
     assert tree.pop("sweep") == asdict(SweepConfig())
     assert list(tree["logger"]) == ["wandb"]  # the command's choice; a Config by itself has none
-    assert tree["trainer"] == asdict(TrainerConfig())
+    assert tree["trainer"] == asdict(TrainerConfig()) | dict.fromkeys(SHORT)
     assert read_config(tree | {"logger": {}}) == Config()
     assert tree | {"logger": {}, "trainer": {}} == Config().tree()
 

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from gptexp.config import read_section
 from gptexp.data.batches import Indices, Rows, Split, Windows, split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.encoded import Encoded, encode_corpus
-from gptexp.data.settings import DataConfig, read_data
+from gptexp.data.settings import DataConfig
 from gptexp.errors import UserError
 
 HELD = 2**28
@@ -79,7 +80,7 @@ class CharDataModule(LightningDataModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        self.config = read_data(data)
+        self.config: DataConfig = read_section("data", data)
         self.block_size = block_size
         self.batch_size = batch_size
         self.accumulate = accumulate

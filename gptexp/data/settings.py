@@ -1,13 +1,9 @@
 """The settings of the data, and the mistakes that only show when two of them are seen together."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
-
-from gptexp.errors import UserError
-from gptexp.validation import read_fields
 
 
 @dataclass(frozen=True)
@@ -35,49 +31,27 @@ class DataConfig:
     split_seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     offline_fallback: Literal["pydocs"] | None = "pydocs"
 
+    def problems(self) -> list[str]:
+        """The problems that no single setting shows, one line each, with full keys; empty when all is well.
 
-def read_data(given: "DataConfig | Mapping[str, Any] | None") -> DataConfig:
-    """A `DataConfig`, from itself or from a mapping of its fields.
-
-    Raises:
-        UserError: with one line for every problem.
-    """
-    problems: list[str] = []
-    if not isinstance(given, DataConfig):
-        values = read_fields(DataConfig, "data.", given or {}, problems)
-        given = DataConfig(**(values or {}))
-    problems = problems or check(given)
-    if problems:
-        raise UserError(problems)
-    return given
-
-
-def check(config: DataConfig) -> list[str]:
-    """The problems that no single setting shows, one line each, with full keys; empty when all is well.
-
-    A setting that would have no effect is a problem, but for `offline_fallback=None`: a corpus that is
-    never replaced keeps that promise anyway.
-    """
-    problems = []
-    if config.name == "file" and not config.path:
-        problems.append(f"data.path={config.path or 'null'}: data.name=file needs data.path, a UTF-8 text file")
-    if config.name != "file" and config.path is not None:
-        problems.append(f"data.path={config.path}: has no effect with data.name={config.name}; allowed: data.name=file")
-    if len(config.terminator) != 1 or "\ud800" <= config.terminator <= "\udfff":
-        problems.append(f"data.terminator={config.terminator!r}: allowed: exactly one character")
-    elif config.terminator != "\n" and not config.documents:
-        problems.append(
-            f"data.terminator={config.terminator!r}: has no effect with data.documents=false; "
-            r"allowed: '\n', or data.documents=true"
-        )
-    elif config.terminator != "\n" and config.tokenizer == "byte":
-        problems.append(
-            f"data.terminator={config.terminator!r}: has no effect with data.tokenizer=byte, "
-            r"where a document ends with the byte of the newline; allowed: '\n'"
-        )
-    if config.split_seed != DataConfig.split_seed and not config.documents:
-        problems.append(
-            f"data.split_seed={config.split_seed}: has no effect with data.documents=false, "
-            f"where nothing is shuffled; allowed: {DataConfig.split_seed}, or data.documents=true"
-        )
-    return problems
+        A setting that would have no effect is a problem, but for `offline_fallback=None`: a corpus that is
+        never replaced keeps that promise anyway.
+        """
+        terminator = f"data.terminator={self.terminator!r}:"
+        one = len(self.terminator) == 1 and not "\ud800" <= self.terminator <= "\udfff"
+        other = one and self.terminator != "\n"
+        rules = {
+            "data.path=null: data.name=file needs data.path, a UTF-8 text file": self.name == "file" and not self.path,
+            f"data.path={self.path}: has no effect with data.name={self.name}; allowed: data.name=file":
+                self.name != "file" and self.path is not None,
+            f"{terminator} allowed: exactly one character": not one,
+            rf"{terminator} has no effect with data.documents=false; allowed: '\n', or data.documents=true":
+                other and not self.documents,
+            f"{terminator} has no effect with data.tokenizer=byte, "
+            r"where a document ends with the byte of the newline; allowed: '\n'":
+                other and self.documents and self.tokenizer == "byte",
+            f"data.split_seed={self.split_seed}: has no effect with data.documents=false, "
+            f"where nothing is shuffled; allowed: {DataConfig.split_seed}, or data.documents=true":
+                self.split_seed != DataConfig.split_seed and not self.documents,
+        }  # fmt: skip
+        return [problem for problem, applies in rules.items() if applies]

@@ -5,14 +5,13 @@ in `norms.py` and one line in `NORMS`; its settings become `model.norms.<name>.*
 by an entry point of the group `gptexp.norms`, or from a module that the environment variable `GPTEXP_IMPORT` names.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -156,8 +155,7 @@ class Norm:
 
     def load(self) -> Any:
         """The norm's class."""
-        module, name = self.target.split(":")
-        return getattr(import_module(module), name)
+        return resolve_name(self.target)
 
 
 NORMS: dict[str, Norm] = {
@@ -210,13 +208,7 @@ PLACEMENTS: dict[str, Placement] = {
 
 def default_norms() -> dict[str, dict[str, Any]]:
     """The table `model.norms`: the default settings of every registered norm."""
-    table: dict[str, dict[str, Any]] = json.loads(_default_norms(tuple(NORMS.items())))
-    return table
-
-
-@cache  # a comparison reads thousands of configurations
-def _default_norms(norms: tuple[tuple[str, Norm], ...]) -> str:
-    return json.dumps({name: asdict(norm.settings()) for name, norm in norms})
+    return {name: asdict(norm.settings()) for name, norm in NORMS.items()}
 
 
 def add_plugins() -> None:

@@ -1,28 +1,73 @@
 """The models, each configured by its own dataclass. Nothing here imports torch."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from gptexp.models.registry import NORMS, PLACEMENTS, NormSettings, NormShape, Placement, default_norms
+from gptexp.validation import nearest, read, show
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu")
 POSITIONS = ("learned", "sinusoidal", "rope", "none")
 
 
 @dataclass(frozen=True)
-class _Normed:
-    """The settings of models that have norms.
+class _Model:
+    """What every model has."""
 
-    Attributes:
-        norm: a key of `NORMS`.
-        norms: settings of each norm, by its name; only the used norms' have an effect.
-    """
+    name: str = ""
+    vocab_size: Annotated[int, Ge(1)] = 65
+    block_size: Annotated[int, Ge(1)] = 64
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which a dashboard finds this variant."""
+        return [self.name]
+
+    @property
+    def label(self) -> str:
+        """The readable name of this variant, such as `rmsnorm-pre-h4`."""
+        return "-".join(self.tags)
+
+    @property
+    def min_sequences(self) -> int:
+        """The fewest sequences that a training batch must have."""
+        return 1
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting that has an effect."""
+        return asdict(self)
+
+    def problems(self) -> list[str]:
+        """Problems between settings that are each valid alone; one line a problem."""
+        return []
+
+
+def _read_norms(key: str, table: Any, problems: list[str]) -> dict[str, Any]:
+    """The table of norms' settings: each entry checked by its norm's own dataclass."""
+    norms: dict[str, Any] = default_norms()
+    if not isinstance(table, Mapping):
+        problems.append(f"{key}={show(table)}: must be a table of settings by norm")
+        return norms
+    for name, entry in table.items():
+        if name in NORMS:
+            settings = read(NORMS[name].settings, f"{key}.{name}", entry, problems)
+            norms[name] = asdict(settings) if settings else {}
+        else:
+            hint = nearest(str(name), NORMS) or ";"
+            problems.append(f"{key}.{name}: unknown norm{hint} allowed: {', '.join(NORMS)}")
+    return norms
+
+
+@dataclass(frozen=True)
+class _Normed(_Model):
+    """The settings of models that have norms."""
 
     norm: Annotated[str, Predicate(NORMS.__contains__)] = "layernorm"
-    norms: dict[str, Any] = field(default_factory=default_norms)
+    norms: Annotated[dict[str, Any], _read_norms] = field(default_factory=default_norms)
 
     def norm_settings(self, name: str) -> NormSettings:
         """The settings of the norm `name`."""
@@ -36,23 +81,18 @@ class _Normed:
     @property
     def min_sequences(self) -> int:
         """The fewest sequences that a training batch must have."""
-        return max((self.norm_settings(name).min_sequences for name in self.used_norms), default=1)
+        return max(self.norm_settings(name).min_sequences for name in self.used_norms)
 
     def tree(self) -> dict[str, Any]:
         """Every setting that has an effect."""
-        tree = asdict(self)
-        tree["norms"] = {name: tree["norms"].get(name, {}) for name in sorted(self.used_norms)}
-        return tree
+        return asdict(self) | {"norms": {name: self.norms.get(name, {}) for name in sorted(self.used_norms)}}
 
-    def _norm_problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Those of the used norms, and of any other whose settings are not the default ones."""
-        shape = self.used_norms[self.norm]
-        changed = [n for n, norm in NORMS.items() if n in self.norms and self.norm_settings(n) != norm.settings()]
-        shapes = dict.fromkeys(changed, shape) | self.used_norms
-        return [
-            f"model.norms.{name}.{problem}" for name, shape in shapes.items()
-            for problem in self.norm_settings(name).problems(shape)
-        ]  # fmt: skip
+        changed = [n for n, norm in NORMS.items() if self.norm_settings(n) != norm.settings()]
+        shapes = dict.fromkeys(changed, self.used_norms[self.norm]) | self.used_norms
+        return [f"model.norms.{name}.{problem}" for name, shape in shapes.items()
+                for problem in self.norm_settings(name).problems(shape)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,8 +133,6 @@ class GPTConfig(_Normed):
     target: ClassVar[str] = "gptexp.models.gpt:GPT"
 
     name: Literal["gpt"] = "gpt"
-    vocab_size: Annotated[int, Ge(1)] = 65
-    block_size: Annotated[int, Ge(1)] = 64
     n_layer: Annotated[int, Ge(0)] = 4
     n_head: Annotated[int, Ge(1)] = 4
     n_embd: Annotated[int, Ge(1)] = 128
@@ -153,11 +191,6 @@ class GPTConfig(_Normed):
         return ({"rmsnorm": queries} if self.qk_norm != "none" else {}) | {self.norm: shape}
 
     @property
-    def label(self) -> str:
-        """The readable name of this variant, such as `rmsnorm-pre-h4`."""
-        return f"{self.norm}-{self.placement}-h{self.n_head}"
-
-    @property
     def tags(self) -> list[str]:
         """The words by which a dashboard finds this variant."""
         return [self.norm, self.placement, f"h{self.n_head}"]
@@ -165,38 +198,34 @@ class GPTConfig(_Normed):
     def problems(self) -> list[str]:
         """Problems between settings that are each valid alone; one line a problem."""
         problems = []
-        if self.n_embd % self.n_head:
+        whole = self.n_embd % self.n_head == 0
+        if not whole:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.n_head))[:3]
-            problems.append(
-                f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}; "
-                f"nearest: {', '.join(map(str, sorted(nearest)))}"
-            )
-        elif self.position == "rope" and self.head_dim % 2:
-            problems.append(
-                f"model.position=rope: needs an even head size, but model.n_embd={self.n_embd} / "
-                f"model.n_head={self.n_head} = {self.head_dim}"
-            )
-        elif self.position == "sinusoidal" and self.n_embd % 2:
-            problems.append(f"model.position=sinusoidal: needs an even model.n_embd, not {self.n_embd}")
-        if not self.residual and self.place.alpha:
-            problems.append(f"model.residual=false: model.placement={self.placement} weighs the residual connection")
-        if not self.projection and self.inner_dim not in (0, self.n_embd):
-            problems.append(
-                f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false")
-        if self.final_norm and self.norm == "none":
-            problems.append("model.final_norm=true: has no effect with model.norm=none")
-        if self.ngram == 1 and self.ngram_rows != GPTConfig.ngram_rows:
-            problems.append(f"model.ngram_rows={self.ngram_rows}: has no effect with model.ngram=1")
-        if self.zero_init and not self.projection:
-            problems.append("model.zero_init=true: has no effect with model.projection=false")
-        if self.init != "gpt2" and self.place.beta:
-            problems.append(f"model.init={self.init}: model.placement={self.placement} has initial weights of its own")
-        return problems + self._norm_problems()
+            near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
+            problems.append(f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}; nearest: "
+                            f"{', '.join(map(str, near))}")  # fmt: skip
+        rules = {
+            f"model.position=rope: needs an even head size, but model.n_embd={self.n_embd} / "
+            f"model.n_head={self.n_head} = {self.head_dim}":
+                whole and self.position == "rope" and self.head_dim % 2,
+            f"model.position=sinusoidal: needs an even model.n_embd, not {self.n_embd}":
+                self.position == "sinusoidal" and self.n_embd % 2,
+            f"model.residual=false: model.placement={self.placement} weighs the residual connection":
+                not self.residual and self.place.alpha,
+            f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false":
+                not self.projection and self.inner_dim not in (0, self.n_embd),
+            "model.final_norm=true: has no effect with model.norm=none": self.final_norm and self.norm == "none",
+            f"model.ngram_rows={self.ngram_rows}: has no effect with model.ngram=1":
+                self.ngram == 1 and self.ngram_rows != GPTConfig.ngram_rows,
+            "model.zero_init=true: has no effect with model.projection=false": self.zero_init and not self.projection,
+            f"model.init={self.init}: model.placement={self.placement} has initial weights of its own":
+                self.init != "gpt2" and self.place.beta,
+        }  # fmt: skip
+        return [*problems, *(problem for problem, applies in rules.items() if applies), *super().problems()]
 
 
 @dataclass(frozen=True)
-class BigramConfig:
+class BigramConfig(_Model):
     """A table of logits, one row for each symbol: the next symbol depends on the last one alone.
 
     Attributes:
@@ -206,22 +235,9 @@ class BigramConfig:
     """
 
     target: ClassVar[str] = "gptexp.models.baselines:Bigram"
-    min_sequences: ClassVar[int] = 1
-    label: ClassVar[str] = "bigram"
-    tags: ClassVar[list[str]] = ["bigram"]
 
     name: Literal["bigram"] = "bigram"
-    vocab_size: Annotated[int, Ge(1)] = 65
-    block_size: Annotated[int, Ge(1)] = 64
     init: Literal["gpt2", "torch"] = "gpt2"
-
-    def tree(self) -> dict[str, Any]:
-        """Every setting that has an effect."""
-        return asdict(self)
-
-    def problems(self) -> list[str]:
-        """Problems between settings: there are none."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -243,8 +259,6 @@ class MLPConfig(_Normed):
     target: ClassVar[str] = "gptexp.models.baselines:MLP"
 
     name: Literal["mlp"] = "mlp"
-    vocab_size: Annotated[int, Ge(1)] = 65
-    block_size: Annotated[int, Ge(1)] = 64
     context: Annotated[int, Ge(1)] = 3
     n_embd: Annotated[int, Ge(1)] = 16
     n_hidden: Annotated[int, Gt(0)] = 256
@@ -258,21 +272,16 @@ class MLPConfig(_Normed):
         return {self.norm: NormShape(self.n_hidden, self.block_size, bias=True)}
 
     @property
-    def label(self) -> str:
-        """The readable name of this variant, such as `mlp-batchnorm`."""
-        return f"mlp-{self.norm}"
-
-    @property
     def tags(self) -> list[str]:
         """The words by which a dashboard finds this variant."""
         return ["mlp", self.norm]
 
     def problems(self) -> list[str]:
         """Problems between settings that are each valid alone; one line a problem."""
-        problems = []
+        problems = super().problems()
         if self.residual and self.n_layer == 1:
             problems.append("model.residual=true: has no effect with model.n_layer=1")
-        return problems + self._norm_problems()
+        return problems
 
 
 ModelConfig = GPTConfig | BigramConfig | MLPConfig
@@ -280,5 +289,4 @@ ModelConfig = GPTConfig | BigramConfig | MLPConfig
 
 def build_model(config: ModelConfig, seed: int = 0) -> Any:
     """A new model; its initial weights are a function of the seed and of each parameter's name and shape."""
-    module, name = config.target.split(":")
-    return getattr(import_module(module), name)(config, seed)
+    return resolve_name(config.target)(config, seed)

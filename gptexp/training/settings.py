@@ -127,6 +127,26 @@ class HardwareConfig:
     fast_mkl: bool = True
     deterministic: bool = True
 
+    def problems(self, batch_size: int, accumulation: int) -> list[str]:
+        """Problems between these settings, and with the batch that the devices share; one line a problem."""
+        no_gpu, graphs = self.accelerator in ("cpu", "mps"), self.compile == "graphs"
+        rules = {
+            f"hardware.devices={self.devices}: hardware.accelerator=mps has one device":
+                self.accelerator == "mps" and self.devices not in (1, "auto"),
+            f"hardware.strategy=fsdp: needs GPUs, not hardware.accelerator={self.accelerator}":
+                self.strategy == "fsdp" and no_gpu,
+            f"hardware.compile=graphs: needs a GPU, not hardware.accelerator={self.accelerator}": graphs and no_gpu,
+            f"hardware.compile=graphs: needs hardware.strategy=auto, not {self.strategy}":
+                graphs and self.strategy != "auto",
+            # A graph's gradients lie where the next micro-batch's will.
+            f"hardware.compile=graphs: needs gradient_accumulation_steps=1, not {accumulation}":
+                graphs and accumulation > 1,
+            f"hardware.devices={self.devices}: needs hardware.strategy=ddp or fsdp":
+                self.strategy == "auto" and self.devices not in (1, "auto"),
+        }  # fmt: skip
+        problems = [problem for problem, applies in rules.items() if applies]
+        return problems + (check_batch(batch_size, self.devices, accumulation) if self.devices != "auto" else [])
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -145,21 +165,15 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The arguments of Lightning's Trainer by their own names; null leaves each to the setting in `SHORT`, or to it.
+    """The arguments of Lightning's Trainer that have no other name here; null leaves each to Lightning.
 
     Not here are those that take objects, which have groups of their own (`callbacks`, `logger`), and `plugins` and
     `default_root_dir`, which belong to the run.
     """
 
-    accelerator: str | None = None
-    strategy: str | None = None
-    devices: int | str | None = None
-    num_nodes: int | None = None
-    precision: int | str | None = None
     fast_dev_run: bool | int | None = None
     max_epochs: int | None = None
     min_epochs: int | None = None
-    max_steps: int | None = None
     min_steps: int | None = None
     max_time: str | None = None
     limit_train_batches: int | float | None = None
@@ -167,17 +181,12 @@ class TrainerConfig:
     limit_test_batches: int | float | None = None
     limit_predict_batches: int | float | None = None
     overfit_batches: int | float | None = None
-    val_check_interval: int | None = None
     check_val_every_n_epoch: int | None = None
     num_sanity_val_steps: int | None = None
-    log_every_n_steps: int | None = None
     enable_checkpointing: bool | None = None
     enable_progress_bar: bool | None = None
     enable_model_summary: bool | None = None
-    accumulate_grad_batches: int | None = None
-    gradient_clip_val: float | None = None
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
-    deterministic: bool | None = None
     benchmark: bool | None = None
     inference_mode: bool | None = None
     use_distributed_sampler: bool | None = None
@@ -210,39 +219,14 @@ OBSERVING = ("profiler", "detect_anomaly", "enable_progress_bar", "enable_model_
 
 
 OptimizerConfig = AdamWConfig | SGDConfig | MuonConfig
-ScheduleConfig = ConstantConfig | LinearConfig | CosineConfig | WSDConfig
-
-
-def check_hardware(config: HardwareConfig, batch_size: int, accumulation: int) -> list[str]:
-    """Problems of the hardware settings and of the batch that they share; one line a problem."""
-    problems = []
-    if config.accelerator == "mps" and config.devices not in (1, "auto"):
-        problems.append(f"hardware.devices={config.devices}: hardware.accelerator=mps has one device")
-    if config.strategy == "fsdp" and config.accelerator in ("cpu", "mps"):
-        problems.append(f"hardware.strategy=fsdp: needs GPUs, not hardware.accelerator={config.accelerator}")
-    if config.compile == "graphs":
-        what = "hardware.compile=graphs: needs"
-        if config.accelerator in ("cpu", "mps"):
-            problems.append(f"{what} a GPU, not hardware.accelerator={config.accelerator}")
-        if config.strategy != "auto":
-            problems.append(f"{what} hardware.strategy=auto, not {config.strategy}")
-        if accumulation > 1:  # a graph's gradients lie where the next micro-batch's will
-            problems.append(f"{what} gradient_accumulation_steps=1, not {accumulation}")
-    if isinstance(config.devices, int):
-        if config.strategy == "auto" and config.devices > 1:
-            problems.append(f"hardware.devices={config.devices}: needs hardware.strategy=ddp or fsdp")
-        problems += check_batch(batch_size, config.devices, accumulation)
-    return problems
+ScheduleConfig = CosineConfig | LinearConfig | ConstantConfig | WSDConfig
+"""Of each the first is the default."""
 
 
 def check_batch(batch_size: int, devices: int, accumulation: int, source: str | None = None) -> list[str]:
-    """A problem if the batch cannot be shared out evenly among devices and micro-batches.
+    """A problem if a step's sequences cannot be shared out evenly among devices and `accumulation` micro-batches.
 
-    Args:
-        batch_size: sequences of an optimizer step.
-        devices: that share them.
-        accumulation: micro-batches of a step.
-        source: what says how many devices there are.
+    The line names `source`, or else the setting, for what says how many devices there are.
     """
     if batch_size % (devices * accumulation) == 0:
         return []

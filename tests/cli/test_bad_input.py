@@ -37,7 +37,7 @@ WRONG: dict[str, list[str]] = {
     "optimizer.momentum=0.9": ["optimizer.momentum=0.9: unknown key of optimizer.name=adamw"],
     "schedule.decay_fraction=0.5": ["schedule.decay_fraction=0.5: unknown key of schedule.name=cosine"],
     "model.norms.rmsnorm.epsilon=1e-6": [
-        "model.norms.rmsnorm.epsilon=1e-6: unknown key; the settings of rmsnorm are eps"],
+        "model.norms.rmsnorm.epsilon=1e-6: unknown key; did you mean model.norms.rmsnorm.eps?"],
     "model.norms.batchnorm.stats=[time]": [
         "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],

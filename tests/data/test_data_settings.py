@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from gptexp.data.settings import DataConfig, check
+from gptexp.data.settings import DataConfig
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from gptexp.data.settings import DataConfig, check
     ],
 )
 def test_settings_that_go_together(config):
-    assert check(config) == []
+    assert config.problems() == []
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,13 @@ def test_settings_that_go_together(config):
     ],
 )
 def test_settings_that_do_not(config, key):
-    [problem] = check(config)
+    [problem] = config.problems()
     assert problem.startswith(key)
     assert "\n" not in problem
 
 
 def test_all_problems_are_reported_at_once():
-    assert len(check(DataConfig(path="a", terminator="..", split_seed=3))) == 3
+    assert len(DataConfig(path="a", terminator="..", split_seed=3).problems()) == 3
 
 
 def test_importing_the_data_loads_nothing_heavy():
