@@ -33,11 +33,6 @@ from gptexp.training.settings import (
 )
 from gptexp.validation import Tree, dataclasses_of, read, read_fields, show
 
-_EXAMPLES = {
-    "callbacks": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "logger": "lightning.pytorch.loggers.CSVLogger",
-}
-
 
 def _read_objects(section: str, table: Any, problems: list[str]) -> dict[str, Tree]:
     """A section of objects by name. Whether each can be built is seen once Lightning is imported."""
@@ -47,8 +42,8 @@ def _read_objects(section: str, table: Any, problems: list[str]) -> dict[str, Tr
     entries = {str(name): entry for name, entry in (table or {}).items() if entry is not None}  # null: switched off
     for name, entry in entries.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("_target_"), str):
-            problems.append(f"{section}.{name}={show(entry)}: lacks _target_, the class to build, such as "
-                            f"{section}.{name}._target_={_EXAMPLES[section]}")  # fmt: skip
+            problems.append(f"{section}.{name}: lacks _target_, the class to build; "
+                            f"set {section}.{name}._target_=package.Class")  # fmt: skip
     return entries
 
 

@@ -29,6 +29,7 @@ from gptexp.groups import (
     texts_of,
     values_of,
 )
+from gptexp.models.registry import NORMS
 from gptexp.training.settings import SHORT
 from gptexp.validation import Tree, nearest, show
 
@@ -304,9 +305,11 @@ class _Check:
         problems = []
         OmegaConf.set_struct(base, False)
         settable = []
+        of_norms = tuple(f"model.norms.{name}." for name in NORMS)  # an unknown one is told with those that there are
         for override in values:
             key = override.key_or_group
-            if key in self.known or OmegaConf.select(base, key, default=_MISSING) is not _MISSING:
+            known = key in self.known or key.startswith(of_norms)
+            if known or OmegaConf.select(base, key, default=_MISSING) is not _MISSING:
                 settable.append(override)
             else:
                 problems.append(f"{override.input_line}: unknown key{self.hint_of_key(override, base)}")

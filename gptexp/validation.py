@@ -77,21 +77,15 @@ def read(hint: Any, key: str, value: Any, problems: list[str], skip: Collection[
 def read_fields(
     cls: Callable[..., Any], prefix: str, tree: Mapping[str, Any], problems: list[str], skip: Collection[str] = ()
 ) -> Tree:
-    """The fields of a dataclass, or the arguments of a function, as their type hints say.
-
-    Args:
-        cls: a dataclass or a function, with bounds and choices in `Annotated`.
-        prefix: stands before each key in a problem, such as "model.".
-        tree: values by field name.
-        problems: gets a line for each mistake.
-        skip: fields that the tree may not set.
+    """As `read`, the fields of a dataclass or the arguments of a function; prefix stands before each key in a problem.
 
     Returns:
         keyword arguments for cls; None in place of each that is wrong.
     """
     hints = {k: h for k, h in _hints(cls).items() if k not in skip}
     of = f" of {prefix}name={tree['name']}" if prefix and "name" in tree else ""
-    problems += [f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints)}"
+    allowed = f"; allowed: {', '.join(hints) or 'nothing'}"
+    problems += [f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints) or allowed}"
                  for key, value in tree.items() if key not in hints]  # fmt: skip
     return {k: read(hints[k], f"{prefix}{k}", v, problems, skip) for k, v in tree.items() if k in hints}
 
@@ -144,10 +138,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """"; did you mean X?" for the nearest known spelling, or nothing when none is near."""
     known = list(known)
     matches = difflib.get_close_matches(word, known, 1, 0.6)
-    if not matches and "." not in word:  # a key without its group: n_head for model.n_head
-        matches = [k for k in known if k.rpartition(".")[2] == word][:1]
-    if not matches:
-        tails = {k.rpartition(".")[2]: k for k in known}
+    if not matches:  # a key without its group, or with a wrong one: n_head for model.n_head
+        tails = {k.rpartition(".")[2]: k for k in reversed(known)}
         matches = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], tails, 1, 0.75)]
     return f"; did you mean {matches[0]}?" if matches else ""
 

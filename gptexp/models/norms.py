@@ -7,6 +7,7 @@ are constants.
 """
 
 import math
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -152,4 +153,4 @@ def _wide(x: Tensor) -> Tensor:
 
 def build_norm(name: str, settings: NormSettings, shape: NormShape) -> Any:
     """A new layer of the norm `name`."""
-    return NORMS[name].load()(settings, shape)
+    return resolve_name(NORMS[name].target)(settings, shape)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
-from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -152,10 +151,6 @@ class Norm:
 
     target: str  # "module:class"; the class is built as cls(settings, NormShape)
     settings: type[NormSettings] = NormSettings
-
-    def load(self) -> Any:
-        """The norm's class."""
-        return resolve_name(self.target)
 
 
 NORMS: dict[str, Norm] = {

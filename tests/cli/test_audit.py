@@ -102,7 +102,7 @@ def test_train_and_eval_mode_agree_without_statistics(report: Callable[..., dict
         (["norm=groupnorm", "model.norms.groupnorm.groups=3"],
          "model.norms.groupnorm.groups=3: must divide the 128 channels"),
         (["model.norms.batchnorm.groups=3"],
-         "model.norms.batchnorm.groups=3: unknown key; the settings of batchnorm are eps, momentum, stats"),
+         "model.norms.batchnorm.groups=3: unknown key; allowed: eps, momentum, stats"),
         (["norm=batchnorm", "model.norms.batchnorm.stats=[time]"],
          "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"),
         (["placement=deepnorm", "model.residual=false"], "model.residual=false: model.placement=deepnorm weighs"),

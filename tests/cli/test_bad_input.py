@@ -36,8 +36,8 @@ WRONG: dict[str, list[str]] = {
     "optimizer.learning_rate=nan": ["optimizer.learning_rate=NaN: must be a number greater than 0"],
     "optimizer.momentum=0.9": ["optimizer.momentum=0.9: unknown key of optimizer.name=adamw"],
     "schedule.decay_fraction=0.5": ["schedule.decay_fraction=0.5: unknown key of schedule.name=cosine"],
-    "model.norms.rmsnorm.epsilon=1e-6": [
-        "model.norms.rmsnorm.epsilon=1e-6: unknown key; did you mean model.norms.rmsnorm.eps?"],
+    "model.norms.rmsnorm.epsilon=0.1": ["model.norms.rmsnorm.epsilon=0.1: unknown key; did you mean eps?"],
+    "model.norms.rmsnorm.momentum=0.1": ["model.norms.rmsnorm.momentum=0.1: unknown key; allowed: eps"],
     "model.norms.batchnorm.stats=[time]": [
         "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],
