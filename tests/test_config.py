@@ -10,10 +10,12 @@ from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config
+from gptexp.config import Config, flatten, known_keys, load_config, plain, read_config, read_section
+from gptexp.data.settings import DataConfig
 from gptexp.errors import UserError
 from gptexp.groups import VERSION_BASE, conf_dir, register_choices
 from gptexp.models.registry import NORMS, PLACEMENTS
+from gptexp.models.settings import BigramConfig
 from gptexp.training.settings import (
     SHORT,
     AdamWConfig,
@@ -145,6 +147,42 @@ def test_the_fingerprint_is_of_what_computes() -> None:
              {"hardware": {"precision": "64-true"}}, {"max_steps": 7}]  # fmt: skip
     assert {read_config(tree).fingerprint() for tree in same} == {base}
     assert len({base, *(read_config(tree).fingerprint() for tree in other)}) == len(other) + 1
+
+
+@pytest.mark.parametrize(("tree", "lines"), [
+    ({"optimizer": {"name": ["sgd"]}}, ['optimizer.name=["sgd"]: unknown; did you mean sgd? allowed: adamw']),
+    ({"schedule": {"name": "cosin"}},
+     ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, linear, constant, wsd"]),
+    ({"model": 3}, ["model=3: must be a group choice: gpt, bigram, mlp"]),
+    ({"hardware": 3, "trainer": {"devices": 2}}, ["hardware=3: must be a group of settings"]),
+    ({"trainer": {"val_check_interval": 4}, "gradient_accumulation_steps": 0},
+     ["trainer.val_check_interval=4: must be a number of batches, a multiple of gradient_accumulation_steps=0",
+      "gradient_accumulation_steps=0: must be an integer of at least 1"]),
+    ({"model": {"norms": {"rmsnorm": 3, "rmsnrom": {}}}}, [
+        "model.norms.rmsnorm=3: must be a group of settings",
+        "model.norms.rmsnrom: unknown norm; did you mean rmsnorm? allowed: layernorm, "]),
+    ({"callbacks": {"a": 3, "b": None}, "logger": {"c": {}}},
+     ["callbacks.a: lacks _target_", "logger.c: lacks _target_"]),
+    ({"seed": -1, "batch_size": 5, "gradient_accumulation_steps": 2},  # a wrong value hides no other problem
+     ["seed=-1: must be", "batch_size=5: must be a multiple"]),
+    ({"optimizer": {"momentum": 0.9}}, ["optimizer.momentum=0.9: unknown key; allowed: name, learning_rate, beta1"]),
+])  # fmt: skip
+def test_a_line_for_each_problem(tree: dict, lines: list[str]) -> None:  # type: ignore[type-arg]
+    with pytest.raises(UserError) as caught:
+        read_config(tree)
+    for line, start in zip(caught.value.problems, lines, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_section_by_itself() -> None:
+    assert read_section("optimizer", None) == AdamWConfig()
+    assert read_section("schedule", {}) == CosineConfig()
+    assert read_section("model", {"name": "bigram", "vocab_size": 7}) == BigramConfig(vocab_size=7)
+    given = BigramConfig(vocab_size=7)
+    assert read_section("model", given) is given
+    for name, wrong in {"model": AdamWConfig(), "data": DataConfig(path="x"), "optimizer": {"name": 3}}.items():
+        with pytest.raises(UserError, match=name):
+            read_section(name, wrong)
 
 
 @given(st.sampled_from(known_keys()), st.integers(0, 30), st.sampled_from("abcxyz_"))
