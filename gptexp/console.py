@@ -72,5 +72,5 @@ def _end(status: int, problems: list[str], shown: bool) -> NoReturn:
     if shown and failed.mine:
         for problem in failed.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
-    part(failed)
+    part()
     sys.exit(failed.status)

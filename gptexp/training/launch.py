@@ -214,7 +214,7 @@ def job_together(
             raise
         problems = error.problems if isinstance(error, UserError | GroupFailed) else [str(error)]
         failed = processes.fail(2 if isinstance(error, UserError) else 1, problems)
-        processes.part(failed)
+        processes.part()
         raise RunFailed(str(failed)) from error
 
 

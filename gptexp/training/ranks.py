@@ -40,13 +40,13 @@ def end_together(status: int, problems: list[str]) -> GroupFailed:
 
         with suppress(UserError):  # they cannot be reached
             group = processes("slurm")
-            meet(group, HASTE, wait=False)
+            meet(group, HASTE)
             return group.fail(status, problems)
     return GroupFailed(status, problems, mine=True)
 
 
-def part(failed: GroupFailed) -> None:
-    """The last thing that a process does after a failure: see that the others have heard of it."""
-    if met:
-        with suppress(KeyboardInterrupt):
-            met[0].part(failed)
+def part() -> None:
+    """The last thing that a process does after a failure: see that the others hear of it."""
+    with suppress(KeyboardInterrupt):
+        for group in met:
+            group.part()
