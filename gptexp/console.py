@@ -39,6 +39,20 @@ class _Console(_Quiet, logging.StreamHandler[TextIO]):
 
 
 @contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Keep the messages of other packages' loggers off the terminal."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
+    for logger in loggers:
+        logger.propagate, logger.handlers = False, [logging.NullHandler()]
+    try:
+        yield
+    finally:
+        for logger, (propagate, handlers) in zip(loggers, before, strict=True):
+            logger.propagate, logger.handlers = propagate, handlers
+
+
+@contextmanager
 def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
     """Turn errors into an exit status, 2 for a user's mistake and 1 for a fault, and a line each on standard error.
 

@@ -1,8 +1,7 @@
 """Settings, texts, pictures and final figures for the loggers that can take them.
 
 Lightning has an interface for metrics and settings alone, so that each logger takes the rest in its own way. A logger
-of another package is given texts and pictures if it has the methods `log_text(key, columns, data, step=...)` and
-`log_image(key, images, step=...)` of Lightning's WandbLogger, and the summary if it has `log_summary(values)`.
+of another package is given texts and pictures if it has the methods of `MediaLogger`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,40 +12,14 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 
 @runtime_checkable
-class TakesTexts(Protocol):
-    """A logger that takes a table of texts."""
+class MediaLogger(Protocol):
+    """A logger that takes tables of texts, and pictures, as Lightning's WandbLogger does."""
 
     def log_text(self, key: str, columns: list[str], data: list[list[Any]], *, step: int) -> None:
-        """Log a table.
-
-        Args:
-            key: its name.
-            columns: their names.
-            data: the rows.
-            step: optimizer steps done.
-        """
-
-
-@runtime_checkable
-class TakesImages(Protocol):
-    """A logger that takes pictures."""
+        """Log a table by its name, the names of its columns and its rows, after `step` optimizer steps."""
 
     def log_image(self, key: str, images: list[Any], *, step: int) -> None:
-        """Log pictures.
-
-        Args:
-            key: their name.
-            images: paths of files.
-            step: optimizer steps done.
-        """
-
-
-@runtime_checkable
-class TakesSummary(Protocol):
-    """A logger that keeps figures which stand for the whole run."""
-
-    def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Log the figures, by name."""
+        """Log pictures by their name and the paths of their files, after `step` optimizer steps."""
 
 
 def log_settings(logger: Logger, values: Mapping[str, Any]) -> None:
@@ -74,7 +47,7 @@ def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
             logger.experiment.add_text("samples", "\n".join(f"    {line}" for line in text.split("\n")), step)
         case MLFlowLogger():
             logger.experiment.log_text(logger.run_id, text, f"samples/{step:08d}.txt")
-        case TakesTexts():
+        case MediaLogger():
             logger.log_text("samples", ["step", "text"], [list(row) for row in samples], step=step)
 
 
@@ -93,7 +66,7 @@ def log_figure(logger: Logger, path: Path, step: int) -> None:
             logger.experiment.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
         case MLFlowLogger():
             logger.experiment.log_artifact(logger.run_id, str(path))
-        case TakesImages():
+        case MediaLogger():
             logger.log_image(path.stem, [str(path)], step=step)
 
 
@@ -111,7 +84,5 @@ def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
         case MLFlowLogger():
             for name, value in values.items():
                 logger.experiment.set_tag(logger.run_id, name, value)
-        case TakesSummary():
-            logger.log_summary(values)
         case WandbLogger():
             logger.experiment.summary.update(dict(values))

@@ -61,69 +61,62 @@ class WandbLogger(LightningWandbLogger):
                 run.define_metric(metric, step_metric="trainer/global_step", summary=summary)
         super().__init__(name, save_dir, project=project, id=id, log_model=log_model, experiment=run, **options)
         self.watched = watch
-        self._lost = self._unanswered = False
+        self._deaf = False  # W&B or its server
 
     @contextmanager
-    def _sending(self) -> Iterator[None]:
-        """Around what W&B's own process is sent, and a run can do without."""
+    def _spared(self, asks: bool = False) -> Iterator[None]:
+        """Around what a run can do without.
+
+        Args:
+            asks: W&B asks its server before it returns, as for a table or an artifact. Without an answer it is the last
+                such thing.
+        """
+        start, problem = time.monotonic(), ""
         try:
             yield
         except ConnectionError:
-            if not self._lost:
-                log.warning("W&B's process has ended; the run goes on without it")
-            self._lost = self._unanswered = True
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Around what W&B asks its server before it returns: a table, an artifact. Without an answer it is the last."""
-        start, problem = time.monotonic(), ""
-        try:
-            with self._sending():
-                yield
+            problem = "its process has ended"
         except Exception as error:
+            if not asks:
+                raise
             problem = str(error).split("\n")[0]
-        if time.monotonic() - start > PATIENCE:
+        if asks and time.monotonic() - start > PATIENCE:
             problem = f"no answer within {PATIENCE} s"
-        if problem and not self._unanswered:
-            log.warning("W&B: %s; it gets no more samples and checkpoints, which are in %s", problem, self.save_dir)
-            self._unanswered = True
+        if problem and not self._deaf:
+            log.warning("W&B: %s; the run goes on, and keeps its samples and checkpoints in %s alone", problem,
+                        self.save_dir)  # fmt: skip
+            self._deaf = True
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Add to the W&B run's configuration."""
-        with self._sending():
+        with self._spared():
             super().log_hyperparams(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row to the W&B run's history."""
-        with self._sending():
+        with self._spared():
             super().log_metrics(metrics, step)
 
     @rank_zero_only
     def log_table(self, *args: Any, **kwargs: Any) -> None:
         """Log a table; takes Lightning's arguments."""
-        if not self._unanswered:
-            with self._asking():
+        if not self._deaf:
+            with self._spared(asks=True):
                 super().log_table(*args, **kwargs)
-
-    @rank_zero_only
-    def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Add to the W&B run's summary."""
-        with self._sending():
-            self.experiment.summary.update(dict(values))
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Upload a checkpoint, or remember it for the end, as `log_model` says."""
-        if not self._unanswered:
-            with self._asking():
+        if not self._deaf:
+            with self._spared(asks=True):
                 super().after_save_checkpoint(checkpoint_callback)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Upload the checkpoints that are still to be uploaded. The W&B run itself goes on, as Lightning has it."""
-        if not self._unanswered:
-            with self._asking():
+        if not self._deaf:
+            with self._spared(asks=True):
                 super().finalize(status)
 
     @rank_zero_only

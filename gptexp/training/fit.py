@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from gptexp.config import Config
-from gptexp.console import LogFile
+from gptexp.console import LogFile, silenced
 from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
@@ -65,8 +65,11 @@ def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool 
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
     status = _status(run) if processes.first else nullcontext()
-    with _lightning_silenced(), _log_file(run), status, connected(processes, run.log_path):
-        return _fit(run, run.config, processes, watch, quiet)
+    # Lightning's and torch's remarks concern settings that the user never made.
+    with silenced("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings(), _log_file(run), status:
+        warnings.filterwarnings("ignore", module="lightning|torch")
+        with connected(processes, run.log_path):
+            return _fit(run, run.config, processes, watch, quiet)
 
 
 def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, quiet: bool) -> float:
@@ -88,41 +91,32 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         if resuming is None:
             for path in run.growing:
                 path.unlink(missing_ok=True)
-    parts = _callbacks(run, config, processes, data, module, watch, quiet)
+    callbacks = _callbacks(run, config, processes, data, module, watch, quiet)
     loggers: list[Logger] = []
     status: Status | None = None
     try:
         open_loggers(run, config, module, loggers)
         loggers.append(MetricsCSV(run.metrics_path))  # the last: `trainer.logger` is one of the user's
-        trainer = make_trainer(config, processes, loggers, parts.all, run.path)
-        status = _train(trainer, module, data, resuming)
+        trainer = make_trainer(config, processes, loggers, callbacks, run.path)
+        try:
+            trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
+            if data.eval_windows is not None:  # so far, only some windows were evaluated
+                trainer.validate(module, data, verbose=False)
+            status = "pruned" if any(isinstance(c, Pruning) and c.pruned for c in callbacks) else "done"
+        except Stopped as stop:
+            status, number = "interrupted", stop.signal
+        except Diverged:
+            status = "diverged"
+        except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
+            raise KeyboardInterrupt from stop
         if config.trainer.profiler and processes.first:
             log.info("%s", trainer.profiler.summary())
-        if status == "done" and parts.pruning and parts.pruning.pruned:
-            status = "pruned"
-        best = math.nan
-        if processes.first:
-            best = leave_results(run, status, parts.stopped_early(trainer), trainer, parts.throughput)
+        best = leave_results(run, status, trainer) if processes.first else math.nan
     finally:
         close_loggers(loggers, succeeded=status in ("done", "pruned"))
     if status == "interrupted":
-        raise Interrupted(parts.interruption.signal or signal.SIGTERM)
+        raise Interrupted(number)
     return best
-
-
-def _train(trainer: Trainer, module: GPTModule, data: CharDataModule, resuming: Path | None) -> Status:
-    """Train, from a checkpoint if there is one, and say how it ended."""
-    try:
-        trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
-        if data.eval_windows is not None:  # so far, only some windows were evaluated
-            trainer.validate(module, data, verbose=False)
-    except Stopped:
-        return "interrupted"
-    except Diverged:
-        return "diverged"
-    except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
-        raise KeyboardInterrupt from stop
-    return "done"
 
 
 def make_trainer(
@@ -165,50 +159,34 @@ def _introduce(
 def _callbacks(
     run: Run, config: Config, processes: Processes, data: CharDataModule, module: GPTModule,
     watch: Watch | None, quiet: bool,
-) -> "Parts":  # fmt: skip
+) -> list[Callback]:  # fmt: skip
     monitor = "val/loss" if config.eval_windows is None else "val/loss_windows"
     interval = config.checkpoint_interval or config.eval_interval
-    throughput = Throughput(module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size))
     checkpoints = RunCheckpoints(run, monitor, interval)
     # Slurm's warning before a job's time is up; srun hands it to all processes.
     warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
-    interruption = Interruption(checkpoints, warning)
     folder = run.checkpoint("last").parent
     more: list[Callback] = [build(f"callbacks.{name}", entry, dirpath=folder)
                             for name, entry in config.callbacks.items()]  # fmt: skip
     if config.early_stop_patience:
         more.append(EarlyStopping(monitor, patience=config.early_stop_patience))
-    pruning = Pruning(watch, monitor) if watch else None
     sampler = _sampler(module.model, config, data.encoded.tokenizer, data.encoded.documents)
     bars = any(isinstance(callback, ProgressBar) for callback in more) or config.trainer.enable_progress_bar is False
     loss = "loss that sees later tokens" if run.sees_later_tokens else "loss"
-    ours = [
+    return [
         Evaluations(),
         *([Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []),
-        throughput,
+        Throughput(module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size)),
         SlowdownWarning(),
         Divergence(monitor, interval),
         *([Samples(run, sampler)] if sampler else []),
         *([] if bars else [ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet))]),
-        *([pruning] if pruning else []),
+        *([Pruning(watch, monitor)] if watch else []),
         RunFiles(run, config.fingerprint()),
+        *more,
+        checkpoints,
+        Interruption(checkpoints, warning),
     ]
-    return Parts([*ours, *more, checkpoints, interruption], throughput, interruption, pruning)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The callbacks of a run, and those among them that are asked afterwards."""
-
-    all: list[Callback]
-    throughput: Throughput
-    interruption: Interruption
-    pruning: Pruning | None
-
-    def stopped_early(self, trainer: Trainer) -> bool:
-        """Whether early stopping ended the run before its last step."""
-        stops = any(isinstance(c, EarlyStopping) and c.exhausted for c in self.all)
-        return stops and trainer.global_step < trainer.max_steps
 
 
 def load_data(run: Run, config: Config) -> CharDataModule:
@@ -326,20 +304,3 @@ def _try_to_finish(run: Run, error: BaseException) -> None:
             run.finish("failed", error=text)
     except OSError:  # a full disk: the error itself is what the user must see
         log.warning("%s: cannot write run.json", run.path)
-
-
-@contextmanager
-def _lightning_silenced() -> Iterator[None]:
-    """Keep Lightning's remarks off the terminal; they concern settings that the user never made."""
-    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
-    before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
-    for logger in loggers:
-        logger.propagate, logger.handlers = False, [logging.NullHandler()]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", module="torch")
-        try:
-            yield
-        finally:
-            for logger, (propagate, handlers) in zip(loggers, before, strict=True):
-                logger.propagate, logger.handlers = propagate, handlers

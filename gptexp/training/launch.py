@@ -10,21 +10,24 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptexp import perf
 from gptexp.config import Config, flatten
+from gptexp.console import silenced
 from gptexp.errors import GroupFailed, Interrupted, RunFailed, UserError
 from gptexp.orphans import end_with_parent
 from gptexp.runs import Run, code_fingerprint, unfinished
 from gptexp.training.ranks import several
 from gptexp.training.settings import HardwareConfig
-from gptexp.validation import show
 
 if TYPE_CHECKING:
+    from gptexp.data.corpora import Corpus
+    from gptexp.data.encoded import Encoded
     from gptexp.training.callbacks.pruning import Watch
     from gptexp.training.processes import Processes
 
@@ -40,14 +43,21 @@ def check_files(config: Config) -> None:
     Raises:
         UserError: for either.
     """
+    if config.resume in (None, "auto"):
+        _read_corpus(config)
+    else:
+        Run.open(str(config.resume), key="resume")
+
+
+def _read_corpus(config: Config) -> tuple["Corpus", "Encoded"]:
     from gptexp.data.batches import split_corpus
     from gptexp.data.corpora import find_corpus
     from gptexp.data.encoded import encode_corpus
 
-    if config.resume in (None, "auto"):
-        split_corpus(encode_corpus(find_corpus(config.data), config.data), config.data, config.model.block_size)
-    else:
-        Run.open(str(config.resume), key="resume")
+    corpus = find_corpus(config.data)
+    encoded = encode_corpus(corpus, config.data)
+    split_corpus(encoded, config.data, config.model.block_size)
+    return corpus, encoded
 
 
 def claim(
@@ -66,13 +76,7 @@ def claim(
     Raises:
         UserError: for a mistake in the data, the hardware, a callback or a logger, or a directory that is taken.
     """
-    from gptexp.data.batches import split_corpus
-    from gptexp.data.corpora import find_corpus
-    from gptexp.data.encoded import encode_corpus
-
-    corpus = find_corpus(config.data)  # before the directory is made: a mistake here leaves nothing behind
-    encoded = encode_corpus(corpus, config.data)
-    split_corpus(encoded, config.data, config.model.block_size)
+    corpus, encoded = _read_corpus(config)  # before the directory is made: a mistake here leaves nothing behind
     warmup = config.schedule.warmup_steps
     if warmup >= config.max_steps:
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
@@ -82,11 +86,7 @@ def claim(
         "name": name,
         "group": group,
         "variant": config.variant,
-        "fingerprints": {
-            "config": config.fingerprint(),
-            "data": encoded.fingerprint,
-            "code": code_fingerprint(config),
-        },
+        "fingerprints": {"config": config.fingerprint(), "data": encoded.fingerprint, "code": code_fingerprint(config)},
         "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
                  "sha256": corpus.sha256, "tokens": len(encoded.ids), "documents": encoded.documents},
         "tokenizer": encoded.tokenizer.to_dict(),
@@ -122,16 +122,20 @@ def gathered(config: Config) -> "Processes":
 
     Raises:
         UserError: when they do not come, or Slurm has not started them.
-        GroupFailed: when one of them has failed.
     """
-    from gptexp.training.processes import meet, processes
-
     cluster = config.hardware.cluster
     if config.resume and config.resume != "auto":  # a run that Slurm's processes began needs them again
         with suppress(UserError):  # which is told later
             cluster = Run.open(config.resume).config.hardware.cluster
+    return _gather(cluster, config.hardware.timeout)
+
+
+def _gather(cluster: str, timeout: float) -> "Processes":
+    perf.prepare()  # before torch is imported
+    from gptexp.training.processes import meet, processes
+
     group = processes(cluster)
-    meet(group, config.hardware.timeout)
+    meet(group, timeout)
     if group.started:
         end_with_parent()
     return group
@@ -157,29 +161,13 @@ def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run
     else:
         run = Run.open(key, key="resume")
         extended = run.check_resumable(requested)
-        check_trust(run, requested)
+        if run.config.callbacks or run.config.logger:
+            from gptexp.training.objects import check_trust  # imports Lightning
+
+            check_trust(run.config, requested, f"resume={run.path}")
         run.extend(extended)
     log.info("resuming %s", run.path)
     return run
-
-
-def check_trust(run: Run, requested: Mapping[str, Any]) -> None:
-    """Refuse to build what a run directory names beyond Lightning and gptexp, unless the command names it, too.
-
-    Raises:
-        UserError: with a line for each class.
-    """
-    config = run.config
-    if not (config.callbacks or config.logger):
-        return
-    from gptexp.training.objects import untrusted
-
-    strange = [(key, target) for key, target in untrusted(config) if requested.get(key) != target]
-    if strange:
-        raise UserError(
-            f"resume={run.path}: its config.yaml names {key}={show(target)}, which would be run; to allow it, add "
-            f"+{key}={show(target)} to the command" for key, target in strange
-        )
 
 
 def train_together(
@@ -196,7 +184,14 @@ def train_together(
     Returns:
         what `lead` returns; None on the other processes.
     """
-    return processes.lead(lambda: lead(lambda run: start(run, processes, watch, quiet)), follower(processes))
+    return processes.lead(lambda: lead(lambda run: start(run, processes, watch, quiet)), partial(follow, processes))
+
+
+def follow(processes: "Processes", told: Mapping[str, Any]) -> None:
+    """What a process does that is told to train a run with the first one."""
+    from gptexp.training.fit import fit
+
+    fit(Run.open(told["run"]), processes, (lambda *_: False) if told["prunes"] else None, quiet=True)
 
 
 def job_together(
@@ -242,25 +237,9 @@ def sweep_together(
     if not local:
         raise UserError("hydra/launcher: torchrun or srun has started several processes, which train one job at a "
                         "time; leave it out, or start the command once")  # fmt: skip
-    perf.prepare()  # before torch is imported
-    from gptexp.training.processes import meet, processes
-
-    group = processes(cluster)
-    meet(group, hardware.get("timeout", HardwareConfig.timeout))
-    end_with_parent()
+    group = _gather(cluster, hardware.get("timeout", HardwareConfig.timeout))
     group.check_same(flatten(config) | dict(overrides))
-    return group.lead(work, follower(group)) or []
-
-
-def follower(processes: "Processes") -> Callable[[Any], None]:
-    """What a process does that is told to train a run with the first one."""
-
-    def follow(told: Mapping[str, Any]) -> None:
-        from gptexp.training.fit import fit
-
-        fit(Run.open(told["run"]), processes, (lambda *_: False) if told["prunes"] else None, quiet=True)
-
-    return follow
+    return group.lead(work, partial(follow, group)) or []
 
 
 def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet: bool = False) -> float:
@@ -310,45 +289,32 @@ def start_workers(run: Run, count: int, quiet: bool = False) -> float:
     plan = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=run.path.name, rdzv_backend="c10d",
                         rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0)  # fmt: skip
     command = ("-m", "gptexp.training.worker", str(run.path), str(os.getpid()), "quiet" if quiet else "loud")
+    main = threading.current_thread() is threading.main_thread()
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main else ()
+    handlers = {number: signal.getsignal(number) for number in taken}
     try:
-        with _torchrun_tamed():
+        with silenced("torch.distributed.elastic"):
             elastic_launch(plan, sys.executable)(*command)
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from stop
     except ChildFailedError as failed:
         raise _worker_error(run, {rank: f.exitcode for rank, f in failed.failures.items()}) from failed
+    finally:
+        for number, handler in handlers.items():  # which torchrun's library has replaced
+            signal.signal(number, handler)
     best = (run.result or {}).get("best_val_loss")
     return math.nan if best is None else float(best)
 
 
 def _worker_error(run: Run, codes: Mapping[int, int]) -> Exception:
     """What ended a run's processes, by their exit statuses; completes run.json if they could not."""
-    killed = [(rank, -code) for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
-    if killed:
-        rank, number = killed[0]
-        message = f"rank {rank} was killed ({signal.Signals(number).name})"
-        run.finish("failed", error=message)
-        return RunFailed(f"{message}; see {run.log_path}")
+    killed = [f"rank {rank} was killed ({signal.Signals(-code).name}); see {run.log_path}"
+              for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]  # fmt: skip
     code = next(iter(codes.values()))
-    message = run.info.get("error") or f"a process ended with status {code}; see {run.log_path}"
-    if run.info["status"] == "running" and code != 2:
+    told = [*killed, run.info.get("error"), f"a process ended with status {code}; see {run.log_path}"]
+    message = next(filter(None, told))
+    if code == 2 and not killed:
+        return UserError(message.split("; "))
+    if killed or run.info["status"] == "running":
         run.finish("failed", error=message)
-    return UserError(message.split("; ")) if code == 2 else RunFailed(message)
-
-
-@contextmanager
-def _torchrun_tamed() -> Iterator[None]:
-    """Give back the signals that torchrun's library takes over, and keep its log off the terminal."""
-    main = threading.current_thread() is threading.main_thread()
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main else ()
-    handlers = {number: signal.getsignal(number) for number in taken}
-    library = logging.getLogger("torch.distributed.elastic")
-    propagates, library.propagate = library.propagate, False
-    library.addHandler(silent := logging.NullHandler())
-    try:
-        yield
-    finally:
-        library.removeHandler(silent)
-        library.propagate = propagates
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return RunFailed(message)

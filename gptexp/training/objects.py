@@ -109,16 +109,24 @@ def targets(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
                     yield from targets(item, f"{prefix}{key}.{number}.")
 
 
-def untrusted(config: Config) -> list[tuple[str, str]]:
-    """Key and class of each stored object that must be named again before it is built: those of other packages.
+def check_trust(config: Config, requested: Mapping[str, Any], key: str) -> None:
+    """Refuse to build what a stored configuration names beyond the callbacks and loggers of Lightning and gptexp.
 
-    Also a class of Lightning or gptexp that is neither a callback nor a logger.
+    Args:
+        config: the stored one.
+        requested: settings that the command names again, and so allows.
+        key: of the run, for messages.
+
+    Raises:
+        UserError: with a line for each other class.
     """
-    found = []
+    strange = []
     for section, kind in KINDS.items():
         for name, entry in getattr(config, section).items():
-            for key, target in targets({name: entry}, f"{section}."):
-                own = target.startswith(("lightning.pytorch.", "gptexp."))
-                if not own or key != f"{section}.{name}._target_" or not issubclass(get_class(target), kind):
-                    found.append((key, target))
-    return found
+            for place, target in targets({name: entry}, f"{section}."):
+                own = target.startswith(("lightning.pytorch.", "gptexp.")) and place == f"{section}.{name}._target_"
+                if requested.get(place) != target and not (own and issubclass(get_class(target), kind)):
+                    strange.append(f"{place}={show(target)}")
+    if strange:
+        raise UserError(f"{key}: its config.yaml names {setting}, which would be run; to allow it, add +{setting} to "
+                        "the command" for setting in strange)  # fmt: skip

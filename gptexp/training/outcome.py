@@ -13,25 +13,26 @@ from lightning.pytorch import Trainer
 from gptexp.loggers.media import log_figure, log_summary
 from gptexp.records import read_diagnostics, read_metrics, read_samples
 from gptexp.runs import Run, Status
+from gptexp.training.callbacks.early_stopping import EarlyStopping
 from gptexp.training.callbacks.throughput import Throughput
 
 log = logging.getLogger("gptexp")
 
 
-def leave_results(run: Run, status: Status, stopped_early: bool, trainer: Trainer, counts: Throughput) -> float:
+def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     """Write result.json, the pictures and the final status, and say how the run ended.
 
     Args:
         run: the run's directory.
         status: how it ended.
-        stopped_early: whether early stopping ended it.
         trainer: after training; its loggers get a summary and the pictures.
-        counts: tokens and times.
 
     Returns:
         the lowest loss over the whole validation split, in nats per token; nan if there is none.
     """
-    step = trainer.global_step
+    step, callbacks = trainer.global_step, trainer.callbacks
+    (counts,) = (callback for callback in callbacks if isinstance(callback, Throughput))
+    stopped = any(isinstance(callback, EarlyStopping) and callback.exhausted for callback in callbacks)
     rows = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
@@ -39,7 +40,7 @@ def leave_results(run: Run, status: Status, stopped_early: bool, trainer: Traine
     parameters = run.info["parameters"]
     result = {
         "status": status,
-        "stopped_early": stopped_early,
+        "stopped_early": stopped and step < trainer.max_steps,
         "step": step,
         "best_val_loss": best["val/loss"] if evaluations else None,
         "best_step": int(best["step"]) if evaluations else None,
