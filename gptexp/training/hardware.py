@@ -36,19 +36,13 @@ def accelerator(config: HardwareConfig) -> str:
     Raises:
         UserError: when the machine lacks what is asked for.
     """
-    found = [
-        name
-        for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        if there
-    ]
-    if config.accelerator == "auto":
-        return found[0] if found else "cpu"
-    wanted = {"gpu": ("cuda", "mps"), "mps": ("mps",), "cpu": ("cpu",)}[config.accelerator]
-    usable = [name for name in (*found, "cpu") if name in wanted]
-    if not usable:
-        have = " and ".join(["cpu", *found])
-        raise UserError(f"hardware.accelerator={config.accelerator}: this machine has none; allowed here: {have}")
-    return usable[0]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}.get(config.accelerator, (config.accelerator,))
+    for kind in kinds:
+        if there[kind]:
+            return kind
+    have = " and ".join(sorted(kind for kind in there if there[kind]))
+    raise UserError(f"hardware.accelerator={config.accelerator}: this machine has none; allowed here: {have}")
 
 
 def world_size(config: Config, processes: Processes) -> int:
@@ -152,13 +146,11 @@ def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
     """
     hardware, kind = config.hardware, accelerator(config.hardware)
     strategy: Any = "auto"
-    if processes.world_size > 1 or hardware.strategy == "fsdp":
-        if hardware.strategy == "fsdp":
-            # Block by block, so that no process ever holds the whole model.
-            strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="sharded")
-        else:
-            # Norms share their statistics themselves, so no buffer needs to be sent around.
-            strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    if hardware.strategy == "fsdp":  # block by block, so that no process ever holds the whole model
+        strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="sharded")
+    elif hardware.strategy == "ddp" or processes.world_size > 1:
+        # Norms share their statistics themselves, so no buffer needs to be sent around.
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     further = {k: v for k, v in asdict(config.trainer).items() if v is not None}
     return {
         "accelerator": "gpu" if kind == "cuda" else kind,

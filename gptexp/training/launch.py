@@ -238,7 +238,7 @@ def sweep_together(
         raise UserError("hydra/launcher: torchrun or srun has started several processes, which train one job at a "
                         "time; leave it out, or start the command once")  # fmt: skip
     group = _gather(cluster, hardware.get("timeout", HardwareConfig.timeout))
-    group.check_same(flatten(config) | dict(overrides))
+    group.check_same(flatten(config) | {"sweep.name": None} | dict(overrides))  # the name is made of the overrides
     return group.lead(work, partial(follow, group)) or []
 
 

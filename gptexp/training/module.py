@@ -130,7 +130,7 @@ class GPTModule(LightningModule):
             step: its number, from 1 on.
         """
         self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        self.log_dict({"grad_norm": self.grad_norm, "learning_rate": self._exact(self.rate), "step": float(step)})
+        self.log_dict({"grad_norm": self.grad_norm, "learning_rate": self.exact(self.rate), "step": float(step)})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a batch's losses and hits; padding enters none of them."""
@@ -142,10 +142,10 @@ class GPTModule(LightningModule):
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         shown = {f"val/{k}": v for k, v in values.items()} if self._whole else {"val/loss_windows": values["loss"]}
-        self.log_dict({name: self._exact(value) for name, value in shown.items()})
+        self.log_dict({name: self.exact(value) for name, value in shown.items()})
         self.log("step", float(self.global_step))
 
-    def _exact(self, value: float) -> Tensor:
+    def exact(self, value: float) -> Tensor:
         """A number in float64, where the device has it: Lightning makes float32 of plain ones."""
         return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
 

@@ -7,7 +7,7 @@ import pytest
 
 from gptexp.records import read_metrics
 from gptexp.runs import Run
-from tests.conftest import TINY, finish, spawn
+from tests.conftest import TINY, finish, runs_of, spawn
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5"]
 
@@ -33,6 +33,18 @@ def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -
     check_close(one, two)
     assert two.info["device"]["devices"] == 2
     assert two.info["status"] == "done"
+
+
+@pytest.mark.slow
+def test_ddp_with_one_device(corpus: Path, tmp_path: Path) -> None:
+    for strategy in ("auto", "ddp"):
+        settings = [*TINY, f"data.path={corpus}", f"hardware.strategy={strategy}", f"output_dir={tmp_path / strategy}"]
+        code, _, err = finish(spawn("-m", *settings, "norm=layernorm,batchnorm", cwd=tmp_path))
+        assert (code, err) == (0, "")
+    one, ddp = (runs_of(next((tmp_path / strategy / "sweeps").iterdir())) for strategy in ("auto", "ddp"))
+    assert len(one) == 2
+    for name, run in one.items():
+        check_close(run, ddp[name])
 
 
 @pytest.mark.slow

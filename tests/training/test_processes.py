@@ -110,6 +110,10 @@ class TestTheirNumber:
         strategy = trainer_arguments(read_config({}), started(2))["strategy"]
         assert type(strategy).__name__ == "DDPStrategy"
 
+    def test_one_device_has_the_strategy_that_is_asked_for(self) -> None:
+        config = read_config({"hardware": {"strategy": "ddp"}})
+        assert type(trainer_arguments(config, Processes(LightningEnvironment()))["strategy"]).__name__ == "DDPStrategy"
+
     def test_the_batch_is_shared_among_them(self) -> None:
         with pytest.raises(UserError, match=r"batch_size=12: must be a multiple of 5 processes \* gradient_acc"):
             world_size(read_config({}), started(5))

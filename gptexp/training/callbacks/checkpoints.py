@@ -5,6 +5,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,17 +51,10 @@ def save_durably(trainer: Trainer, path: Path) -> None:
     if not isinstance(trainer.strategy, FSDPStrategy):  # `DurableCheckpointIO` does so
         trainer.save_checkpoint(path)
         return
-    folder = path.with_name(f".{path.name}.{trainer.global_step}")
-    if trainer.is_global_zero and not is_current(folder, path):  # what a crash has left
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = path.with_name(trainer.strategy.broadcast(f".{path.name}.{uuid4().hex}"))
     trainer.save_checkpoint(folder)
     if trainer.is_global_zero:
         publish(folder, path)
-
-
-def is_current(folder: Path, path: Path) -> bool:
-    """Whether a checkpoint's link leads to this directory."""
-    return path.is_symlink() and path.readlink() == Path(folder.name)
 
 
 def publish(folder: Path, path: Path) -> None:

@@ -20,6 +20,7 @@ in the model; a tied head counts under `wte`. The drifts are those of norms with
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,24 +65,20 @@ class Diagnostics(Callback):
         self._values: Values = {}
         self._hooks: list[RemovableHandle] = []
         self._before: dict[str, list[Tensor]] = {}  # each layer's parameters before the step
-        self._table: Table | None = None
-
-    def on_train_start(self, trainer: Trainer, module: GPTModule) -> None:
-        """Open the file."""
-        if trainer.is_global_zero:
-            self._table = Table(self.run.diagnostics_path, Measurement._fields)
 
     def on_train_batch_start(self, trainer: Trainer, module: GPTModule, batch: Batch, i: int) -> None:
         """Hook the model before the first micro-batch of a step that is due."""
         step = trainer.global_step
         if step % self.interval == 0 and step != self._step:
             self._step, self._values = step, {}
-            # Ranks sum up the statistics that they share, so all of them measure these.
-            self._hooks = watch(module.model, batch.mask, self._values, drift_alone=not trainer.is_global_zero)
+            # All ranks do, because the drifts are of statistics that they share.
+            self._hooks = watch(module.model, batch.mask, self._values)
 
     def on_before_backward(self, trainer: Trainer, module: GPTModule, loss: Tensor) -> None:
         """Unhook the model: the forward pass is over."""
-        self._unhook()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, module: GPTModule, optimizer: Any) -> None:
@@ -103,41 +100,23 @@ class Diagnostics(Callback):
                 change = norm([_wide(p) - _wide(old) for p, old in zip(parameters, before, strict=True)])
                 self._values[layer, "update_ratio"] = float(change) / size
         self._before = {}
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
-        assert self._table is not None
+        table = Table(self.run.diagnostics_path, Measurement._fields)
         rows = [Measurement(self._step, *names, float(value)) for names, value in self._values.items()]
         for row in rows:
-            self._table.append(row._asdict())
+            table.append(row._asdict())
+        table.close()
         logged: dict[str, float] = {f"diagnostics/{row.quantity}/{row.layer}": row.value for row in rows}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=self._step)
 
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
-    def on_train_end(self, trainer: Trainer, module: GPTModule) -> None:
-        """Close the file."""
-        if self._table:
-            self._table.close()
-
-    def on_exception(self, trainer: Trainer, module: GPTModule, error: BaseException) -> None:
-        """Unhook the model and close the file after an error, too."""
-        self._unhook()
-        self.on_train_end(trainer, module)
-
-
-def watch(model: nn.Module, mask: Tensor | None, values: Values, drift_alone: bool = False) -> list[RemovableHandle]:
+def watch(model: nn.Module, mask: Tensor | None, values: Values) -> list[RemovableHandle]:
     """Hook a model so that its forward passes are measured, until the hooks are removed.
 
     Args:
         model: any of gptexp.models.
         mask: None, or (N, L) bool that is False at the padding of the batch to come.
         values: where what is measured goes.
-        drift_alone: measure mean_drift and std_drift only.
     """
     hooks: list[RemovableHandle] = []
 
@@ -158,25 +137,26 @@ def watch(model: nn.Module, mask: Tensor | None, values: Values, drift_alone: bo
     def rms(x: Tensor, *_: Any) -> dict[str, Tensor]:
         return {"activation_rms": real(x).square().mean().sqrt()}
 
+    def flat(act: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, Tensor]:
+        return {"saturated": (slope(act, real(z)).abs() < FLAT).float().mean()}
+
     def flat_tanh(x: Tensor) -> dict[str, Tensor]:
         return {"saturated": (real(x).tanh().abs() > FLAT_TANH).float().mean()}
 
-    def look_into(name: str, layer: Any) -> None:
-        if isinstance(layer, CausalSelfAttention):
-            before(layer, name, lambda x, rope=None: attention(layer, x, rope, real))
-        elif isinstance(layer, FeedForward):
-            linear = layer.fc if layer.gate is None else layer.gate
-            after(linear, name, lambda z: {"saturated": (slope(layer.act, real(z)).abs() < FLAT).float().mean()})
-        elif isinstance(layer, DynamicTanh):
-            before(layer, name, lambda x, *_: flat_tanh(layer.alpha * x))
+    def scaled_tanh(layer: DynamicTanh, x: Tensor, *_: Any) -> dict[str, Tensor]:
+        return flat_tanh(layer.alpha * x)
 
     for name, layer in named_layers(model):
         if hasattr(layer, "discrepancy"):
             before(layer, name, cast(Any, layer).discrepancy)
-        if not drift_alone:
-            look_into(name, layer)
-    if drift_alone:
-        return hooks
+        if isinstance(layer, CausalSelfAttention):
+            before(layer, name, partial(attention, layer, real))
+        elif isinstance(layer, FeedForward):
+            linear = layer.fc if layer.gate is None else layer.gate
+            after(linear, name, partial(flat, layer.act))
+        elif isinstance(layer, DynamicTanh):
+            before(layer, name, partial(scaled_tanh, layer))
+
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
     if blocks:
         before(blocks[0][1], "embedding", rms)
@@ -193,15 +173,15 @@ def watch(model: nn.Module, mask: Tensor | None, values: Values, drift_alone: bo
 
 
 def attention(
-    layer: CausalSelfAttention, x: Tensor, rope: tuple[Tensor, Tensor] | None, real: Callable[[Tensor], Tensor]
+    layer: CausalSelfAttention, real: Callable[[Tensor], Tensor], x: Tensor, rope: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """attention_entropy and max_attention_logit of the layer's input x (N, L, C), in the precision of its weights.
 
     Args:
         layer: to be measured.
+        real: picks the positions that are not padding: (N, L, H) to (positions, H).
         x: its input.
         rope: its other input.
-        real: picks the positions that are not padding: (N, L, H) to (positions, H).
     """
     L, x = x.shape[1], x.to(layer.qkv.weight.dtype)
     entropy, largest = [], []

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -96,8 +95,7 @@ class Throughput(Callback):
         self._mark = now
 
     def _log(self, pl_module: GPTModule, **values: float) -> None:
-        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        pl_module.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in values.items()})
+        pl_module.log_dict({name: pl_module.exact(value) for name, value in values.items()})
 
     def _tick(self) -> None:
         now = time.perf_counter()
