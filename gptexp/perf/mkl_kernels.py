@@ -12,12 +12,12 @@ Source: the pull request pytorch/builder#1245, which advises builders of torch f
 
 import ctypes
 import os
-import platform
 import struct
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 QUESTION = b"mkl_serv_intel_cpu_true"
 CALLS_AND_ANSWER = b"gptexp_calls_and_answer"
@@ -84,7 +84,7 @@ def active() -> bool:
 
 @cache  # loaded once in a process; a later `prepare` changes nothing
 def _library() -> _Library | None:
-    if "torch" in sys.modules or not gains(_cpuinfo()):
+    if "torch" in sys.modules or not gains(first_processor()):
         return None
     with suppress(OSError, AttributeError, ValueError):  # no code but that of files may run, or Python lacks the call
         file = os.memfd_create("mkl_kernels")
@@ -95,15 +95,11 @@ def _library() -> _Library | None:
     return None
 
 
-def _cpuinfo() -> str:
-    """The paragraph of the first processor in /proc/cpuinfo; empty where the library cannot work."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return ""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return file.read().partition("\n\n")[0]
-    except OSError:
-        return ""
+def first_processor() -> str:
+    """What Linux says of the first processor; elsewhere nothing."""
+    with suppress(OSError):
+        return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    return ""
 
 
 def gains(cpuinfo: str) -> bool:

@@ -282,25 +282,22 @@ def _status(run: Run) -> Iterator[None]:
     with run.lock():
         try:
             yield
-        except KeyboardInterrupt:
-            if run.info["status"] == "running":  # else it was saved, and its results are written
-                run.finish("interrupted")
-            raise
         except BaseException as error:
-            _try_to_finish(run, error)
+            try:
+                _record(run, error)
+            except OSError:  # a full disk: the error itself is what the user must see
+                log.warning("%s: cannot write run.json", run.path)
             raise
 
 
-def _try_to_finish(run: Run, error: BaseException) -> None:
-    mistake = isinstance(error, UserError) or (isinstance(error, GroupFailed) and error.status == 2)
-    try:
-        text = str(error) if isinstance(error, UserError | GroupFailed) else f"{type(error).__name__}: {error}"
-        # A mistake that is found before training leaves a run that can be resumed as it was.
-        if mistake and run.info.get("resumable"):
-            run.update(error=text)
-        elif isinstance(error, GroupFailed) and error.status > 128:  # a signal that another process got
+def _record(run: Run, error: BaseException) -> None:
+    """Write what ended a run; GroupFailed is what ended another of its processes."""
+    status = error.status if isinstance(error, GroupFailed) else 2 if isinstance(error, UserError) else 1
+    text = str(error) if isinstance(error, UserError | GroupFailed) else f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt) or status > 128:
+        if run.info["status"] == "running":  # else it was saved, and its results are written
             run.finish("interrupted")
-        else:
-            run.finish("failed", error=text)
-    except OSError:  # a full disk: the error itself is what the user must see
-        log.warning("%s: cannot write run.json", run.path)
+    elif status == 2 and run.info.get("resumable"):  # a mistake that is found before training can be corrected
+        run.update(error=text)
+    else:
+        run.finish("failed", error=text)

@@ -1,6 +1,8 @@
 """Turns the settings into a Trainer's arguments, and says what the machine is."""
 
 import os
+import platform
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -215,11 +217,5 @@ def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name."""
-    import platform
-
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)", mkl_kernels.first_processor(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

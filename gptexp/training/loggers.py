@@ -41,6 +41,9 @@ def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logg
         UserError: when one refuses its arguments.
     """
     settings = replace(config, model=module.model.config).essence()  # which knows the size of the vocabulary
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".mlflow.lock")  # of two runs that make an experiment of a name at once, one would fail
     for name, entry in config.logger.items() if not config.trainer.fast_dev_run else ():
         cls = get_class(entry["_target_"])
         key = next((k for k in IDENTITIES if k in parameters(cls)), None)
@@ -54,7 +57,7 @@ def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logg
         elif issubclass(cls, MLFlowLogger) and run.info["group"]:
             options["tags"] = {"group": run.info["group"]} | (entry.get("tags") or {})
         own = {key: identity} if key else {}
-        with _alone(config, cls):
+        with lock if issubclass(cls, MLFlowLogger) else nullcontext():
             logger = build(f"logger.{name}", options, save_dir=run.path, run_name=run.info["name"], **own)
             loggers.append(logger)
             log_settings(logger, settings)
@@ -101,12 +104,3 @@ def _keep(run: Run, name: str, identity: str) -> None:
     known = run.info.get("loggers", {})
     if rank_zero_only.rank == 0 and known.get(name) != identity:
         run.update(loggers=known | {name: identity})
-
-
-def _alone(config: Config, cls: type) -> Any:
-    """Around the opening of an MLflow run: of two at once that find no experiment of a name, one fails to make it."""
-    if not issubclass(cls, MLFlowLogger):
-        return nullcontext()
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".mlflow.lock")

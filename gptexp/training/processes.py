@@ -233,7 +233,8 @@ def meet(group: Processes, seconds: float) -> None:
         raise UserError(missing) from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{host}:{port}: {str(error).splitlines()[0]}; MASTER_PORT sets another port") from error
-    group.store = PrefixStore("gptexp", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # which may find the store of the one before
+    group.store = PrefixStore(f"gptexp/{attempt}", store)
     ranks.met[:] = [group]
     for handler in log.handlers if not group.first else ():
         handler.setLevel(logging.CRITICAL)
