@@ -60,8 +60,6 @@ def open_wandb(
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    # That it found a key is no news, and on a busy machine its process may take more than half a minute to start.
-    wandb.setup(wandb.Settings(silent=True, x_service_wait=300))
     chosen: dict[str, Any] = {
         "console": "off", "silent": True, "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or 30),
         "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT") or patience), "finish_timeout_raises": True,
@@ -73,6 +71,7 @@ def open_wandb(
     run: Any = None
     if wanted != "offline":
         try:
+            wandb.setup(wandb.Settings(silent=True))  # that it found a key is no news
             run = wandb.init(mode=wanted, **options)
         except wandb.errors.UsageError:
             raise
