@@ -26,7 +26,7 @@ from gptexp.models.influence import Share, train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels
 from gptexp.runs import Run, Status
-from gptexp.training.callbacks.checkpoints import RunCheckpoints, RunFiles
+from gptexp.training.callbacks.checkpoints import RunCheckpoints
 from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.divergence import Divergence
 from gptexp.training.callbacks.early_stopping import EarlyStopping
@@ -162,7 +162,7 @@ def _callbacks(
 ) -> list[Callback]:  # fmt: skip
     monitor = "val/loss" if config.eval_windows is None else "val/loss_windows"
     interval = config.checkpoint_interval or config.eval_interval
-    checkpoints = RunCheckpoints(run, monitor, interval)
+    checkpoints = RunCheckpoints(run, config.fingerprint(), monitor, interval)
     # Slurm's warning before a job's time is up; srun hands it to all processes.
     warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
     folder = run.checkpoint("last").parent
@@ -182,7 +182,6 @@ def _callbacks(
         *([Samples(run, sampler)] if sampler else []),
         *([] if bars else [ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet))]),
         *([Pruning(watch, monitor)] if watch else []),
-        RunFiles(run, config.fingerprint()),
         *more,
         checkpoints,
         Interruption(checkpoints, warning),

@@ -96,17 +96,14 @@ def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
         raise UserError(f"{key}: {str(cause).strip().splitlines()[0]}") from error
 
 
-def targets(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def targets(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Key and value of every `_target_` of nested settings."""
     for key, value in tree.items():
-        if key == "_target_":
+        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(inner, Mapping):
+            yield from targets(inner, f"{prefix}{key}.")
+        elif key == "_target_":
             yield f"{prefix}{key}", str(value)
-        elif isinstance(value, Mapping):
-            yield from targets(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            for number, item in enumerate(value):
-                if isinstance(item, Mapping):
-                    yield from targets(item, f"{prefix}{key}.{number}.")
 
 
 def check_trust(config: Config, requested: Mapping[str, Any], key: str) -> None:

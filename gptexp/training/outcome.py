@@ -36,14 +36,14 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     rows = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
-    best = min(evaluations, key=lambda r: r["val/loss"], default={"val/loss": math.nan, "step": math.nan})
+    best = min(evaluations, key=lambda r: r["val/loss"], default={})
     parameters = run.info["parameters"]
     result = {
         "status": status,
         "stopped_early": stopped and step < trainer.max_steps,
         "step": step,
-        "best_val_loss": best["val/loss"] if evaluations else None,
-        "best_step": int(best["step"]) if evaluations else None,
+        "best_val_loss": best.get("val/loss"),
+        "best_step": int(best["step"]) if best else None,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
         "parameters": parameters,
         "tokens": counts.tokens,
@@ -81,7 +81,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
             log.info("results: %s\nsample more with: python -m gptexp.sample run=%s%s", run.path, run.path, prompt)
     if run.heat_maps_path.exists():
         log.info("picture: %s", run.heat_maps_path)
-    return best["val/loss"]
+    return best.get("val/loss", math.nan)
 
 
 def _draw(run: Run, rows: list[dict[str, float]]) -> list[Path]:

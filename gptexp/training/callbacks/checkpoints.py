@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
@@ -83,19 +83,21 @@ class RunCheckpoints(ModelCheckpoint):
 
     `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
     evaluation and writes the same `best` again. The untrained model is saved, too, so a run has both checkpoints from
-    its first evaluation on, and run.json says so: one that is missing later is lost.
+    its first evaluation on, and run.json says so: one that is missing later is lost. Each holds the length of the run's
+    growing files, which are cut back to it when the run is resumed, so that they end as an unbroken run's would.
 
     Args:
         run: whose checkpoints they are.
+        fingerprint: of the configuration that they belong to.
         monitor: the metric whose lowest value is the best.
         interval: optimizer steps between two `last`.
     """
 
-    def __init__(self, run: Run, monitor: str, interval: int) -> None:
+    def __init__(self, run: Run, fingerprint: str, monitor: str, interval: int) -> None:
         folder = run.checkpoint("last").parent.absolute()
         super().__init__(dirpath=folder, filename="best", monitor=monitor, every_n_train_steps=interval,
                          save_on_train_epoch_end=False)  # fmt: skip
-        self.run, self.interval, self.saved_at = run, interval, -1
+        self.run, self.fingerprint, self.interval, self.saved_at = run, fingerprint, interval, -1
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest loss so far; the paths are known."""
@@ -138,20 +140,6 @@ class RunCheckpoints(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
-
-
-class RunFiles(Callback):
-    """Puts the length of a run's growing files into checkpoints, and cuts them back to it when the run is resumed.
-
-    So they end as an unbroken run's would.
-
-    Args:
-        run: whose files they are.
-        fingerprint: of the configuration that the checkpoint belongs to.
-    """
-
-    def __init__(self, run: Run, fingerprint: str) -> None:
-        self.run, self.fingerprint = run, fingerprint
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the run's identity and the lengths, of what is on the disk for good."""
