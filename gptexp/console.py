@@ -70,19 +70,20 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
     log.setLevel(logging.DEBUG)
     try:
         yield
-    except (UserError, GroupFailed) as error:
-        _end(error.status if isinstance(error, GroupFailed) else 2, error.problems, errors)
+    except GroupFailed as failed:
+        _end(failed, errors)
+    except UserError as error:
+        _end(end_together(2, error.problems), errors)
     except KeyboardInterrupt as stop:
-        _end(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT), [], errors)
+        _end(end_together(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT), []), errors)
     except Exception as error:
         if os.environ.get("GPTEXP_DEBUG"):
             raise
-        _end(1, [f"{str(error) or type(error).__name__}".replace("\n", " ")], errors)
+        _end(end_together(1, [f"{str(error) or type(error).__name__}".replace("\n", " ")]), errors)
 
 
-def _end(status: int, problems: list[str], shown: bool) -> NoReturn:
+def _end(failed: GroupFailed, shown: bool) -> NoReturn:
     """End this process; of several that train together, the one that failed first says why."""
-    failed = end_together(status, problems)
     if shown and failed.mine:
         for problem in failed.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -207,10 +207,11 @@ def job_together(
     except (Exception, GroupFailed) as error:
         if processes.store is None or processes.leading:  # one process, or those of the whole sweep
             raise
-        problems = error.problems if isinstance(error, UserError | GroupFailed) else [str(error)]
-        failed = processes.fail(2 if isinstance(error, UserError) else 1, problems)
+        if not isinstance(error, GroupFailed):
+            problems = error.problems if isinstance(error, UserError) else [str(error)]
+            error = processes.fail(2 if isinstance(error, UserError) else 1, problems)
         processes.part()
-        raise RunFailed(str(failed)) from error
+        raise RunFailed(str(error)) from error
 
 
 def sweep_together(
