@@ -279,8 +279,9 @@ def connected(group: Processes, log_path: Path) -> Iterator[None]:
         group.fail(128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT), [])
         raise
     except Exception as error:
-        if main:  # torchrun ends all processes once one has failed; the record comes first
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if main:  # torchrun ends all processes once one has failed; from now on the record comes first
+            previous = signal.SIG_IGN
+            signal.signal(signal.SIGTERM, previous)
         raise group.fail(*_said(error, group.rank, log_path)) from error
     finally:
         if dist.is_initialized():  # others that wait for this process go on, into an error
