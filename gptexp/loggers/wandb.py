@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -36,6 +35,9 @@ class WandbLogger(LightningWandbLogger):
         id: of the W&B run; a run that is resumed goes on in the one that has it.
         name: of the W&B run.
         options: of `wandb.init`, such as `entity`, `group` and `tags`.
+
+    Attributes:
+        watched: the argument `watch`.
     """
 
     def __init__(
@@ -118,9 +120,3 @@ class WandbLogger(LightningWandbLogger):
         if not self._deaf:
             with self._spared(asks=True):
                 super().finalize(status)
-
-    @rank_zero_only
-    def watch_module(self, module: LightningModule, interval: int) -> None:
-        """Log the tensors that `watch` names every `interval` steps, if it names any."""
-        if self.watched:
-            self.watch(module, log=self.watched, log_freq=interval, log_graph=False)

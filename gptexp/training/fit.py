@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,7 +222,9 @@ def _sampler(
     """
     if not config.sample_tokens or config.hardware.strategy == "fsdp":
         return None
-    opening = tokenizer.encode("\n").tolist() if documents or _knows(tokenizer, "\n") else [0]
+    opening = [0]
+    with suppress(UserError):  # a corpus without a newline
+        opening = tokenizer.encode("\n").tolist()
     prompts = [opening] * (10 if documents else 1)
     stop = opening if documents else []
 
@@ -234,14 +236,6 @@ def _sampler(
         return tokenizer.decode(rows[0])
 
     return sample
-
-
-def _knows(tokenizer: Tokenizer, symbol: str) -> bool:
-    try:
-        tokenizer.encode(symbol)
-    except UserError:
-        return False
-    return True
 
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:

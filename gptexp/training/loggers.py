@@ -63,8 +63,8 @@ def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logg
             log_settings(logger, settings)
         if isinstance(logger, MLFlowLogger) and known:
             logger.experiment.update_run(logger.run_id, "RUNNING")
-        if isinstance(logger, OurWandbLogger):
-            logger.watch_module(module, config.log_interval)
+        if isinstance(logger, OurWandbLogger) and logger.watched:
+            logger.watch(module, log=logger.watched, log_freq=config.log_interval, log_graph=False)
         if key and isinstance(logger.version, str):
             _keep(run, name, logger.version)
 
