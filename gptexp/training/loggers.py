@@ -4,7 +4,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,25 @@ def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logg
         UserError: when one refuses its arguments.
     """
     settings = replace(config, model=module.model.config).essence()  # which knows the size of the vocabulary
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".mlflow.lock")  # of two runs that make an experiment of a name at once, one would fail
     for name, entry in config.logger.items() if not config.trainer.fast_dev_run else ():
         cls = get_class(entry["_target_"])
         key = next((k for k in IDENTITIES if k in parameters(cls)), None)
         given = next((entry[k] for k in ("version", *IDENTITIES) if entry.get(k)), None) if key else None
         known = given or run.info.get("loggers", {}).get(name)
         identity, options = known, dict(entry)
+        lock: AbstractContextManager[Any] = nullcontext()
         if issubclass(cls, WandbLogger):
             identity = known or _agents_id(run) or uuid.uuid4().hex[:12]
             options |= _wandb_options(run, config, entry)
             _keep(run, name, identity)  # before the run begins there, so that it is found again however this ends
-        elif issubclass(cls, MLFlowLogger) and run.info["group"]:
-            options["tags"] = {"group": run.info["group"]} | (entry.get("tags") or {})
+        elif issubclass(cls, MLFlowLogger):
+            folder = Path(config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".mlflow.lock")  # of two runs that make an experiment at once, one would fail
+            if run.info["group"]:
+                options["tags"] = {"group": run.info["group"]} | (entry.get("tags") or {})
         own = {key: identity} if key else {}
-        with lock if issubclass(cls, MLFlowLogger) else nullcontext():
+        with lock:
             logger = build(f"logger.{name}", options, save_dir=run.path, run_name=run.info["name"], **own)
             loggers.append(logger)
             log_settings(logger, settings)
