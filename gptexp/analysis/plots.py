@@ -49,21 +49,17 @@ def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path
         title: the variant's name.
         path: of the PNG to write.
     """
-    rows = max(1, len(maps))
-    figure = Figure(figsize=(9, 0.9 + 4 * rows))
+    figure = Figure(figsize=(9, 0.9 + 4 * max(1, len(maps))), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, above the diagonal lies the future")
-    figure.subplots_adjust(left=0.07, right=0.9, bottom=0.14 / rows, top=1 - 0.2 / rows, wspace=0.2, hspace=0.3)
     top = max((float(m.max()) for pair in maps.values() for m in pair.values()), default=1.0) or 1.0
     panels: Any = figure.subplots(len(maps), 2, squeeze=False) if maps else []
     kinds = (("own", "the same sequence"), ("others", "the other sequences"))
-    image: Any = None
     for row, (mode, pair) in zip(panels, maps.items(), strict=True):
         for axes, (kind, words) in zip(row, kinds, strict=True):
             image = axes.imshow(pair[kind], norm=LogNorm(top * 1e-6, top, clip=False), cmap="viridis")
             axes.set(title=f"{mode} mode, {words}", xlabel="token s", ylabel="prediction t")
-    if image is not None:
-        figure.colorbar(image, cax=figure.add_axes((0.92, 0.25, 0.02, 0.5)))
+        figure.colorbar(image, ax=row, shrink=0.7)
     figure.savefig(path, dpi=100)
 
 
