@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptexp import perf
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ BATCHES = 4  # of batch_size rows, that losses are measured on
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        audit(sys.argv[1:])
+    run_command(__doc__, audit)
 
 
 def audit(arguments: Sequence[str]) -> dict[str, Any]:

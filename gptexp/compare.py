@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
 
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class CompareConfig:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        compare(sys.argv[1:])
+    run_command(__doc__, compare)
 
 
 def compare(arguments: Sequence[str]) -> "Study":

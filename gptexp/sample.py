@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from gptexp import perf
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 
@@ -47,12 +47,7 @@ class SampleConfig:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        config, prompts = parse(sys.argv[1:])
-        sample(config, prompts)
+    run_command(__doc__, lambda arguments: sample(*parse(arguments)))
 
 
 def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
