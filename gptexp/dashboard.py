@@ -15,7 +15,6 @@ settings (key=value):
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
