@@ -128,7 +128,9 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
 
 def forest(study: Study) -> Figure:
     """Every comparison's mean difference with its interval; the band of ±delta is where differences are none."""
-    rows = [c for kind in ("variant", "factor") for c in _by_difference(study, kind)][:MOST_ROWS]
+    paired = [c for c in study.comparisons if c.judgement.n]
+    rows = sorted((c for c in paired if c.kind == "variant"), key=lambda c: c.judgement.mean)
+    rows = [*rows, *(c for c in paired if c.kind == "factor")][:MOST_ROWS]
     figure, axes = _figure(1.2 + 0.27 * len(rows))
     axes.axvspan(-study.delta, study.delta, color=VERDICT_COLOURS["equal"], alpha=0.12, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -158,15 +160,9 @@ def forest(study: Study) -> Figure:
     return figure
 
 
-def _by_difference(study: Study, kind: str) -> list[Comparison]:
-    rows = [c for c in study.comparisons if c.kind == kind and c.judgement.n]
-    return sorted(rows, key=lambda c: c.judgement.mean) if kind == "variant" else rows
-
-
 def _row_name(comparison: Comparison) -> str:
-    if comparison.kind == "factor":
-        return f"{comparison.factor}: {comparison.this} – {comparison.that}"
-    return comparison.this
+    effect = f"{comparison.factor}: {comparison.this} – {comparison.that}"
+    return effect if comparison.kind == "factor" else comparison.this
 
 
 def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:

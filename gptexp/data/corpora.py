@@ -140,9 +140,7 @@ def _fetched(source: Source) -> tuple[Path | None, list[str]]:
             log.warning("GPTEXP_DATA=%s: no such folder; going on without it", given)
         elif _holds(folder / source.file, source.sha256):
             return folder / source.file, []
-    with writes_to_cache(), locked(cached):
-        if _holds(cached, source.sha256, warn=False):  # another process fetched it while this one waited
-            return cached, []
+    with writes_to_cache(), locked(cached):  # pooch sees whether another process fetched it while this one waited
         return _downloaded(source, cached)
 
 
@@ -170,7 +168,7 @@ def _downloaded(source: Source, path: Path) -> tuple[Path | None, list[str]]:
     return None, failures
 
 
-def _holds(path: Path, sha256: str, warn: bool = True) -> bool:
+def _holds(path: Path, sha256: str) -> bool:
     """Whether the file is there with the right bytes; wrong bytes are worth a line on the way to the next source."""
     try:
         if not path.is_file():
@@ -179,7 +177,7 @@ def _holds(path: Path, sha256: str, warn: bool = True) -> bool:
     except OSError as error:
         log.warning("%s: cannot be read (%s); trying the next source", path, error.strerror)
         return False
-    if found != sha256 and warn:
+    if found != sha256:
         log.warning("%s: wrong SHA-256 %s... instead of %s...; trying the next source", path, found[:12], sha256[:12])
     return found == sha256
 

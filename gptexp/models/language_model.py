@@ -50,12 +50,8 @@ class LanguageModel(nn.Module):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
         """Continue every prompt; see `stream` for the options. Returns the new ids of each row, without its prompt."""
-        rows: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, **options):  # type: ignore[arg-type]
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        return rows
+        steps = list(self.stream(prompts, max_new_tokens, **options))  # type: ignore[arg-type]
+        return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]  # type: ignore[misc]
 
     @torch.inference_mode()
     def stream(
