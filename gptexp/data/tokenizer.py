@@ -38,16 +38,14 @@ class CharTokenizer:
         return len(self.symbols)
 
     def table(self, dtype: np.dtype[Any], unknown: int = 0) -> NDArray[Any]:
-        """The id of every code point up to the last one in use, then one more entry: (highest + 2,) of `dtype`.
+        """The id of every code point up to the last one in use, or the newline, then one more entry, of `dtype`.
 
         Code points outside the vocabulary, and the one more entry, hold `unknown`.
         """
-        codes = self._codes if self.terminator == "\n" else np.append(self._codes, ord("\n"))
-        ids = np.arange(self.vocab_size)
+        table = np.full(max(int(self._codes[-1]), ord("\n")) + 2, unknown, dtype)
+        table[self._codes] = np.arange(self.vocab_size)
         if self.terminator != "\n":
-            ids = np.append(ids, self.symbols.index(self.terminator))
-        table = np.full(int(codes.max()) + 2, unknown, dtype)
-        table[codes] = ids
+            table[ord("\n")] = self.symbols.index(self.terminator)
         return table
 
     def encode(self, text: str, what: str = "prompt") -> Ids:
