@@ -95,10 +95,10 @@ def further_seeds(study: Study) -> int | None:
 def counts(study: Study) -> str:
     """How the runs ended, in words: "30 runs: 28 done, 2 diverged"."""
     total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
-    jobs = total.total() + sum(map(len, study.apart.values())) + len(study.unreadable)
+    apart = sum(map(len, study.apart.values()))
+    jobs = total.total() + apart + len(study.unreadable)
     parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
     parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
-    apart = sum(map(len, study.apart.values()))
     parts += [f"{apart} put apart"] if apart else []
     parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
     return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"

@@ -18,6 +18,7 @@ from gptexp.runs import write_atomically
 
 MOST_LOST = 60  # runs without a result that the page names; the table has all
 
+
 def write_report(study: Study, folder: Path, title: str, command: str, target: float | None = None) -> Path:
     """Write all files of a study.
 

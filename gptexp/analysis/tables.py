@@ -133,13 +133,11 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(column: str, value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+    if pd.isna(value):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if isinstance(value, float) and column not in FORMATS:
-        return f"{value:g}"
-    return FORMATS.get(column, "{}").format(value)
+    return FORMATS.get(column, "{:g}" if isinstance(value, float) else "{}").format(value)
 
 
 def markdown(table: pd.DataFrame) -> str:
