@@ -13,12 +13,7 @@ from torch.nn import functional as F
 from gptexp.models.generation import Positions
 from gptexp.models.norms import Positional
 from gptexp.models.reduction import ranks, sum_over_ranks, weighted
-from gptexp.models.registry import (
-    BatchNormSettings,
-    NormShape,
-    RegularizedBatchNormSettings,
-    RunningSettings,
-)
+from gptexp.models.registry import BatchNormSettings, NormShape, RegularizedBatchNormSettings, RunningSettings
 
 
 class _Running(Positional):

@@ -55,16 +55,9 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: Sequence[int] = (),
-        seed: int = 0,
-    ) -> Iterator[list[int | None]]:
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, stop: Sequence[int] = (), seed: int = 0,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
         """Sample one token per step for every prompt, in evaluation mode.
 
         A row's text depends on the seed, its index and its prompt, not on the other rows. Each token depends on the
