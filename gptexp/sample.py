@@ -140,10 +140,9 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
         body = text + tokenizer.decode(row[: -len(stop)] if ended else row)
         if documents:
             print(body)
-        elif len(new) > 1:
-            print(f"--- sample {i + 1} of {len(new)} ---", body.lstrip("\n"), "", sep="\n")
         else:
-            print(body.lstrip("\n"))
+            heading = f"--- sample {i + 1} of {len(new)} ---\n" if len(new) > 1 else ""
+            print(f"{heading}{body.lstrip(chr(10))}\n" if heading else body.lstrip("\n"))
 
 
 def load_model(run: Any, checkpoint: Literal["best", "last"], vocab_size: int) -> Any:
