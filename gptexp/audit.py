@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptexp import perf
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ BATCHES = 4  # of batch_size rows, that losses are measured on
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        audit(sys.argv[1:])
+    run_command(__doc__, audit)
 
 
 def audit(arguments: Sequence[str]) -> dict[str, Any]:
@@ -94,29 +90,26 @@ def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any
     import numpy as np
     import torch
 
-    from gptexp.data.batches import split_corpus
-    from gptexp.data.corpora import find_corpus
-    from gptexp.data.encoded import encode_corpus
+    from gptexp.data.datamodule import CharDataModule
     from gptexp.models.discrepancy import between_modes
     from gptexp.models.influence import measure
     from gptexp.models.settings import build_model
 
     if run is None:
-        encoded = encode_corpus(find_corpus(config.data), config.data)
-        model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed)
+        data = CharDataModule(config.data, block_size=config.model.block_size)
+        model = build_model(config.sized(data.vocab_size), config.seed)
     else:
         from gptexp.sample import load_model
         from gptexp.training.fit import load_data
 
-        encoded = load_data(run, config).encoded
-        model = load_model(run, checkpoint, encoded.tokenizer.vocab_size)  # type: ignore[arg-type]
-    _, split = split_corpus(encoded, config.data, config.model.block_size)
-    device = next(model.parameters()).device
-    n = max(1, split.n_rows // config.batch_size) if split.n_rows >= SEQUENCES else 1
-    starts = np.arange(min(n, BATCHES) * config.batch_size) * split.n_rows // (min(n, BATCHES) * config.batch_size)
+        data = load_data(run, config)
+        model = load_model(run, checkpoint, data.vocab_size)  # type: ignore[arg-type]
+    split, device = data.val, next(model.parameters()).device
+    n_batches = min(BATCHES, split.n_rows // config.batch_size) or 1
+    data.eval_batch_size, data.eval_windows = config.batch_size, n_batches * config.batch_size
     batches: list[Any] = [
-        tuple(None if a is None else torch.from_numpy(a).to(device) for a in (rows.x, rows.y, rows.mask))
-        for rows in (split.rows(part) for part in np.split(starts, min(n, BATCHES)))
+        tuple(None if part is None else part.to(device) for part in (batch.x, batch.y, batch.mask))
+        for batch in data.val_dataloader(whole=False)
     ]
     probe = torch.from_numpy(split.rows(np.arange(SEQUENCES) * split.n_rows // SEQUENCES).x)[:, :POSITIONS].to(device)
     report: dict[str, Any] = {

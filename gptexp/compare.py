@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
 
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class CompareConfig:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        compare(sys.argv[1:])
+    run_command(__doc__, compare)
 
 
 def compare(arguments: Sequence[str]) -> "Study":
@@ -74,9 +70,7 @@ def compare(arguments: Sequence[str]) -> "Study":
     if not found.records:
         begun = [f"{bad.path}: {bad.reason}" for bad in found.unreadable]
         raise UserError(begun or f"{', '.join(map(str, folders))}: none of the {len(found.missing)} jobs has begun")
-    study = build_study(
-        found, baseline=config.baseline, metric=config.metric, delta=config.delta, alpha=config.alpha
-    )
+    study = build_study(found, baseline=config.baseline, metric=config.metric, delta=config.delta, alpha=config.alpha)
     folder = Path(config.output) if config.output else folders[0] / "report"
     title = ", ".join(dict.fromkeys(f.resolve().name for f in folders[:5])) + (", …" if len(folders) > 5 else "")
     command = f"python -m gptexp.compare {shlex.join(arguments)}"
@@ -147,15 +141,11 @@ def show(study: "Study") -> None:
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
-    if more:
-        console.print(f"{plural(more, 'further seed')} would probably decide all that is open.", soft_wrap=True)
-    console.print(f"{counts(study)}.", soft_wrap=True)
-    for reason, runs in study.apart.items():
-        console.print(f"put apart: {plural(len(runs), 'run')} ({reason})", soft_wrap=True)
-    for bad in study.unreadable:
-        console.print(f"unreadable: {bad.path} ({bad.reason})", soft_wrap=True)
-    for note in study.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+    notes = [f"{plural(more, 'further seed')} would probably decide all that is open."] if more else []
+    notes.append(f"{counts(study)}.")
+    notes += [f"put apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
+    notes += [f"unreadable: {path} ({reason})" for path, reason in study.unreadable]
+    console.print(*notes, *(f"note: {note}" for note in study.notes), sep="\n", soft_wrap=True)
 
 
 def span(row: dict[Any, str]) -> str:

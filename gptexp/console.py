@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
@@ -80,6 +80,15 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
         if os.environ.get("GPTEXP_DEBUG"):
             raise
         _end(end_together(1, [f"{str(error) or type(error).__name__}".replace("\n", " ")]), errors)
+
+
+def run_command(text: str | None, run: Callable[[list[str]], object]) -> None:
+    """Run a command with the arguments of the command line; with --help, print its module's text instead."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(text)
+        return
+    with report_errors():
+        run(sys.argv[1:])
 
 
 def _end(failed: GroupFailed, shown: bool) -> NoReturn:

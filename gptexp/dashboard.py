@@ -15,14 +15,13 @@ settings (key=value):
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 log = logging.getLogger("gptexp")
@@ -49,16 +48,27 @@ class DashboardConfig:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+    run_command(__doc__, dashboard)
+
+
+def dashboard(arguments: Sequence[str]) -> None:
+    """Save the workspace that a command line asks for, in W&B or as a file.
+
+    Raises:
+        UserError: with a line for every mistake; when the file cannot be written.
+    """
+    config = parse(arguments)
+    view = workspace(config)
+    if config.spec is None:
+        log.info("workspace: %s", view.save().url)
         return
-    with report_errors():
-        config = parse(sys.argv[1:])
-        view = workspace(config)
-        if config.spec:
-            write_spec(view, Path(config.spec))
-        else:
-            log.info("workspace: %s", view.save().url)
+    from gptexp.runs import write_atomically
+
+    try:
+        write_atomically(Path(config.spec), (json.dumps(specification(view), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"spec={config.spec}: cannot be written ({error.strerror})") from error
+    log.info("specification: %s", config.spec)
 
 
 def parse(arguments: Sequence[str]) -> DashboardConfig:
@@ -90,21 +100,6 @@ def specification(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [specification(v) for v in value]
     return value
-
-
-def write_spec(view: Any, path: Path) -> None:
-    """Write the specification of a workspace to a JSON file.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
-    from gptexp.runs import write_atomically
-
-    try:
-        write_atomically(path, (json.dumps(specification(view), indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"spec={path}: cannot be written ({error.strerror})") from error
-    log.info("specification: %s", path)
 
 
 def workspace(config: DashboardConfig) -> Any:

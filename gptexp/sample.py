@@ -18,12 +18,13 @@ settings (key=value):
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from gptexp import perf
-from gptexp.console import report_errors
+from gptexp.console import run_command
 from gptexp.errors import UserError
 
 
@@ -47,12 +48,7 @@ class SampleConfig:
 
 def main() -> None:
     """The command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    with report_errors():
-        config, prompts = parse(sys.argv[1:])
-        sample(config, prompts)
+    run_command(__doc__, lambda arguments: sample(*parse(arguments)))
 
 
 def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
@@ -83,11 +79,8 @@ def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
 
 def _read_prompts(config: SampleConfig) -> list[str]:
     try:
-        if config.prompt_file == "-":
-            text = sys.stdin.buffer.read().decode()
-        else:
-            with open(str(config.prompt_file), "rb") as file:
-                text = file.read().decode()
+        path = Path(str(config.prompt_file))
+        text = (sys.stdin.buffer.read() if config.prompt_file == "-" else path.read_bytes()).decode()
     except OSError as error:
         raise UserError(f"prompt_file={config.prompt_file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

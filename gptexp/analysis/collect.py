@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,21 +79,14 @@ class Record:
         return without_seed(self.name)
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A directory that looks like a run and cannot be read.
-
-    Attributes:
-        path: the directory.
-        reason: in a few words.
-    """
+class Unreadable(NamedTuple):
+    """A directory that looks like a run and cannot be read; why, in a few words."""
 
     path: Path
     reason: str
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     """What was found in a set of directories.
 
     Attributes:
@@ -120,32 +114,32 @@ def collect(folders: Iterable[Path]) -> Collection:
     records: list[Record] = []
     unreadable: list[Unreadable] = []
     problems: list[str] = []
-    seen: set[Path] = set()
+    paths: dict[Path, tuple[int, Path]] = {}  # by where a run really is: the folder's number, and the path there
     present: set[tuple[Path, str]] = set()  # of which sweep, which job
     expected: dict[tuple[Path, str], None] = {}
+    jobs = cache(_jobs)
     for number, folder in enumerate(folders):
         found = _runs(folder)
-        paths = [path for path in found if path.resolve() not in seen]
-        seen |= {path.resolve() for path in paths}
         # A run that is named itself speaks for no sweep.
         sweeps = {path.parent for path in found if path != folder} | {folder}
-        jobs = {sweep: _jobs(sweep) for sweep in sweeps | {path.parent for path in paths}}
-        if not folder.is_dir():
-            problems.append(f"{folder}: there is no such directory")
-        elif not found and not any(jobs[sweep] for sweep in sweeps):
-            problems.append(f"{folder}: holds no runs")
-        expected |= dict.fromkeys((sweep.resolve(), job) for sweep in sweeps for job in jobs[sweep])
-        for path in paths:
-            present.add((path.parent.resolve(), path.name))
-            try:
-                record = _read(path, number, jobs[path.parent])
-                present.add((path.parent.resolve(), record.name))
-                records.append(record)
-            except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                unreadable.append(Unreadable(path, _reason(path, error)))
-    missing = [job for sweep, job in expected if (sweep, job) not in present]
+        wanted = [(sweep.resolve(), job) for sweep in sweeps for job in jobs(sweep)]
+        if not found and not wanted:
+            problems.append(f"{folder}: {'holds no runs' if folder.is_dir() else 'there is no such directory'}")
+        expected |= dict.fromkeys(wanted)
+        for path in found:
+            paths.setdefault(path.resolve(), (number, path))
     if problems:
         raise UserError(problems)
+    for number, path in paths.values():
+        sweep = path.parent.resolve()
+        present.add((sweep, path.name))
+        try:
+            record = _read(path, number, jobs(path.parent))
+            present.add((sweep, record.name))
+            records.append(record)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            unreadable.append(Unreadable(path, _reason(path, error)))
+    missing = [job for sweep, job in expected if (sweep, job) not in present]
     return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
 
 
@@ -205,6 +199,7 @@ def _curves(run: Run) -> list[Curve]:
 def _reason(path: Path, error: Exception) -> str:
     if not path.exists():
         return "was deleted meanwhile"
+    words = str(error).splitlines()[0] if str(error) else type(error).__name__
     match error:
         case UserError():
             return error.problems[0].removeprefix(f"run={path}: ").removeprefix(f"{path}/")
@@ -213,5 +208,5 @@ def _reason(path: Path, error: Exception) -> str:
         case KeyError():
             return f"run.json lacks {error}"
         case ValueError():
-            return f"metrics.csv cannot be read ({str(error).splitlines()[0] if str(error) else 'ValueError'})"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"metrics.csv cannot be read ({words})"
+    return words

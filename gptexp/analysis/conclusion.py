@@ -42,17 +42,12 @@ def headline(study: Study) -> list[str]:
 
 
 def _sentence(comparison: Comparison, alpha: float) -> str:
-    verdict = VERDICTS[comparison.judgement.verdict]
-    return f"{comparison.this} is {verdict} than {comparison.that} by {evidence(comparison, alpha)}."
-
-
-def evidence(comparison: Comparison, alpha: float) -> str:
-    """The difference without its sign, its interval, p and seeds: what stands behind a verdict."""
-    j = comparison.judgement
+    """A verdict and what stands behind it: the difference without its sign, its interval, p and seeds."""
+    j, verdict = comparison.judgement, VERDICTS[comparison.judgement.verdict]
     ends = sorted((-j.low, -j.high) if j.mean < 0 else (j.low, j.high))
     p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
-    return (f"{abs(j.mean):.3g} nats ({percent(1 - alpha)} interval {ends[0]:.3g} to {ends[1]:.3g}, {p}, "
-            f"{plural(j.n, 'seed')})")  # fmt: skip
+    return (f"{comparison.this} is {verdict} than {comparison.that} by {abs(j.mean):.3g} nats ({percent(1 - alpha)} "
+            f"interval {ends[0]:.3g} to {ends[1]:.3g}, {p}, {plural(j.n, 'seed')}).")  # fmt: skip
 
 
 def _rest(comparisons: Sequence[Comparison], told: Comparison | None) -> list[str]:
@@ -95,10 +90,10 @@ def further_seeds(study: Study) -> int | None:
 def counts(study: Study) -> str:
     """How the runs ended, in words: "30 runs: 28 done, 2 diverged"."""
     total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
-    jobs = total.total() + sum(map(len, study.apart.values())) + len(study.unreadable)
+    apart = sum(map(len, study.apart.values()))
+    jobs = total.total() + apart + len(study.unreadable)
     parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
     parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
-    apart = sum(map(len, study.apart.values()))
     parts += [f"{apart} put apart"] if apart else []
     parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
     return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"

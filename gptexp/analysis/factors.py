@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import pandas as pd
 
 from gptexp.analysis.collect import Record
 
@@ -32,38 +33,28 @@ class Factor:
 
 def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, tuple[Record, ...]]]:
     """The largest set of runs whose losses can be compared, and the others by what sets them apart."""
-    kinds = [_kind(r) for r in records]
+    kinds = [(r.info["fingerprints"]["data"], r.split, precision(r)) for r in records]
     finished = Counter(kind for kind, r in zip(kinds, records, strict=True) if r.complete)
     main = max(dict.fromkeys(kinds), key=lambda k: (finished[k], kinds.count(k)), default=())
     together: list[Record] = []
-    apart: dict[str, list[Record]] = {}
+    apart: dict[str, tuple[Record, ...]] = {}
     for kind, record in zip(kinds, records, strict=True):
-        pairs = zip(_KIND, kind, main, strict=True)
-        differing = [what for what, own, wanted in pairs if own != wanted and None not in (own, wanted)]
-        if not differing:
-            together.append(record)
+        corpus = f"{record.info.get('data', {}).get('corpus')} ({record.info['fingerprints']['data'][:8]})"
+        words = (f"corpus: {corpus}", f"validation split: {record.split}", f"precision: {precision(record)}")
+        differing = [w for w, own, wanted in zip(words, kind, main, strict=True)
+                     if own != wanted and None not in (own, wanted)]  # fmt: skip
+        reason = "; ".join(f"another {word}" for word in differing)
+        if reason:
+            apart[reason] = (*apart.get(reason, ()), record)
         else:
-            reason = "; ".join(f"another {what}: {_KIND[what](record)}" for what in differing)
-            apart.setdefault(reason, []).append(record)
-    return together, {reason: tuple(group) for reason, group in apart.items()}
-
-
-def _kind(record: Record) -> tuple[Any, ...]:
-    """What must agree for two losses to be comparable: corpus and tokens, validation split, precision."""
-    return record.info["fingerprints"]["data"], record.split, precision(record)
+            together.append(record)
+    return together, apart
 
 
 def precision(record: Record) -> str | None:
     """The precision that a run computes in; None as long as it has not begun."""
     device = record.info.get("device")
     return device.get("precision") if isinstance(device, dict) else None
-
-
-_KIND = {
-    "corpus": lambda r: f"{r.info.get('data', {}).get('corpus')} ({r.info['fingerprints']['data'][:8]})",
-    "validation split": lambda r: r.split,
-    "precision": precision,
-}
 
 
 def is_numeric(factor: Factor) -> bool:
@@ -74,35 +65,23 @@ def is_numeric(factor: Factor) -> bool:
         return False
 
 
-def _by_name(records: Sequence[Record]) -> Factor | None:
-    """The configurations' own names as the one factor, where each has one that stands for its settings."""
-    by_name: dict[str | None, set[tuple[tuple[str, str], ...]]] = {}
-    for record in records:
-        by_name.setdefault(record.label, set()).add(tuple(sorted(record.settings.items())))
-    distinct = set().union(*by_name.values())
-    if None in by_name or len(by_name) < 2 or not len(by_name) == len(distinct) == sum(map(len, by_name.values())):
-        return None
-    keys = dict.fromkeys(k for r in records for k in r.settings)
-    also = tuple(k for k in keys if len({r.settings.get(k, ABSENT) for r in records}) > 1)
-    return Factor("name", also, "name", tuple(str(name) for name in by_name))
-
-
-def find_factors(records: Sequence[Record]) -> tuple[Factor, ...]:
-    """What varies among the runs."""
-    name = _by_name(records)
-    return _by_key(records) if name is None else (name,)
-
-
 _FIRST = ("model.norm", "model.placement", "model.n_head")  # as in a run's name
 
 
-def _by_key(records: Sequence[Record]) -> tuple[Factor, ...]:
-    keys = dict.fromkeys(k for r in records for k in r.settings)
-    columns = {k: tuple(r.settings.get(k, ABSENT) for r in records) for k in keys}
+def find_factors(records: Sequence[Record]) -> tuple[Factor, ...]:
+    """What varies among the runs.
+
+    Where each configuration has a name of its own, which stands for its settings, the names are the one factor.
+    """
+    settings = pd.DataFrame([r.settings for r in records]).fillna(ABSENT)
+    columns = {key: tuple(column) for key, column in settings.items() if column.nunique() > 1}
+    names = pd.Series([r.label for r in records])
+    same = settings.groupby(list(settings), sort=False).ngroup() if len(records) else names
+    if names.nunique() > 1 and names.notna().all() and (names.factorize()[0] == same).all():
+        return (Factor("name", tuple(columns), "name", tuple(names.unique())),)
     groups: dict[tuple[int, ...], list[str]] = {}  # settings that change together, by where each level comes first
     for key, column in columns.items():
-        if len(set(column)) > 1:
-            groups.setdefault(tuple(column.index(level) for level in column), []).append(key)
+        groups.setdefault(tuple(column.index(level) for level in column), []).append(key)
     partial = [group for group in groups.values() if all(ABSENT in columns[key] for key in group)]
     for group in partial:
         whole = (g for g in groups.values() if g not in partial)
@@ -117,10 +96,10 @@ def _by_key(records: Sequence[Record]) -> tuple[Factor, ...]:
     shorts = Counter(group[0].rpartition(".")[2] for group in leading)
     return tuple(
         Factor(
-            key=group[0], also=tuple(group[1:]), levels=tuple(dict.fromkeys(columns[group[0]])),
-            name=short if shorts[short := group[0].rpartition(".")[2]] == 1 else group[0],
+            key=key, also=tuple(also), levels=tuple(dict.fromkeys(columns[key])),
+            name=short if shorts[short := key.rpartition(".")[2]] == 1 else key,
         )
-        for group in leading
+        for key, *also in leading
     )  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 import io
 import math
 from collections.abc import Sequence
-from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -17,8 +17,8 @@ from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import Factor, is_numeric
 from gptexp.analysis.inside import last_diagnostics
 from gptexp.analysis.layers import UNITS
-from gptexp.analysis.study import Comparison, Study, Variant, losses, mean_loss
-from gptexp.analysis.tables import pareto_front, seconds
+from gptexp.analysis.study import Comparison, Study, Variant, losses
+from gptexp.analysis.tables import speed_table, variants_table
 
 INK = "#1b1b1f"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
@@ -49,10 +49,9 @@ def draw(study: Study) -> dict[str, Figure]:
         figures |= {f"sensitivity_{f.name}": sensitivity(study, f) for f in numeric}
         if len(ranked) > 1:
             figures["pareto"] = pareto(study)
-        shown = chosen(study)
-        measured = {v.label: rows for v in shown if (rows := last_diagnostics(v))}
-        if measured:
-            figures["diagnostics"] = diagnostics(measured, {v.label: c for v, c in colours(shown)})
+        measured = last_diagnostics(chosen(study))
+        if len(measured):
+            figures["diagnostics"] = diagnostics(measured, {v.label: c for v, c in colours(chosen(study))})
     return figures
 
 
@@ -129,7 +128,9 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
 
 def forest(study: Study) -> Figure:
     """Every comparison's mean difference with its interval; the band of ±delta is where differences are none."""
-    rows = [c for kind in ("variant", "factor") for c in _by_difference(study, kind)][:MOST_ROWS]
+    paired = [c for c in study.comparisons if c.judgement.n]
+    rows = sorted((c for c in paired if c.kind == "variant"), key=lambda c: c.judgement.mean)
+    rows = [*rows, *(c for c in paired if c.kind == "factor")][:MOST_ROWS]
     figure, axes = _figure(1.2 + 0.27 * len(rows))
     axes.axvspan(-study.delta, study.delta, color=VERDICT_COLOURS["equal"], alpha=0.12, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -159,21 +160,20 @@ def forest(study: Study) -> Figure:
     return figure
 
 
-def _by_difference(study: Study, kind: str) -> list[Comparison]:
-    rows = [c for c in study.comparisons if c.kind == kind and c.judgement.n]
-    return sorted(rows, key=lambda c: c.judgement.mean) if kind == "variant" else rows
-
-
 def _row_name(comparison: Comparison) -> str:
-    if comparison.kind == "factor":
-        return f"{comparison.factor}: {comparison.this} – {comparison.that}"
-    return comparison.this
+    effect = f"{comparison.factor}: {comparison.this} – {comparison.that}"
+    return effect if comparison.kind == "factor" else comparison.this
 
 
 def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:
     """The mean loss of every pair of levels; a panel for each level of a third factor. Averaged over any others."""
+    means = variants_table(study)
     levels = panels.levels if panels else ("",)
-    tables = [_cells(study, rows, columns, panels, level) for level in levels]
+    tables = [
+        (means[means[panels.name] == level] if panels else means)
+        .pivot_table("loss", rows.name, columns.name).reindex(rows.levels).reindex(columns.levels, axis=1).to_numpy()
+        for level in levels
+    ]  # fmt: skip
     finite = np.concatenate([t[np.isfinite(t)] for t in tables])
     # A variant that hardly learned must not flatten the colours of the others.
     low, high = finite.min(), min(finite.max(), finite.min() + 6 * (np.median(finite) - finite.min() + 1e-9))
@@ -188,8 +188,7 @@ def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None 
                       color=ink if math.isfinite(value) else INK, fontsize=8)  # fmt: skip
         axes.set_xticks(range(len(columns.levels)), columns.levels)
         axes.set_yticks(range(len(rows.levels)), rows.levels if axes is figure.axes[0] else [])
-        axes.set_xlabel(columns.name)
-        axes.set_title(f"{panels.name} = {level}" if panels else "")
+        axes.set(xlabel=columns.name, title=f"{panels.name} = {level}" if panels else "")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -199,30 +198,19 @@ def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None 
     return figure
 
 
-def _cells(study: Study, rows: Factor, columns: Factor, panels: Factor | None, level: str) -> Any:
-    table = np.full((len(rows.levels), len(columns.levels)), math.nan)
-    for (i, row), (k, column) in ((r, c) for r in enumerate(rows.levels) for c in enumerate(columns.levels)):
-        wanted = {rows.name: row, columns.name: column} | ({panels.name: level} if panels else {})
-        found = [mean_loss(v, study.metric) for v in study.ranked() if wanted.items() <= v.levels.items()]
-        if found:
-            table[i, k] = np.mean(found)
-    return table
-
-
 def sensitivity(study: Study, factor: Factor) -> Figure:
     """Loss over a numeric setting, such as the learning rate; a line for each combination of the other factors."""
     figure, axes = _figure(4.0)
-    lines: dict[str, list[tuple[float, Variant]]] = {}
+    lines: dict[str, list[Variant]] = {}
     for variant in study.ranked():
         others = " ".join(f"{k}={v}" for k, v in variant.levels.items() if k != factor.name)
-        lines.setdefault(others, []).append((float(variant.levels[factor.name]), variant))
-    for (name, points), colour in zip(list(lines.items())[:MOST_LINES], cycle(COLOURS)):
-        points.sort(key=lambda point: point[0])
-        values = [losses(v, study.metric) for _, v in points]
-        x, y = [value for value, _ in points], [float(np.mean(v)) for v in values]
-        down = [m - min(v) for m, v in zip(y, values, strict=True)]
-        up = [max(v) - m for m, v in zip(y, values, strict=True)]
-        axes.errorbar(x, y, [down, up], color=colour, label=name, marker="o", markersize=4, capsize=2, linewidth=1.3)
+        lines.setdefault(others, []).append(variant)
+    for (name, variants), colour in zip(list(lines.items())[:MOST_LINES], COLOURS, strict=False):
+        variants.sort(key=lambda v: float(v.levels[factor.name]))
+        values = [losses(v, study.metric) for v in variants]
+        x, y = [float(v.levels[factor.name]) for v in variants], np.array([np.mean(v) for v in values])
+        ends = y - [min(v) for v in values], [max(v) for v in values] - y
+        axes.errorbar(x, y, ends, color=colour, label=name, marker="o", markersize=4, capsize=2, linewidth=1.3)
     levels = sorted(float(level) for level in factor.levels)
     if levels[0] > 0 and levels[-1] / levels[0] >= 8:
         axes.set_xscale("log")
@@ -238,47 +226,48 @@ def sensitivity(study: Study, factor: Factor) -> Figure:
 def pareto(study: Study) -> Figure:
     """Loss against seconds of training; the line joins the variants that no other beats in both."""
     figure, axes = _figure(3.9)
-    points = {v.label: (seconds(v), mean_loss(v, study.metric)) for v in study.ranked()}
-    front = pareto_front(points)
-    axes.plot(*zip(*sorted(points[label] for label in front), strict=True), color=INK, linewidth=0.8, zorder=1)
+    table = speed_table(study)
+    front = table[table["pareto_front"]].sort_values(["seconds", "loss"])
+    axes.plot(front["seconds"], front["loss"], color=INK, linewidth=0.8, zorder=1)
     colour_of = {v.label: colour for v, colour in colours(chosen(study))}
-    for label, (x, y) in points.items():
-        colour, size = colour_of.get(label, VERDICT_COLOURS["undecided"]), 7 if label in front else 5
-        axes.plot(x, y, "o", color=colour, markersize=size, label=label if label in colour_of else None)
+    for row in table.to_dict("records"):
+        colour, size = colour_of.get(row["variant"], VERDICT_COLOURS["undecided"]), 7 if row["pareto_front"] else 5
+        name = row["variant"] if row["variant"] in colour_of else None
+        axes.plot(row["seconds"], row["loss"], "o", color=colour, markersize=size, label=name)
     axes.set(xlabel="seconds of training, mean of the seeds", ylabel=f"{study.metric} val/loss (nats a token)")
     axes.margins(x=0.1, y=0.1)
     _legend(figure)
     return figure
 
 
-def diagnostics(measured: dict[str, dict[str, dict[str, float]]], colour_of: dict[str, str]) -> Figure:
+def diagnostics(measured: pd.DataFrame, colour_of: dict[str, str]) -> Figure:
     """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
 
     Args:
-        measured: value by variant, quantity and layer.
+        measured: see `gptexp.analysis.inside.last_diagnostics`.
         colour_of: the variants' colours.
     """
-    quantities = [q for q in UNITS if any(q in rows for rows in measured.values())]
+    quantities = [q for q in UNITS if (measured["quantity"] == q).any()]
     figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * len(quantities)), layout="constrained")
     for axes, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
-        layers = list(dict.fromkeys(layer for rows in measured.values() for layer in rows.get(quantity, {})))
-        norms = [layer for layer in layers if "residual" in layer or "norm" in layer]  # a line of their own
-        layers = [layer for layer in layers if layer not in norms] + norms
-        for label, rows in measured.items():
-            values = np.array([rows.get(quantity, {}).get(layer, math.nan) for layer in layers])
-            for part in (slice(0, len(layers) - len(norms)), slice(len(layers) - len(norms), None)):
-                axes.plot(np.arange(len(layers))[part], values[part], ".-", color=colour_of[label], linewidth=1)
-        shown = np.array([v for rows in measured.values() for v in rows.get(quantity, {}).values()])
-        shown = shown[np.isfinite(shown)]
+        rows = measured[measured["quantity"] == quantity]
+        table = rows.pivot(index="layer", columns="variant", values="value")
+        table = table.loc[rows["layer"].unique(), rows["variant"].unique()]
+        apart = table.index.str.contains("residual|norm")  # norms have a line of their own
+        table = pd.concat([table[~apart], table[apart]])
+        first = int((~apart).sum())
+        for label in table:
+            for part in (slice(first), slice(first, None)):
+                axes.plot(np.arange(len(table))[part], table[label][part], ".-", color=colour_of[label], linewidth=1)
+        shown = table.to_numpy()[np.isfinite(table.to_numpy())]
         if len(shown) and shown.min() > 0 and shown.max() / shown.min() > 20:
             axes.set_yscale("log")
         axes.set_title(f"{quantity} ({UNITS[quantity]})")
-        every = math.ceil(len(layers) / 4)
-        axes.set_xticks(range(0, len(layers), every), layers[::every], fontsize=6.5)
-    for label in measured:
+        every = math.ceil(len(table) / 4)
+        axes.set_xticks(range(0, len(table), every), table.index[::every], fontsize=6.5)
+    for label in measured["variant"].unique():
         figure.axes[0].plot([], [], ".-", color=colour_of[label], label=label)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=8)
+    _legend(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -287,5 +276,5 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure) -> None:
-    figure.legend(loc="outside lower left", ncols=2, fontsize=8, handlelength=1.4)
+def _legend(figure: Figure, *entries: Any) -> None:
+    figure.legend(*entries, loc="outside lower left", ncols=2, fontsize=8, handlelength=1.4)

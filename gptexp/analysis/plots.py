@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+Rows = Sequence[dict[str, float]]  # of metrics.csv
 
-def plot_curves(rows: Sequence[dict[str, float]], title: str, path: Path, sees_later_tokens: bool = False) -> None:
+
+def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = False) -> None:
     """Draw training and validation loss, in nats a token, over the steps.
 
     Args:
@@ -19,25 +20,23 @@ def plot_curves(rows: Sequence[dict[str, float]], title: str, path: Path, sees_l
         path: of the PNG to write.
         sees_later_tokens: say so of the training loss.
     """
-    figure, axes = _axes(title)
     what = "sees later tokens" if sees_later_tokens else "batch"
-    _line(axes, rows, "train/loss", label=f"train/loss ({what})", linewidth=0.8, alpha=0.6)
-    _line(axes, rows, "val/loss", label="val/loss", marker="o", markersize=4)
-    _line(axes, rows, "val/loss_windows", label="val/loss (some windows)", marker=".", linestyle=":")
-    _save(figure, axes, path)
+    _draw(title, path, [
+        (rows, "train/loss", {"label": f"train/loss ({what})", "linewidth": 0.8, "alpha": 0.6}),
+        (rows, "val/loss", {"label": "val/loss", "marker": "o", "markersize": 4}),
+        (rows, "val/loss_windows", {"label": "val/loss (some windows)", "marker": ".", "linestyle": ":"}),
+    ])  # fmt: skip
 
 
-def plot_runs(runs: Mapping[str, Sequence[dict[str, float]]], path: Path) -> None:
+def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
     """Draw the validation loss of several runs, in nats a token, over the steps.
 
     Args:
         runs: rows of metrics.csv by the run's name.
         path: of the PNG to write.
     """
-    figure, axes = _axes("val/loss")
-    for name, rows in runs.items():
-        _line(axes, rows, "val/loss", label=name, marker="o", markersize=3)
-    _save(figure, axes, path)
+    style = {"marker": "o", "markersize": 3}
+    _draw("val/loss", path, [(rows, "val/loss", {"label": name, **style}) for name, rows in runs.items()])
 
 
 def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
@@ -49,40 +48,31 @@ def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path
         title: the variant's name.
         path: of the PNG to write.
     """
-    rows = max(1, len(maps))
-    figure = Figure(figsize=(9, 0.9 + 4 * rows))
+    figure = Figure(figsize=(9, 0.9 + 4 * max(1, len(maps))), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, above the diagonal lies the future")
-    figure.subplots_adjust(left=0.07, right=0.9, bottom=0.14 / rows, top=1 - 0.2 / rows, wspace=0.2, hspace=0.3)
     top = max((float(m.max()) for pair in maps.values() for m in pair.values()), default=1.0) or 1.0
     panels: Any = figure.subplots(len(maps), 2, squeeze=False) if maps else []
     kinds = (("own", "the same sequence"), ("others", "the other sequences"))
-    image: Any = None
     for row, (mode, pair) in zip(panels, maps.items(), strict=True):
         for axes, (kind, words) in zip(row, kinds, strict=True):
             image = axes.imshow(pair[kind], norm=LogNorm(top * 1e-6, top, clip=False), cmap="viridis")
             axes.set(title=f"{mode} mode, {words}", xlabel="token s", ylabel="prediction t")
-    if image is not None:
-        figure.colorbar(image, cax=figure.add_axes((0.92, 0.25, 0.02, 0.5)))
+        figure.colorbar(image, ax=row, shrink=0.7)
     figure.savefig(path, dpi=100)
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+def _draw(title: str, path: Path, lines: Sequence[tuple[Rows, str, dict[str, Any]]]) -> None:
+    """Draw a column of each of some tables over the steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _line(axes: Axes, rows: Sequence[dict[str, float]], column: str, **style: Any) -> None:
-    points = [(row["step"], row[column]) for row in rows if column in row]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
-
-
-def _save(figure: Figure, axes: Axes, path: Path) -> None:
+    for rows, column, style in lines:
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
     if 0 < len(axes.lines) <= 12:  # more names than that would leave no room for the lines
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -18,14 +18,6 @@ from gptexp.runs import write_atomically
 
 MOST_LOST = 60  # runs without a result that the page names; the table has all
 
-CAPTIONS = {
-    "forest": "Mean difference of paired seeds (dot; square: average over the other factors), its interval (bar) and "
-    "each seed (tick). Inside the shaded band a difference is taken for none.",
-    "heat_map": "Mean loss of every combination; lower is better.",
-    "pareto": "The line joins the variants that no other one beats in both loss and time.",
-    "diagnostics": "The last measurement of every layer, mean of the seeds.",
-}
-
 
 def write_report(study: Study, folder: Path, title: str, command: str, target: float | None = None) -> Path:
     """Write all files of a study.
@@ -65,16 +57,12 @@ def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes]
         lstrip_blocks=True,
     )  # fmt: skip
     seed, texts = last_samples(study)
-    sensitivities = [name for name in images if name.startswith("sensitivity_")]
+    colour = {v.label: c for v, c in colours(chosen(study))}
     return environment.get_template("report.html.j2").render(
-        title=title, study=study, headline=conclusion.headline(study), counts=conclusion.counts(study),
-        more=conclusion.further_seeds(study), next_command=conclusion.next_command(study),
-        ranking=_ranking(study), effects=_effects(tables["comparisons"]), speed=_rows(tables["speed"]),
-        interval=conclusion.percent(1 - study.alpha), interval_note=conclusion.interval_note(study),
-        figures={name: inline(image) for name, image in images.items()}, captions=CAPTIONS,
-        alternatives=_alternatives(study), sensitivities=sensitivities,
-        verdicts=conclusion.VERDICTS, audit=_audit(study), seed=seed, samples=texts, lost=_lost(study),
-        commands=conclusion.commands(study), command=command, origin=_origin(study),
+        title=title, study=study, conclusion=conclusion, command=command, seed=seed, samples=texts, colour=colour,
+        ranking=_rows(ranking_table(study)), effects=_rows(tables["comparisons"].query("kind == 'factor'")),
+        speed=_rows(tables["speed"]), figures={name: inline(image) for name, image in images.items()},
+        audit=_audit(study), lost=_lost(study), origin=_origin(study), ends=ENDS,
     )  # fmt: skip
 
 
@@ -89,47 +77,11 @@ def inline(image: bytes) -> str:
     return f'{head} aria-hidden="true">{body}'
 
 
-def _ranking(study: Study) -> list[dict[str, str]]:
-    """Rows of the ranked table: text, a colour, and how the other runs ended."""
-    colour = {v.label: c for v, c in colours(chosen(study))}
-    return [
-        row | {"colour": colour.get(row["variant"], ""),
-               "lost": ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")}
-        for row in _rows(ranking_table(study))
-    ]  # fmt: skip
-
-
-def _effects(comparisons: pd.DataFrame) -> list[dict[str, str]]:
-    """The same for each factor on average over the others."""
-    rows = _rows(comparisons.query("kind == 'factor'"))
-    plain = {"colour": "", "lost": ""}
-    return [row | plain | {"variant": f"{row['factor']}: {row['this']} against {row['that']}"} for row in rows]
-
-
 def _rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    rows = readable(table).to_dict("records")
-    return [{str(k).replace(" ", "_"): _minus(v) for k, v in row.items()} for row in rows]
-
-
-def _minus(text: str) -> str:
-    return f"−{text[1:]}" if text.startswith("-") else text
-
-
-def _alternatives(study: Study) -> dict[str, str]:
-    """What a figure shows, for those who cannot see it."""
-    order = ", ".join(v.label for v in study.ranked()[:10])
-    verdicts = "; ".join(
-        f"{c.this}: {c.judgement.mean:+.4f}, {conclusion.VERDICTS[c.judgement.verdict]}"
-        for c in study.comparisons if c.kind == "variant" and c.judgement.n
-    )  # fmt: skip
-    return {
-        "forest": f"Differences from {study.baseline}. {verdicts}",
-        "curves": f"Validation loss of each variant; from the lowest final mean upwards: {order}",
-        "heat_map": "Mean validation loss of every combination of levels; the numbers are in tables/variants.csv",
-        "pareto": "Validation loss over seconds of training; the numbers stand in the table below",
-        "sensitivity": "Validation loss over the levels of a numeric setting; the numbers are in tables/variants.csv",
-        "diagnostics": "Measurements of every layer, a line for each variant",
-    }
+    """The rows of a table as the page shows them, with a true minus sign."""
+    text = readable(table).rename(columns=lambda c: c.replace(" ", "_")).replace("^-", "−", regex=True)
+    rows: list[dict[str, str]] = text.to_dict("records")
+    return rows
 
 
 def _audit(study: Study) -> list[dict[str, Any]]:

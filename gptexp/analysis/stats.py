@@ -106,12 +106,11 @@ def equivalence(differences: Array, delta: float) -> Array:
 
 def holm(p: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): taken at alpha, at most alpha of all families err even once."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected, largest = [1.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, p[i] * (len(p) - rank)))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p, kind="stable")
+    rising = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
+    corrected = np.ones(len(p))
+    corrected[order] = np.minimum(1, rising)
+    return [float(value) for value in corrected]
 
 
 @dataclass(frozen=True)

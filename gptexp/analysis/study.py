@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from gptexp.errors import UserError
 from gptexp.validation import nearest
 
 Metric = Literal["best", "final"]
+Cell = tuple[Mapping[int, Record], Mapping[int, Record]]  # the runs of two variants, by seed
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def losses(variant: Variant, metric: Metric) -> list[float]:
 
 
 def mean_loss(variant: Variant, metric: Metric) -> float:
-    """Mean over the seeds of a variant's validation loss."""
-    return float(np.mean(losses(variant, metric)))
+    """Mean over the seeds of a variant's validation loss; nan without a run at its end."""
+    return float(np.mean(losses(variant, metric))) if variant.runs else math.nan
 
 
 def build_study(
@@ -134,7 +135,7 @@ def build_study(
         raise UserError(f"baseline={baseline}: none of its runs is done")
     comparisons: list[Comparison] = []
     if base is not None:
-        pairs = [*_by_variant(variants, base, metric), *_by_factor(variants, factors, base, metric)]
+        pairs = list(_pairs(variants, factors, base, metric))
         judgements = judge([np.array(list(p["differences"].values())) for p in pairs], delta, alpha)
         comparisons = [Comparison(**p, judgement=j) for p, j in zip(pairs, judgements, strict=True)]
     return Study(
@@ -175,64 +176,56 @@ def _variants(
     return tuple(variants), notes
 
 
-def _by_variant(variants: Sequence[Variant], base: Variant, metric: Metric) -> Iterable[dict[str, Any]]:
+def _pairs(
+    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant, metric: Metric
+) -> Iterator[dict[str, Any]]:
+    """What is compared: each variant with the baseline, and the main effects.
+
+    A main effect is that of a level against the baseline's, averaged over every combination of the other factors that
+    has both. A seed counts if it is there in all of them, so that every average is over the same combinations.
+    """
     for variant in variants:
         if variant is not base:
-            seeds = sorted(variant.runs.keys() & base.runs.keys())
-            yield {
-                "kind": "variant", "factor": "", "this": variant.label, "that": base.label,
-                "differences": {
-                    s: getattr(variant.runs[s], metric) - getattr(base.runs[s], metric) for s in seeds
-                },
-                "unpaired": tuple(sorted(variant.runs.keys() ^ base.runs.keys())),
-            }  # fmt: skip
-
-
-def _by_factor(
-    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant, metric: Metric
-) -> Iterable[dict[str, Any]]:
-    """Main effects: a level against the baseline's level, averaged over every combination of the other factors that
-    has both. A seed counts if it is there in all of them, so that every average is over the same combinations."""
-    if len(factors) < 2:
-        return
-    by_levels = {tuple(v.levels.values()): v for v in variants}
+            yield _pair("variant", "", variant.label, base.label, [(variant.runs, base.runs)], metric)
+    by_levels = {tuple(v.levels.values()): v.runs for v in variants}
     for position, factor in enumerate(factors):
         that = base.levels[factor.name]
         for this in factor.levels:
-            cells = []
-            for levels, variant in by_levels.items():
-                partner = by_levels.get((*levels[:position], that, *levels[position + 1 :]))
-                if levels[position] == this != that and partner and variant.runs and partner.runs:
-                    cells.append((variant.runs, partner.runs))
-            if len(cells) < 2:
-                continue  # one cell alone is a comparison of variants
-            seeds = [set(side) for cell in cells for side in cell]
-            common = sorted(set.intersection(*seeds))
-            yield {
-                "kind": "factor", "factor": factor.name, "this": this, "that": that,
-                "differences": {
-                    s: math.fsum(getattr(a[s], metric) - getattr(b[s], metric) for a, b in cells) / len(cells)
-                    for s in common
-                },
-                "unpaired": tuple(sorted(set.union(*seeds) - set(common))),
-            }  # fmt: skip
+            cells = [
+                (runs, partner) for levels, runs in by_levels.items()
+                if levels[position] == this != that and runs
+                and (partner := by_levels.get((*levels[:position], that, *levels[position + 1 :])))
+            ]  # fmt: skip
+            if len(cells) > 1:  # one cell alone is a comparison of variants
+                yield _pair("factor", factor.name, this, that, cells, metric)
+
+
+def _pair(kind: str, factor: str, this: str, that: str, cells: Sequence[Cell], metric: Metric) -> dict[str, Any]:
+    """A comparison without its judgement, averaged over pairs of runs by seed."""
+    seeds = [set(side) for cell in cells for side in cell]
+    common = set.intersection(*seeds)
+    differences = {
+        seed: math.fsum(getattr(a[seed], metric) - getattr(b[seed], metric) for a, b in cells) / len(cells)
+        for seed in sorted(common)
+    }
+    unpaired = tuple(sorted(set.union(*seeds) - common))
+    return {"kind": kind, "factor": factor, "this": this, "that": that, "differences": differences,
+            "unpaired": unpaired}  # fmt: skip
 
 
 def _mixtures(records: Sequence[Record]) -> list[str]:
     """What else differs between runs, and may move their losses."""
-    notes = []
-    codes = Counter(r.info["fingerprints"]["code"][:8] for r in records)
-    if len(codes) > 1:
-        listed = ", ".join(f"{n} of {code}" for code, n in codes.items())
-        notes.append(f"{len(codes)} versions of the code made the runs ({listed}): bits may differ for that alone")
-    devices = Counter(str(r.info["device"].get("name")) for r in records if precision(r))
-    if len(devices) > 1:
-        listed = ", ".join(f"{n} on {name}" for name, n in devices.items())
-        notes.append(f"the runs were made on {len(devices)} devices ({listed}): times cannot be compared")
-    threads = Counter(r.info["device"].get("threads") for r in records if precision(r))
-    if len(threads) > 1:
-        listed = ", ".join(f"{n} with {count}" for count, n in threads.items())
-        notes.append(f"the runs had different numbers of threads ({listed}): times cannot be compared")
+    devices = [r.info["device"] for r in records if precision(r)]
+    mixtures = {
+        "{} versions of the code made the runs ({}): bits may differ for that alone":
+            Counter(f"of {r.info['fingerprints']['code'][:8]}" for r in records),
+        "the runs were made on {} devices ({}): times cannot be compared":
+            Counter(f"on {d.get('name')}" for d in devices),
+        "the runs had {} different numbers of threads ({}): times cannot be compared":
+            Counter(f"with {d.get('threads')}" for d in devices),
+    }  # fmt: skip
+    notes = [note.format(len(found), ", ".join(f"{n} {value}" for value, n in found.items()))
+             for note, found in mixtures.items() if len(found) > 1]  # fmt: skip
     looks = {len(r.curve["loss"]) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "

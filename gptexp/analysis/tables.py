@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gptexp.analysis.study import Metric, Study, Variant, losses
+from gptexp.analysis.collect import AXES
+from gptexp.analysis.study import Metric, Study, Variant, losses, mean_loss
 
 ENDS = ("diverged", "failed", "interrupted", "running", "pruned", "missing")
 """What becomes of runs that do not come to their end."""
@@ -35,29 +37,24 @@ def all_tables(study: Study, target: float | None = None) -> dict[str, pd.DataFr
 
 def variants_table(study: Study) -> pd.DataFrame:
     """A row a variant, the lowest mean loss first: seeds, losses and how its runs ended."""
-    rows = []
     other: Metric = "final" if study.metric == "best" else "best"
-    for variant in [*study.ranked(), *(v for v in study.variants if not v.runs)]:
-        runs = list(variant.runs.values())
-        rows.append({
-            "variant": variant.label, **variant.levels, "seeds": len(runs),
-            "loss": _mean(losses(variant, study.metric)), "sd": _sd(losses(variant, study.metric)),
-            other: _mean(losses(variant, other)),
-            "parameters": _mean([r.result.get("parameters", math.nan) for r in runs]),
+    return pd.DataFrame([
+        {
+            "variant": variant.label, **variant.levels, "seeds": len(variant.runs),
+            "loss": mean_loss(variant, study.metric), "sd": _sd(losses(variant, study.metric)),
+            other: mean_loss(variant, other), "parameters": mean_result(variant, "parameters"),
             **{end: variant.counts.get(end, 0) for end in ENDS},
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        }
+        for variant in [*study.ranked(), *(v for v in study.variants if not v.runs)]
+    ])  # fmt: skip
 
 
 def comparisons_table(study: Study) -> pd.DataFrame:
     """A row a comparison, with what the statistics say of it."""
     columns = ["kind", "factor", "this", "that", "seeds", "unpaired", "difference", "low", "high", "effect", "p",
                "p_equal", "verdict", "seeds_needed"]  # fmt: skip
-    rows = [
-        (c.kind, c.factor, c.this, c.that, j.n, len(c.unpaired), j.mean, j.low, j.high, j.effect, j.p, j.p_equal,
-         j.verdict, j.seeds_needed)
-        for c in study.comparisons for j in [c.judgement]
-    ]  # fmt: skip
+    rows = [(c.kind, c.factor, c.this, c.that, c.judgement.n, len(c.unpaired), *list(asdict(c.judgement).values())[1:])
+            for c in study.comparisons]  # fmt: skip
     return pd.DataFrame(rows, columns=columns).astype({"seeds_needed": "Int64"})
 
 
@@ -88,32 +85,31 @@ def runs_table(study: Study) -> pd.DataFrame:
 
 
 def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
-    """A row a variant: throughput, and what it takes to reach a loss, means over the seeds that reach it.
+    """A row a variant: loss, speed, and the steps, tokens and seconds to a loss, each a mean over its runs.
 
     Args:
         study: the study.
         target: validation loss, nats a token; None is the baseline's mean.
     """
     if target is None:
-        target = _mean(losses(study.base, study.metric)) if study.base else math.nan
-    ranked = study.ranked()
-    front = pareto_front({v.label: (seconds(v), _mean(losses(v, study.metric))) for v in ranked})
-    rows = []
+        target = mean_loss(study.base, study.metric) if study.base else math.nan
+    ranked, rows = study.ranked(), []
+    front = pareto_front({v.label: (mean_result(v, "seconds"), mean_loss(v, study.metric)) for v in ranked})
     for variant in ranked:
         reached = reach(variant, target)
         rows.append({
-            "variant": variant.label, "loss": _mean(losses(variant, study.metric)), "seconds": seconds(variant),
-            "pareto_front": variant.label in front,
-            "tokens_per_second": _mean([r.result.get("tokens_per_second", math.nan) for r in variant.runs.values()]),
+            "variant": variant.label, "loss": mean_loss(variant, study.metric),
+            "seconds": mean_result(variant, "seconds"), "pareto_front": variant.label in front,
+            "tokens_per_second": mean_result(variant, "tokens_per_second"),
             "target": target, "reached": len(reached), "of": len(variant.runs),
-            **{f"to_target_{axis}": _mean([row[axis] for row in reached]) for axis in ("step", "tokens", "seconds")},
+            **{f"to_target_{axis}": _mean([row[axis] for row in reached]) for axis in AXES},
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def seconds(variant: Variant) -> float:
-    """Mean seconds of training of a variant's runs, evaluation left out."""
-    return _mean([r.result.get("seconds", math.nan) for r in variant.runs.values()])
+def mean_result(variant: Variant, key: str) -> float:
+    """The mean of a number in result.json over a variant's runs; nan where a run lacks it."""
+    return _mean([r.result.get(key, math.nan) for r in variant.runs.values()])
 
 
 def reach(variant: Variant, target: float) -> list[Mapping[str, float]]:
@@ -125,11 +121,8 @@ def reach(variant: Variant, target: float) -> list[Mapping[str, float]]:
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """The labels whose two numbers no other point undercuts in one without exceeding it in the other."""
-
-    def beaten(a: tuple[float, float]) -> bool:
-        return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in points.values())
-
-    return [label for label, point in points.items() if not beaten(point)]
+    values = list(points.values())
+    return [label for label, a in points.items() if not any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in values)]
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -140,13 +133,11 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(column: str, value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+    if pd.isna(value):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if isinstance(value, float) and column not in FORMATS:
-        return f"{value:g}"
-    return FORMATS.get(column, "{}").format(value)
+    return FORMATS.get(column, "{:g}" if isinstance(value, float) else "{}").format(value)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -158,18 +149,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame) -> str:
     """A table of text in LaTeX, for booktabs."""
-    rows = [list(table.columns), *table.to_numpy().tolist()]
-    first, *others = [" & ".join(_escape(str(cell)) for cell in row) + r" \\" for row in rows]
-    lines = [r"\begin{tabular}{" + "l" * len(table.columns) + "}", r"\toprule", first, r"\midrule", *others]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$"}
-_LATEX |= {c: f"\\{c}" for c in "&%$#_{}"}
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in text)
+    style = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    return str(style.to_latex(hrules=True))
 
 
 def _mean(values: Sequence[float]) -> float:

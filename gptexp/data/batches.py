@@ -4,7 +4,8 @@ Ids are split into a training and a validation part, and each part is cut into r
 of running text, or one document each. A row is a pair x, y (L,) int64, where y[i] is what follows x[i].
 """
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,32 +40,6 @@ class Rows(NamedTuple):
     tokens: float
 
 
-class Split(Protocol):
-    """The training or the validation part of a corpus."""
-
-    @property
-    def width(self) -> int:
-        """L, the number of positions in a row."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows that hold each target of the split exactly once."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of targets in those rows."""
-
-    @property
-    def chars_per_token(self) -> float:
-        """Characters of text for each target; nats per target / ln 2 / this = bits per character."""
-
-    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
-        """The rows `rows` of the batch of `batch_size` rows, drawn at random, that (seed, step) stand for."""
-
-    def rows(self, indices: ArrayLike) -> Rows:
-        """Rows by number, 0 .. n_rows - 1; the number -1 gives a row of nothing but padding."""
-
-
 def draw(seed: int, step: int, count: int, n: int, stream: int = BATCH_STREAM) -> Indices:
     """`count` numbers from 0 .. n - 1, uniform and with repetition; a pure function of the arguments.
 
@@ -82,7 +57,67 @@ def _raw(seed: int, step: int, count: int, stream: int) -> NDArray[np.uint64]:
     return np.asarray(bits.random_raw(count), np.uint64)
 
 
-class Windows:
+class Split(ABC):
+    """The training or the validation part of a corpus: rows that are cut out of its ids.
+
+    Args:
+        ids: of the whole corpus.
+        width: L, the number of positions in a row.
+        bytes_of_utf8: whether ids are bytes rather than characters.
+
+    Attributes:
+        n_rows: number of rows that hold each target of the split exactly once.
+        n_tokens: number of targets in those rows.
+    """
+
+    n_rows: int
+    n_tokens: int
+
+    def __init__(self, ids: NDArray[Any], width: int, bytes_of_utf8: bool) -> None:
+        self._ids = ids.view(np.ndarray)  # a plain view of the map is quicker to index
+        self.width, self._bytes_of_utf8 = width, bytes_of_utf8
+
+    @abstractmethod
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+        """The rows `rows` of the batch of `batch_size` rows, drawn at random, that (seed, step) stand for."""
+
+    @abstractmethod
+    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        """Where in the ids some rows begin, and how many targets each has."""
+
+    def rows(self, indices: ArrayLike) -> Rows:
+        """Rows by number, 0 .. n_rows - 1; the number -1 gives a row of nothing but padding."""
+        numbers = np.asarray(indices, np.int64)
+        starts, lengths = self._find(np.maximum(numbers, 0))
+        return self._cut(starts, np.where(numbers < 0, 0, lengths))
+
+    def _cut(self, starts: Indices, lengths: Indices) -> Rows:
+        window = self._window(starts, lengths)
+        x, y = window[:, :-1].copy(), window[:, 1:].copy()  # copies, as padding one must not touch the other
+        mask = None
+        if (lengths < self.width).any():
+            mask = np.arange(self.width) < lengths[:, None]
+            x[~mask], y[~mask] = 0, IGNORED
+        return Rows(x, y, mask, float(lengths.sum()))
+
+    def _window(self, starts: Indices, lengths: Indices) -> Indices:
+        """The ids of rows and the one that follows them: (rows, L + 1)."""
+        at = starts[:, None] + np.arange(self.width + 1)
+        return np.take(self._ids, at, mode="clip").astype(np.int64)
+
+    @property
+    def chars_per_token(self) -> float:
+        """Characters of text for each target; nats per target / ln 2 / this = bits per character."""
+        if not self._bytes_of_utf8:
+            return 1.0
+        characters = 0
+        for begin in range(0, self.n_rows, 2**13):
+            y = self.rows(np.arange(begin, min(begin + 2**13, self.n_rows))).y
+            characters += int(np.count_nonzero((y & 0xC0 != 0x80) & (y != IGNORED)))  # 10xxxxxx continues a character
+        return characters / self.n_tokens
+
+
+class Windows(Split):
     """Running text: the part ids[start:stop], in windows of `width` targets.
 
     The rows 0 .. n_rows - 1 do not overlap and have every id of the part as a target once, the last row
@@ -90,20 +125,11 @@ class Windows:
     """
 
     def __init__(self, ids: NDArray[Any], start: int, stop: int, width: int, *, bytes_of_utf8: bool = False) -> None:
-        self._ids = ids.view(np.ndarray)  # a plain view of the map is quicker to index
+        super().__init__(ids, width, bytes_of_utf8)
         self._start, self._stop = start, stop
         self._first_target = max(start, 1)
-        self._bytes_of_utf8 = bytes_of_utf8
-        self.width = width
         self.n_tokens = stop - self._first_target
         self.n_rows = -(-self.n_tokens // width)
-
-    @property
-    def chars_per_token(self) -> float:
-        """1 for characters; for bytes, characters (not counting a character's later bytes) for each byte."""
-        if not self._bytes_of_utf8:
-            return 1.0
-        return _count_characters(self._ids, self._first_target, self._stop) / self.n_tokens
 
     @property
     def ids(self) -> NDArray[Any]:
@@ -116,25 +142,15 @@ class Windows:
 
     def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
         """Windows that begin at `starts`."""
-        x, y = self._pairs(self._start + self.starts(seed, step, batch_size, rows))
-        return Rows(x, y, None, float(batch_size * self.width))
+        starts = self._start + self.starts(seed, step, batch_size, rows)
+        return self._cut(starts, np.full_like(starts, self.width))._replace(tokens=float(batch_size * self.width))
 
-    def rows(self, indices: ArrayLike) -> Rows:
-        """Windows by number; -1 is a row of nothing but padding."""
-        numbers = np.asarray(indices, np.int64)
-        starts = self._first_target - 1 + np.maximum(numbers, 0) * self.width
-        lengths = np.where(numbers < 0, 0, np.minimum(self._stop - 1 - starts, self.width))
-        x, y = self._pairs(starts)
-        mask = _masked(x, y, lengths)
-        return Rows(x, y, mask, float(lengths.sum()))
-
-    def _pairs(self, starts: Indices) -> tuple[Indices, Indices]:
-        at = starts[:, None] + np.arange(self.width + 1)  # (rows, L + 1)
-        window = np.take(self._ids, at, mode="clip").astype(np.int64)
-        return window[:, :-1].copy(), window[:, 1:].copy()  # copies, as padding one must not touch the other
+    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        starts = self._first_target - 1 + numbers * self.width
+        return starts, np.minimum(self._stop - 1 - starts, self.width)
 
 
-class Documents:
+class Documents(Split):
     """One document a row: x = terminator, c1 .. cn and y = c1 .. cn, terminator, both padded to `width`.
 
     Args:
@@ -147,52 +163,31 @@ class Documents:
     """
 
     def __init__(
-        self,
-        ids: NDArray[Any],
-        starts: Indices,
-        lengths: Indices,
-        *,
-        width: int,
-        terminator: int,
+        self, ids: NDArray[Any], starts: Indices, lengths: Indices, *, width: int, terminator: int,
         bytes_of_utf8: bool = False,
-    ) -> None:
-        self._ids = ids.view(np.ndarray)
-        self._starts, self._lengths = starts, lengths
-        self._terminator = terminator
-        self._bytes_of_utf8 = bytes_of_utf8
-        self.width = width
+    ) -> None:  # fmt: skip
+        super().__init__(ids, width, bytes_of_utf8)
+        self._starts, self._lengths, self._terminator = starts - 1, lengths + 1, terminator  # the terminators included
         self.n_rows = len(starts)
-        self.n_tokens = int(lengths.sum()) + self.n_rows
-
-    @property
-    def chars_per_token(self) -> float:
-        """1 for characters; for bytes, characters for each byte. The terminator counts as a character."""
-        if not self._bytes_of_utf8:
-            return 1.0
-        n_characters = self.n_rows + sum(
-            _count_characters(self._ids, start, start + length)
-            for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True)
-        )
-        return n_characters / self.n_tokens
+        self.n_tokens = int(self._lengths.sum())
 
     def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
         """Documents drawn at random, with repetition."""
         numbers = draw(seed, step, batch_size, self.n_rows)
-        tokens = float((self._lengths[numbers] + 1).sum())
-        return self.rows(numbers[rows])._replace(tokens=tokens)
+        return self.rows(numbers[rows])._replace(tokens=float(self._lengths[numbers].sum()))
 
     def rows(self, indices: ArrayLike) -> Rows:
         """Documents by number; -1 is a row of nothing but padding. The mask is always there."""
-        numbers = np.asarray(indices, np.int64)
-        starts = self._starts[numbers]
-        lengths = np.where(numbers < 0, 0, self._lengths[numbers] + 1)  # with the terminator
-        at = starts[:, None] + np.arange(self.width - 1)  # (rows, L - 1)
-        x = np.full((len(numbers), self.width), self._terminator, np.int64)
-        y = np.full((len(numbers), self.width), self._terminator, np.int64)
-        x[:, 1:] = y[:, :-1] = np.take(self._ids, at, mode="clip")
-        y[np.arange(len(numbers)), lengths - 1] = self._terminator
-        _masked(x, y, lengths)
-        return Rows(x, y, y >= 0, float(lengths.sum()))
+        rows = super().rows(indices)
+        return rows._replace(mask=rows.y != IGNORED)
+
+    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        return self._starts[numbers], self._lengths[numbers]
+
+    def _window(self, starts: Indices, lengths: Indices) -> Indices:
+        window = super()._window(starts, lengths)
+        window[:, 0] = window[np.arange(len(lengths)), lengths] = self._terminator  # the ends of a file may lack it
+        return window
 
 
 def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
@@ -221,10 +216,10 @@ def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple
             f"allowed: at least {1 / n:.2g}"
         )
     in_bytes = isinstance(encoded.tokenizer, ByteTokenizer)
-    return (
-        Windows(encoded.ids, 0, n_train, block_size, bytes_of_utf8=in_bytes),
-        Windows(encoded.ids, n_train, n, block_size, bytes_of_utf8=in_bytes),
+    train, val = (
+        Windows(encoded.ids, *part, block_size, bytes_of_utf8=in_bytes) for part in ((0, n_train), (n_train, n))
     )
+    return train, val
 
 
 def _split_documents(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
@@ -266,20 +261,3 @@ def _find_documents(ids: NDArray[Any], terminator: int) -> tuple[Indices, Indice
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     keep = stops > starts
     return starts[keep], (stops - starts)[keep]
-
-
-def _masked(x: Indices, y: Indices, lengths: Indices) -> NDArray[np.bool_] | None:
-    """Pad, in place, what lies beyond each row's length; the mask of what does not, or None if nothing does."""
-    if (lengths == x.shape[1]).all():
-        return None
-    mask: NDArray[np.bool_] = np.arange(x.shape[1]) < lengths[:, None]
-    x[~mask] = 0
-    y[~mask] = IGNORED
-    return mask
-
-
-def _count_characters(ids: NDArray[Any], start: int, stop: int) -> int:
-    """Bytes that begin a character of UTF-8, which are all but 10xxxxxx."""
-    return sum(
-        int(np.count_nonzero((ids[at : min(at + SCAN, stop)] & 0xC0) != 0x80)) for at in range(start, stop, SCAN)
-    )

@@ -1,7 +1,6 @@
 """The cache folder: where it is, and how several processes may write to it at once."""
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +50,11 @@ def locked(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write and read, which takes the place of `path` in one step when the block ends well.
 
-    To be used under the lock of `path`: what a killed process left behind is then known to be nobody's.
+    To be used under the lock of `path`: what a killed process left behind is then nobody's, and is written over.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        leftover.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "x+b") as file:
+        with open(part, "w+b") as file:
             yield file
         os.replace(part, path)
     finally:

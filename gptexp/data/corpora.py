@@ -87,36 +87,27 @@ def find_corpus(config: DataConfig) -> Corpus:
             f"set GPTEXP_DATA to a folder that holds it, or use data=pydocs, or data=file data.path=FILE"
         )
     rule = "=" * 100
+    listed = "".join(f"  {failure}\n" for failure in failures)
     log.warning(
-        "\n".join(
-            [
-                f"{source.file} could not be downloaded:",
-                rule,
-                *(f"  {failure}" for failure in failures),
-                "THIS RUN READS ANOTHER TEXT INSTEAD: the documentation of Python (data=pydocs).",
-                f"Its results cannot be compared with those of data={config.name}.",
-                f"For the real text, set GPTEXP_DATA to a folder that holds {source.file}.",
-                rule,
-            ]
-        )
+        f"{source.file} could not be downloaded:\n{rule}\n{listed}"
+        "THIS RUN READS ANOTHER TEXT INSTEAD: the documentation of Python (data=pydocs).\n"
+        f"Its results cannot be compared with those of data={config.name}.\n"
+        f"For the real text, set GPTEXP_DATA to a folder that holds {source.file}.\n{rule}"
     )
     return _pydocs(config.name, documents=False)
 
 
 def _file(config: DataConfig) -> Corpus:
     path = Path(config.path or "").expanduser().absolute()
-    wrong = f"data.path={config.path}: %s; allowed: a UTF-8 text file that is not empty"
-    if not path.exists():
-        raise UserError(wrong % "no such file")
-    if not path.is_file():
-        raise UserError(wrong % "not a file")
     try:
-        sha256 = _sha256(path)
-        n_bytes = path.stat().st_size
+        problem = "" if path.is_file() else "not a file" if path.exists() else "no such file"
+        n_bytes = path.stat().st_size if not problem else 0
+        sha256 = _sha256(path) if n_bytes else ""
     except OSError as error:
-        raise UserError(wrong % f"cannot be read ({error.strerror})") from error
-    if n_bytes == 0:
-        raise UserError(wrong % "empty")
+        problem = f"cannot be read ({error.strerror})"
+    if problem or not n_bytes:
+        problem = problem or "empty"
+        raise UserError(f"data.path={config.path}: {problem}; allowed: a UTF-8 text file that is not empty")
     return Corpus("file", "file", path, sha256, n_bytes, config.documents)
 
 
@@ -149,9 +140,7 @@ def _fetched(source: Source) -> tuple[Path | None, list[str]]:
             log.warning("GPTEXP_DATA=%s: no such folder; going on without it", given)
         elif _holds(folder / source.file, source.sha256):
             return folder / source.file, []
-    with writes_to_cache(), locked(cached):
-        if _holds(cached, source.sha256, warn=False):  # another process fetched it while this one waited
-            return cached, []
+    with writes_to_cache(), locked(cached):  # pooch sees whether another process fetched it while this one waited
         return _downloaded(source, cached)
 
 
@@ -179,7 +168,7 @@ def _downloaded(source: Source, path: Path) -> tuple[Path | None, list[str]]:
     return None, failures
 
 
-def _holds(path: Path, sha256: str, warn: bool = True) -> bool:
+def _holds(path: Path, sha256: str) -> bool:
     """Whether the file is there with the right bytes; wrong bytes are worth a line on the way to the next source."""
     try:
         if not path.is_file():
@@ -188,7 +177,7 @@ def _holds(path: Path, sha256: str, warn: bool = True) -> bool:
     except OSError as error:
         log.warning("%s: cannot be read (%s); trying the next source", path, error.strerror)
         return False
-    if found != sha256 and warn:
+    if found != sha256:
         log.warning("%s: wrong SHA-256 %s... instead of %s...; trying the next source", path, found[:12], sha256[:12])
     return found == sha256
 

@@ -69,24 +69,14 @@ class CharDataModule(LightningDataModule):
     val: Split
 
     def __init__(
-        self,
-        data: DataConfig | Mapping[str, Any] | None = None,
-        *,
-        block_size: int = 64,
-        batch_size: int = 12,
-        accumulate: int = 1,
-        eval_batch_size: int = 64,
-        eval_windows: int | None = None,
-        seed: int = 1337,
-    ) -> None:
+        self, data: DataConfig | Mapping[str, Any] | None = None, *, block_size: int = 64, batch_size: int = 12,
+        accumulate: int = 1, eval_batch_size: int = 64, eval_windows: int | None = None, seed: int = 1337,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config: DataConfig = read_section("data", data)
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.eval_batch_size = eval_batch_size
-        self.eval_windows = eval_windows
-        self.seed = seed
+        self.block_size, self.seed = block_size, seed
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.eval_batch_size, self.eval_windows = eval_batch_size, eval_windows
 
     def prepare_data(self) -> None:
         """Download and encode the corpus into the cache folder, once per machine.
@@ -225,9 +215,7 @@ class EvalBatches:
     """
 
     def __init__(self, data: CharDataModule, indices: Indices, whole: bool) -> None:
-        self._data = data
-        self._indices = indices
-        self._whole = whole
+        self._data, self._indices, self._whole = data, indices, whole
 
     def __len__(self) -> int:
         return math.ceil(len(self._indices) / (self._data.eval_batch_size * self._data.place[1]))
@@ -240,7 +228,6 @@ class EvalBatches:
         for begin in range(0, len(self._indices), together):
             indices = self._indices[begin : begin + together]
             share = -(-len(indices) // world)
-            padded = np.full(share * world, -1)
-            padded[: len(indices)] = indices
+            padded = np.pad(indices, (0, share * world - len(indices)), constant_values=-1)
             rows = data.val.rows(padded[rank * share : (rank + 1) * share])
             yield data.tensors(rows, rows.tokens, self._whole)

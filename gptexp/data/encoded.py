@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gptexp.data.cache import cache_folder, locked, replacing, writes_to_cache
 from gptexp.data.corpora import Corpus
 from gptexp.data.settings import DataConfig
-from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_dict
+from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, code_points, tokenizer_from_dict
 from gptexp.errors import UserError
 
 CHUNK = 2**16  # bytes; larger ones are slower, as what numpy makes of them outgrows the processor's cache
@@ -38,7 +38,7 @@ class Encoded:
     """
 
     ids: NDArray[Any]
-    tokenizer: CharTokenizer | ByteTokenizer
+    tokenizer: Tokenizer
     fingerprint: str
     documents: bool
 
@@ -55,14 +55,8 @@ def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUN
         UserError: text that is not UTF-8, empty, or in use of the terminator; a cache that cannot be written.
     """
     terminator = config.terminator if corpus.documents else "\n"
-    key = _sha256_of(
-        format=FORMAT,
-        byteorder=sys.byteorder,
-        corpus=corpus.sha256,
-        tokenizer=config.tokenizer,
-        documents=corpus.documents,
-        terminator=terminator,
-    )
+    key = _sha256_of(format=FORMAT, byteorder=sys.byteorder, corpus=corpus.sha256, tokenizer=config.tokenizer,
+                     documents=corpus.documents, terminator=terminator)  # fmt: skip
     folder = cache_folder() / "encoded" / key
     entry = _read(folder, key, corpus)  # without the lock, so that a cache one may only read will do
     if entry is None:
@@ -118,7 +112,7 @@ def _char_tokenizer(corpus: Corpus, terminator: str, chunk_bytes: int) -> CharTo
     seen = np.zeros(0x110000, bool)  # by code point
     known = b""  # those in ASCII: without them a text is still UTF-8, and mostly short
     for text in _texts(corpus, chunk_bytes):
-        codes = _code_points(text.encode().translate(None, known).decode())
+        codes = code_points(text.encode().translate(None, known).decode())
         if not np.take(seen, codes, mode="clip").all():
             seen[codes] = True
             known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
@@ -136,7 +130,7 @@ def _char_ids(text: str, table: NDArray[Any]) -> bytes:
     """The ids of a text whose characters are all in the table of its tokenizer."""
     if table.itemsize == 1 and text.isascii():
         return text.encode().translate(np.resize(table, 256).tobytes())  # far faster than numpy
-    return np.take(table, _code_points(text), mode="clip").tobytes()
+    return np.take(table, code_points(text), mode="clip").tobytes()
 
 
 def _texts(corpus: Corpus, chunk_bytes: int) -> Iterator[str]:
@@ -167,11 +161,7 @@ def _texts(corpus: Corpus, chunk_bytes: int) -> Iterator[str]:
         raise UserError(f"data.path={corpus.path}: changed while it was being read; allowed: a file at rest")
 
 
-def _code_points(text: str) -> NDArray[Any]:
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")
-
-
-def _id_dtype(tokenizer: CharTokenizer | ByteTokenizer) -> np.dtype[Any]:
+def _id_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 

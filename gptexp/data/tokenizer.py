@@ -1,6 +1,6 @@
 """Text to ids and back: one id for each distinct character, or one for each byte of UTF-8."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,23 +8,6 @@ from numpy.typing import ArrayLike, NDArray
 from gptexp.errors import UserError
 
 Ids = NDArray[np.int64]
-
-
-class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, which are 0 .. vocab_size - 1."""
-
-    def encode(self, text: str, what: str = "prompt") -> Ids:
-        """The ids of `text`, (n,) int64. UserError, which calls the text `what`, for a symbol that has none."""
-
-    def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids`. ValueError for an id outside the vocabulary."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All there is to it, as JSON can hold it; `tokenizer_from_dict` reads it back."""
 
 
 class CharTokenizer:
@@ -46,7 +29,7 @@ class CharTokenizer:
             raise ValueError("the terminator must be one character, in the vocabulary in place of the newline")
         self.symbols = symbols
         self.terminator = terminator
-        self._codes = _code_points(symbols)
+        self._codes = code_points(symbols)
         self._table = self.table(np.dtype(np.int32), unknown=-1)
 
     @property
@@ -55,16 +38,14 @@ class CharTokenizer:
         return len(self.symbols)
 
     def table(self, dtype: np.dtype[Any], unknown: int = 0) -> NDArray[Any]:
-        """The id of every code point up to the last one in use, then one more entry: (highest + 2,) of `dtype`.
+        """The id of every code point up to the last one in use, or the newline, then one more entry, of `dtype`.
 
         Code points outside the vocabulary, and the one more entry, hold `unknown`.
         """
-        codes = self._codes if self.terminator == "\n" else np.append(self._codes, ord("\n"))
-        ids = np.arange(self.vocab_size)
+        table = np.full(max(int(self._codes[-1]), ord("\n")) + 2, unknown, dtype)
+        table[self._codes] = np.arange(self.vocab_size)
         if self.terminator != "\n":
-            ids = np.append(ids, self.symbols.index(self.terminator))
-        table = np.full(int(codes.max()) + 2, unknown, dtype)
-        table[codes] = ids
+            table[ord("\n")] = self.symbols.index(self.terminator)
         return table
 
     def encode(self, text: str, what: str = "prompt") -> Ids:
@@ -73,7 +54,7 @@ class CharTokenizer:
         Raises:
             UserError: naming the first character that is not in the vocabulary, and its position.
         """
-        codes = _code_points(text)
+        codes = code_points(text)
         ids = self._table[np.minimum(codes, len(self._table) - 1)]
         if (ids < 0).any():
             where = int(np.argmax(ids < 0))
@@ -118,29 +99,32 @@ class ByteTokenizer:
         return {"name": "byte"}
 
 
-def tokenizer_from_dict(data: object) -> CharTokenizer | ByteTokenizer:
+Tokenizer = CharTokenizer | ByteTokenizer
+"""What the rest of the program works with: both have the same attributes and methods."""
+
+
+def tokenizer_from_dict(data: object) -> Tokenizer:
     """The tokenizer that `to_dict` described, checked, since the description may come from anybody's file.
 
     Raises:
         UserError: anything that `to_dict` would not have written.
     """
-    if isinstance(data, dict):
-        if data == {"name": "byte"}:
+    problem = ("not the description of a tokenizer; "
+               'allowed: {"name": "byte"} or {"name": "char", "symbols": "...", "terminator": "."}')  # fmt: skip
+    match data:
+        case {"name": "byte", **others} if not others:
             return ByteTokenizer()
-        symbols, terminator = data.get("symbols"), data.get("terminator")
-        if data.get("name") == "char" and isinstance(symbols, str) and isinstance(terminator, str) and len(data) == 3:
+        case {"name": "char", "symbols": str(symbols), "terminator": str(terminator), **others} if not others:
             try:
                 symbols.encode()  # half a surrogate pair is no character
                 return CharTokenizer(symbols, terminator)
             except ValueError as error:
-                raise UserError(f"tokenizer={str(data)[:80]!r}: {error}") from error
-    raise UserError(
-        f"tokenizer={str(data)[:80]!r}: not the description of a tokenizer; "
-        'allowed: {"name": "byte"} or {"name": "char", "symbols": "...", "terminator": "."}'
-    )
+                problem = str(error)
+    raise UserError(f"tokenizer={str(data)[:80]!r}: {problem}")
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
+def code_points(text: str) -> NDArray[np.uint32]:
+    """The code point of each character, half a surrogate pair included."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint32, copy=False)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.language_model import LanguageModel, initialise, initialise_as_torch
+from gptexp.models.language_model import LanguageModel, initialise
 from gptexp.models.norms import build_norm
 from gptexp.models.settings import BigramConfig, MLPConfig
 
@@ -18,10 +18,7 @@ class Bigram(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
-        if config.init == "torch":
-            initialise_as_torch(self, seed)
-        else:
-            initialise(self, seed, lambda name: 0.02)
+        initialise(self, seed, None if config.init == "torch" else lambda name: 0.02)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L) to (N, L, V)."""

@@ -13,12 +13,7 @@ from torch.nn import functional as F
 from gptexp.models.generation import Positions
 from gptexp.models.norms import Positional
 from gptexp.models.reduction import ranks, sum_over_ranks, weighted
-from gptexp.models.registry import (
-    BatchNormSettings,
-    NormShape,
-    RegularizedBatchNormSettings,
-    RunningSettings,
-)
+from gptexp.models.registry import BatchNormSettings, NormShape, RegularizedBatchNormSettings, RunningSettings
 
 
 class _Running(Positional):
@@ -49,9 +44,8 @@ class _Running(Positional):
 
     def normalise(self, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         """x less its batch mean, over its batch deviation; moves the running mean and var, in place."""
-        if mask is not None:  # padding may have grown to inf on its way through the layers, and inf * 0 is nan
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        batch_mean, batch_var, count = self.statistics(*weighted(x, mask))
+        wide, weight = weighted(x, mask)
+        batch_mean, batch_var, count = self.statistics(wide, weight)
         if bool(count.max() < 2):
             raise ValueError(self._too_few())
         # A position that fewer than two values reach has no variance: it is normalised as in evaluation, by the
@@ -59,7 +53,7 @@ class _Running(Positional):
         seen = count > 1
         used_mean, used_var = torch.where(seen, batch_mean, mean), torch.where(seen, batch_var, var)
         self.compare(used_mean, used_var, mean, var)
-        y = ((x - used_mean) * torch.rsqrt(used_var + self.eps)).to(x.dtype)
+        y = ((wide - used_mean) * torch.rsqrt(used_var + self.eps)).to(x.dtype)
         with torch.no_grad():
             unbiased = batch_var * (count / (count - 1).clamp(min=1))
             mean.copy_(torch.where(seen, mean.lerp(batch_mean.to(mean.dtype), self.momentum), mean))
@@ -81,8 +75,6 @@ class _Running(Positional):
         sqrt(var + eps), over the channels, and over the positions where these have statistics of their own. Nothing
         moves. After the training-inference discrepancy of Wang, Wu, Huang 2022 (see `RegularizedBatchNorm`).
         """
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         mean, var, count = self.statistics(*weighted(x, mask))
         rows = slice(x.shape[1] if self.per_position else None)
         std = (var + self.eps).sqrt()

@@ -74,15 +74,12 @@ def _discrepancies(model: LanguageModel, batch: tuple[Tensor, Tensor, Tensor | N
     model = prepared(model, training=True)
     found: list[dict[str, Any]] = []
 
-    def note(name: str) -> Any:
-        def hook(norm: Any, args: tuple[Any, ...]) -> None:  # before the batch moves the running averages
-            found.append({"layer": name, **norm.discrepancy(*args)})
+    def note(norm: Any, args: tuple[Any, ...]) -> None:  # before the batch moves the running averages
+        found.append({"layer": names[norm], **norm.discrepancy(*args)})
 
-        return hook
-
-    for name, layer in named_layers(model):
-        if hasattr(layer, "discrepancy"):
-            layer.register_forward_pre_hook(note(name))
+    names = {layer: name for name, layer in named_layers(model) if hasattr(layer, "discrepancy")}
+    for layer in names:
+        layer.register_forward_pre_hook(note)
     try:
         model(batch[0], batch[2])
     except ValueError:  # a batch too small for its norm

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from gptexp.models.attention import CausalSelfAttention, dropout, rope_table, sinusoidal_table
 from gptexp.models.generation import CachedDecoder, KVCache, Positions
-from gptexp.models.language_model import LanguageModel, initialise, initialise_as_torch
+from gptexp.models.language_model import LanguageModel, initialise
 from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
 
@@ -19,17 +20,10 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()  # So et al. 2021, "Primer"
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-    "relu_squared": _relu_squared,
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu_squared": _relu_squared,
     "swiglu": F.silu,
-}
+}  # fmt: skip
 
 
 class NGrams(nn.Embedding):
@@ -160,10 +154,7 @@ class GPT(LanguageModel):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias and not config.tie_weights)
         if config.tie_weights:
             self.head.weight = self.wte.weight
-        if config.init == "torch":
-            initialise_as_torch(self, seed)
-        else:
-            initialise(self, seed, self._std)
+        initialise(self, seed, None if config.init == "torch" else self._std)
         for name, p in self.named_parameters():
             if name == "ngram.weight" or (config.zero_init and name.endswith("proj.weight")):
                 nn.init.zeros_(p)

@@ -6,7 +6,6 @@ computed so sees what it is to predict), and does it depend on another sequence 
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,14 +79,14 @@ def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:
         ValueError: when the model cannot be trained on such a batch.
     """
     model = prepared(model, training)
-    N, L = ids.shape
+    L = ids.shape[1]
     x, logits, inner = _trace(model, ids.to(model.wte.weight.device))
     directions = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     directions = directions.to(logits.device)
     own, others = torch.zeros(L, L, dtype=torch.float64), torch.zeros(L, L, dtype=torch.float64)
     for t in range(L):
         (grad,) = torch.autograd.grad(logits[0, t] @ directions[t], x, retain_graph=True)
-        reach = grad[1:].view(N, L, -1).square().sum(-1).cpu()  # (N, L); the first row of x is nobody's token
+        reach = grad.square().sum(-1).cpu()  # (N, L)
         own[t], others[t] = reach[0].sqrt(), reach[1:].sum(0).sqrt()
     total = (own.square().sum() + others.square().sum()).sqrt().clamp(min=1e-300)
     whole = Share("model", float(own.triu(1).norm() / total), float(others.norm() / total))
@@ -98,10 +97,9 @@ def train_mode(config: Any) -> Share:
     """What the training loss of this model's configuration depends on, told from a model of its first two layers."""
     small = replace(config, n_layer=min(2, config.n_layer)) if hasattr(config, "n_layer") else config
     model = prepared(build_model(small), training=True)
-    L = min(8, config.block_size)
-    ids = torch.randint(config.vocab_size, (4, L), generator=torch.Generator().manual_seed(0))
-    x, logits, _ = _trace(model, ids)
-    return _share("model", x[1:].view(4, L, -1), logits, x)
+    shape = (4, min(8, config.block_size))
+    x, logits, _ = _trace(model, torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
+    return _share("model", x, logits)
 
 
 def prepared(model: LanguageModel, training: bool) -> Any:
@@ -118,41 +116,26 @@ def prepared(model: LanguageModel, training: bool) -> Any:
 
 
 def _trace(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, Tensor, Tensor]]]:
-    """A forward pass in which every token has an embedding of its own, and a name, input and output for each layer.
+    """A forward pass of a `prepared` model in which every token has an embedding of its own.
 
     Returns:
-        those embeddings (1 + N L, C), after a first row that is no token's; logits (N, L, V); the layers.
+        those embeddings (N, L, C); logits (N, L, V); a name, input and output for each layer.
     """
-    N, L = ids.shape
+    inner: list[tuple[str, Tensor, Tensor]] = []
+    for name, layer in named_layers(model):
+        if not isinstance(layer, nn.Embedding):
+            layer.register_forward_hook(lambda _, args, y, name=name: inner.append((name, args[0], y)))
     weight = model.wte.weight.detach()
-    x = torch.cat([weight[:1], weight[ids.flatten()]]).requires_grad_()
-    numbers = torch.arange(1, N * L + 1, device=ids.device).view(N, L)
+    x = weight[ids].requires_grad_()
+    numbers = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)  # 0 stands for what is no token
     ngram = getattr(model, "ngram", None)
     if ngram is not None:  # looks up the true tokens; what it adds at a position counts as that position's token
         known = torch.cat([ids.new_zeros(1), ids.flatten()])
         ngram.register_forward_pre_hook(lambda _, args: (known[args[0]], *args[1:]))
-    with _layers(model) as inner:
-        # A tied head keeps the true embedding.
-        logits = functional_call(model, {"wte.weight": x}, (numbers,), tie_weights=False)
+    # A tied head keeps the true embedding.
+    embedding = {"wte.weight": torch.cat([weight[:1], x.flatten(0, 1)])}
+    logits = functional_call(model, embedding, (numbers,), tie_weights=False)
     return x, logits, inner
-
-
-@contextmanager
-def _layers(model: nn.Module) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    seen: list[tuple[str, Tensor, Tensor]] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            seen.append((name, args[0], y))
-
-        return hook
-
-    hooks = [m.register_forward_hook(note(name)) for name, m in named_layers(model) if not isinstance(m, nn.Embedding)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -164,12 +147,10 @@ def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield f"{prefix}{name}", child
 
 
-def _share(name: str, x: Tensor, y: Tensor, source: Tensor | None = None) -> Share:
+def _share(name: str, x: Tensor, y: Tensor) -> Share:
     """Shares of the gradient of y[0, :L/2], in one random direction, with respect to x (N, L, C)."""
     half = max(1, y.shape[1] // 2)
     direction = torch.randn(y[0, :half].shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    scalar = (y[0, :half] * direction.to(y.device)).sum()
-    (grad,) = torch.autograd.grad(scalar, x if source is None else source, retain_graph=True)
-    grad = grad if source is None else grad[1:].view(x.shape)
+    (grad,) = torch.autograd.grad((y[0, :half] * direction.to(y.device)).sum(), x, retain_graph=True)
     total = grad.norm().clamp(min=1e-300)
     return Share(name, float(grad[0, half:].norm() / total), float(grad[1:].norm() / total))

@@ -50,25 +50,14 @@ class LanguageModel(nn.Module):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
         """Continue every prompt; see `stream` for the options. Returns the new ids of each row, without its prompt."""
-        rows: list[list[int]] = [[] for _ in prompts]
-        for step in self.stream(prompts, max_new_tokens, **options):  # type: ignore[arg-type]
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        return rows
+        steps = list(self.stream(prompts, max_new_tokens, **options))  # type: ignore[arg-type]
+        return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]  # type: ignore[misc]
 
     @torch.inference_mode()
     def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: Sequence[int] = (),
-        seed: int = 0,
-    ) -> Iterator[list[int | None]]:
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, stop: Sequence[int] = (), seed: int = 0,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
         """Sample one token per step for every prompt, in evaluation mode.
 
         A row's text depends on the seed, its index and its prompt, not on the other rows. Each token depends on the
@@ -113,37 +102,36 @@ class LanguageModel(nn.Module):
             self.train(was_training)
 
 
-def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]) -> None:
-    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape); set biases to 0.
+def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor] | None = None) -> None:
+    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape).
 
     Norms keep the constants that they start with.
 
     Args:
         model: whose parameters are set, in place.
         seed: any integer.
-        std: the standard deviation of a weight, by the parameter's name; its mean is 0.
+        std: the standard deviation of a weight, by the parameter's name; its mean is 0, and biases are 0. None for the
+            distributions that torch's layers have: normal embeddings; uniform linear layers, their biases included.
     """
-    drawn = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) for p in m.parameters(recurse=False)}
-    with torch.no_grad():
-        for name, p in model.named_parameters():  # a tied parameter appears once, under its first name
-            if p in drawn and name.endswith("bias"):
-                p.zero_()
-            elif p in drawn:
-                p.copy_(torch.empty(p.shape).normal_(generator=_generator(seed, name)) * std(name))
-
-
-def initialise_as_torch(model: nn.Module, seed: int) -> None:
-    """As `initialise`, with the distributions that torch's layers have: normal embeddings, uniform linear layers."""
-    tied = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    with torch.no_grad():
-        for prefix, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                module.weight.normal_(generator=_generator(seed, f"{prefix}.weight"))
-            elif isinstance(module, nn.Linear):
+    drawn: set[nn.Parameter] = set()  # a tied parameter once, under its first name
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for name, p in module.named_parameters(prefix, recurse=False):
+            if p in drawn:
+                continue
+            drawn.add(p)
+            generator = _generator(seed, name)
+            if std is None and isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
-                for name, p in module.named_parameters(recurse=False):
-                    if p not in tied:
-                        p.uniform_(-bound, bound, generator=_generator(seed, f"{prefix}.{name}"))
+                nn.init.uniform_(p, -bound, bound, generator=generator)
+            elif std is None:
+                nn.init.normal_(p, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                with torch.no_grad():
+                    p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

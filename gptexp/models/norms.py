@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptexp.models.reduction import upcast
 from gptexp.models.registry import (
     NORMS,
     DynamicTanhSettings,
@@ -74,7 +75,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(..., C) to (..., C)."""
-        return F.rms_norm(_wide(x), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(upcast(x), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
 class PartialRMSNorm(nn.Module):
@@ -91,7 +92,7 @@ class PartialRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
-        wide = _wide(x)
+        wide = upcast(x)
         mean_square = wide[..., : self.k].square().mean(-1, keepdim=True)
         return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
@@ -109,7 +110,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
-        return F.normalize(_wide(x), dim=-1, eps=self.eps).to(x.dtype) * self.weight
+        return F.normalize(upcast(x), dim=-1, eps=self.eps).to(x.dtype) * self.weight
 
 
 class DynamicTanh(nn.Module):
@@ -144,11 +145,6 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
         return F.group_norm(x.flatten(0, 1), self.groups, self.weight, self.bias, self.eps).view_as(x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def build_norm(name: str, settings: NormSettings, shape: NormShape) -> Any:

@@ -41,37 +41,36 @@ class PowerNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
-        if mask is not None and self.training:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        wide, weight = weighted(x, mask)
-        if self.prescale:
-            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        psi = self.running_psi
-        if self.training:
-            count = sum_over_ranks(weight.sum()).clamp(min=1)
-            with torch.set_grad_enabled(self.of_batch):
-                psi = sum_over_ranks((wide.square() * weight).sum((0, 1))) / count
-        if self.training and not self.of_batch and not self.exact_gradient:
-            scale = torch.rsqrt(self.running_psi + self.eps)
-            z = _Power.apply(wide, scale, self.running_nu, weight * (self.momentum / count))
+        wide, weight = self._prepared(x, mask if self.training else None)
+        if not self.training:
+            z = wide * torch.rsqrt(self.running_psi + self.eps)
         else:
-            used = psi if self.of_batch else self.running_psi.clone()  # which is about to move
-            z = wide * torch.rsqrt(used + self.eps)
-        if self.training:
+            with torch.set_grad_enabled(self.of_batch):
+                psi, count = self._mean_square(wide, weight)
+            if self.of_batch or self.exact_gradient:
+                z = wide * torch.rsqrt((psi if self.of_batch else self.running_psi.clone()) + self.eps)
+            else:
+                scale = torch.rsqrt(self.running_psi + self.eps)
+                z = _Power.apply(wide, scale, self.running_nu, weight * (self.momentum / count))
             with torch.no_grad():
                 self.running_psi.lerp_(psi.to(self.running_psi.dtype), self.momentum)
         y: Tensor = z.to(x.dtype) * self.weight + self.bias
         return y
 
+    def _prepared(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is divided by the root of psi, in float32 at least, and its weight; see `weighted`."""
+        wide, weight = weighted(x, mask)
+        return (F.rms_norm(wide, wide.shape[-1:], None, self.eps) if self.prescale else wide), weight
+
+    def _mean_square(self, wide: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The psi of a batch, and over how many positions."""
+        count = sum_over_ranks(weight.sum()).clamp(min=1)
+        return sum_over_ranks((wide.square() * weight).sum((0, 1))) / count, count
+
     @torch.no_grad()
     def discrepancy(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float]:
         """How far the running psi is from this batch's: std_drift, as batch norm's, with std = sqrt(psi + eps)."""
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        wide, weight = weighted(x, mask)
-        if self.prescale:
-            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        psi = sum_over_ranks((wide.square() * weight).sum((0, 1))) / sum_over_ranks(weight.sum()).clamp(min=1)
+        psi, _ = self._mean_square(*self._prepared(x, mask))
         drift = ((self.running_psi + self.eps) / (psi + self.eps)).sqrt() - 1
         return {"std_drift": float(drift.abs().mean())}
 

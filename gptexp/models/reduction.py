@@ -7,10 +7,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def weighted(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x in float32 at least, and (N, L, 1): 1 where there is no padding."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return wide, torch.ones_like(wide[..., :1]) if mask is None else mask.unsqueeze(-1).to(wide.dtype)
+    """x in float32 at least, 0 at padding, and its weight (N, L, 1): 1 where there is no padding, else 0."""
+    if mask is None:
+        return upcast(x), torch.ones_like(upcast(x[..., :1]))
+    kept = mask.unsqueeze(-1)
+    # Padding may have grown to inf on its way through the layers, and inf * 0 is nan.
+    return upcast(x.masked_fill(~kept, 0.0)), upcast(kept.to(x.dtype))
 
 
 class _AllReduce(torch.autograd.Function):

@@ -206,7 +206,7 @@ def test_good_entry_is_reused_and_leftovers_go(tmp_path, cache):
     corpus = find_corpus(config)
     corpus.path.unlink()  # so the entry must do
     assert encode_corpus(corpus, config).fingerprint == first.fingerprint
-    leftover = entry(cache) / ".ids.bin.0123.part"
+    leftover = entry(cache) / ".ids.bin.part"
     leftover.touch()
     damage_length(entry(cache))
     encode("hello", tmp_path)
