@@ -36,7 +36,7 @@ def main() -> None:
         from hydra import main as hydra_main
 
         from gptexp.groups import VERSION_BASE, conf_dir, register_choices
-        from gptexp.overrides import COMPOSING, check
+        from gptexp.overrides import COMPOSING, check, told
 
         register_choices()
         if arguments.trains or (arguments.composes and arguments.overrides):
@@ -47,7 +47,7 @@ def main() -> None:
         try:
             hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
         except COMPOSING as error:
-            raise UserError(" ".join(str(error).split("\n")[:2])) from error
+            raise UserError(told(error)) from error
 
 
 def job(tree: "DictConfig") -> float | None:

@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptexp.console import report_errors
@@ -84,21 +83,17 @@ class GridSweeper(Sweeper):
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has prepared, name the sweep, and make the launcher of its jobs."""
-        from gptexp.groups import Groups
+        from gptexp.groups import Composer, parse
         from gptexp.sweeps import sweep_name
 
         self.hydra_context, self.config = hydra_context, config
         HydraConfig.instance().set_config(config.copy())  # for values such as ${hydra:runtime.cwd}
-        self.parser = OverridesParser.create(config_loader=hydra_context.config_loader)
-        searched = [o for o in config.hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-        self.groups = Groups(hydra_context.config_loader, searched)
+        self.composer = Composer(config.hydra.job.config_name, config.hydra.overrides.hydra)
         if config.sweep.name is None:  # hydra.sweep.dir, unless it is given, has it at its end
-            given = self.parser.parse_overrides(list(config.hydra.overrides.task))
-            config.sweep.name = sweep_name(given, list(self.params))
+            config.sweep.name = sweep_name(parse(config.hydra.overrides.task)[0], list(self.params))
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config)  # fmt: skip
 
@@ -111,17 +106,18 @@ class GridSweeper(Sweeper):
         Raises:
             SystemExit: after the messages, when there are mistakes or a job has failed.
         """
+        from gptexp.groups import parse
         from gptexp.sweeps import Sweep
         from gptexp.training.launch import sweep_together
 
         with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
-            overrides = self.parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+            overrides, _ = parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
             sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             ours = OmegaConf.masked_copy(self.config, [key for key in self.config if key != "hydra"])
             shared: Any = OmegaConf.to_container(ours)
-            given = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in overrides}
+            texts = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in overrides}
             local = self.config.hydra.runtime.choices["hydra/launcher"] == "basic"
-            return sweep_together(shared, given, local, lambda: self.run(sweep, overrides))
+            return sweep_together(shared, texts, local, lambda: self.run(sweep, overrides))
 
     def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
         """Bring all jobs of a sweep to their end.
@@ -130,6 +126,11 @@ class GridSweeper(Sweeper):
             UserError: when the sweep cannot begin.
             RunFailed: when a job failed.
         """
+        from gptexp.groups import each
+
+        if endless := [o for o in overrides if not each(o)]:
+            raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
+                            for o in endless)  # fmt: skip
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
         jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
@@ -144,10 +145,6 @@ class GridSweeper(Sweeper):
                 todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
-    def parse(self, arguments: Iterable[str]) -> list[Override]:
-        """The overrides of a command line; a key that comes twice has the last value."""
-        return list({o.get_key_element(): o for o in self.parser.parse_overrides(list(arguments))}.values())
-
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
         from gptexp.config import plain, read_config
@@ -156,7 +153,7 @@ class GridSweeper(Sweeper):
         job = Job(overrides)
         shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
-            config = read_config(plain(self.compose(overrides)))
+            config = read_config(plain(self.composer.compose(overrides)))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             job.error, job.name = error, " ".join(shown)
         else:
@@ -164,21 +161,6 @@ class GridSweeper(Sweeper):
                 shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
             job.name, job.config = job_name(config, "|".join(shown)), config
         return job
-
-    def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """A job's settings. Jobs that differ in values alone share what Hydra, far slower, makes of the groups."""
-        parsed = self.parser.parse_overrides(list(overrides))
-        values = [o for o in parsed if o.type == OverrideType.CHANGE and o.key_or_group not in self.groups]
-        groups = tuple(str(o.input_line) for o in parsed if o not in values)
-        if groups not in self.composed:
-            tree = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
-            with open_dict(tree):
-                del tree["hydra"]
-            self.composed[groups] = tree
-        tree = self.composed[groups].copy()
-        for override in values:
-            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
-        return tree
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
@@ -195,19 +177,6 @@ class GridSweeper(Sweeper):
             except Exception as error:
                 job.error = error
         return busy
-
-
-def each(override: Override) -> list[str]:
-    """An override with each of its values.
-
-    Raises:
-        UserError: when they cannot be counted.
-    """
-    from gptexp.groups import texts_of
-
-    if not (texts := texts_of(override)):
-        raise UserError(f"{override.input_line}: values without number need a search, hydra/sweeper=optuna")
-    return [f"{override.get_key_element()}={text}" for text in texts]
 
 
 def outcome(result: JobReturn) -> Any:
