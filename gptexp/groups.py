@@ -112,10 +112,11 @@ class Groups:
     def all_keys(self, group: str, choice: str) -> set[str]:
         """The dotted keys that a choice sets, itself or through the other choices that it makes."""
         keys, file = set(self.settings(group, choice)), self._load(f"{group}/{choice}")
-        for entry in (file.config.get("defaults") or [] if file else []):
-            for name, other in entry.items() if isinstance(entry, DictConfig) else ():
-                if str(name).startswith("override "):
-                    keys |= self.all_keys(str(name).rpartition(" ")[2].lstrip("/"), str(other))
+        tree: Any = OmegaConf.to_container(file.config) if file else {}
+        for entry in tree.get("defaults", []):
+            for name, other in entry.items() if isinstance(entry, dict) else ():
+                if name.startswith("override "):
+                    keys |= self.all_keys(name.rpartition(" ")[2].lstrip("/"), str(other))
         return keys
 
 
@@ -153,7 +154,7 @@ class Composer:
     def compose(self, lines: Sequence[str]) -> DictConfig:
         """The settings that overrides stand for, without Hydra's own; a value may have a key that is none."""
         whole = self.whole(lines)
-        tree = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+        tree = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         OmegaConf.set_struct(tree, False)
         for override in filter(self.is_value, parse(lines)[0]):
             OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)

@@ -152,7 +152,7 @@ class _Check:
             f"cannot be left out; {instead}": typed and dropped,
         }  # fmt: skip
         reasons = [reason for reason, applies in rules.items() if applies][:1]
-        if reasons or not self.chooses(override) or override.value() is None:
+        if reasons or not self.chooses(override):
             return [f"{line}: {reason}" for reason in reasons]
         texts = [text.partition("=")[2] for text in each(override)]
         names = [name.strip("'\" ") for text in texts for name in text.strip("[]").split(",") if name]
@@ -222,7 +222,8 @@ class _Check:
             override: a value, or the choice of a group.
             whole: also those of a choice that is more than other words for one setting, as norm=rmsnorm is.
         """
-        key, found = override.key_or_group, {}
+        key = override.key_or_group
+        found: dict[str, list[str]] = {}
         if short := SHORT.get(key.removeprefix("trainer.")) if key.startswith("trainer.") else None:
             return {short: [str(override.input_line)]}  # even the same value is an error
         for line in each(override):

@@ -12,8 +12,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,23 +129,17 @@ class Sweep:
                 f"{k}={show(old.get(k))}; leave it out, or give the new sweep another name" for k in keys
             )
 
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a job for this process; the system frees it if the process dies.
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        """Hold a job for this process, while the result is entered; the system frees it if the process dies.
 
         Raises:
             Busy: when another process has it.
         """
         (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".locks" / name, timeout=0)
         try:
-            lock.acquire()
+            return FileLock(self.folder / ".locks" / name, timeout=0).acquire()
         except Timeout as error:
             raise Busy(name) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def is_busy(self, name: str) -> bool:
         """Whether a process works on the job."""
