@@ -244,20 +244,14 @@ class Sweep:
             raise
 
 
-def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> str:
+def summary(standings: Sequence[Standing]) -> str:
     """Jobs with their lowest validation loss, best first; those that did not come to an end last, with the reason."""
-    ended = [s for s in standings if s.name not in errors]
-    ended.sort(key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
-    lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}{_ending(s)}" for s in ended]
-    lines += [f"  {'failed':>8}  {name}: {error}" for name, error in errors.items()]
+    lines = []
+    for s in sorted(standings, key=lambda s: (s.state == "failed", math.inf if math.isnan(s.loss) else s.loss)):
+        loss = "" if s.state == "failed" or math.isnan(s.loss) else f"{s.loss:.4f}"
+        ending = f": {s.error}" if s.state == "failed" else f" ({s.state})" if loss and s.state != "done" else ""
+        lines.append(f"  {loss or s.state:>8}  {s.name}{ending}")
     return "\n".join([f"--- {len(lines)} jobs, best val/loss first", *lines])
-
-
-def _ending(standing: Standing) -> str:
-    """What a line must say besides the loss."""
-    if standing.state == "failed":
-        return f": {standing.error}"
-    return f" ({standing.state})" if standing.state != "done" and not math.isnan(standing.loss) else ""
 
 
 def draw(sweep: Sweep) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from gptexp.config import Config
-    from gptexp.training.callbacks.pruning import Watch
 
 log = logging.getLogger("gptexp")
 
@@ -32,16 +31,17 @@ def main() -> None:
     with report_errors():
         from gptexp.arguments import read_arguments
 
-        arguments, problems = read_arguments(sys.argv[1:])
+        args, problems = read_arguments(sys.argv[1:])
         from hydra import main as hydra_main
 
         from gptexp.groups import VERSION_BASE, conf_dir, register_choices
         from gptexp.overrides import COMPOSING, check, told
 
         register_choices()
-        if arguments.trains or (arguments.composes and arguments.overrides):
-            problems += check(arguments.overrides, arguments.multirun, arguments.config_dir, arguments.config_name,
-                              shown=not arguments.trains)  # fmt: skip
+        shows = bool(args.help or args.cfg or args.info)
+        elsewhere = args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_path
+        if not elsewhere and (args.overrides or not shows):
+            problems += check(args.overrides, args.multirun, args.config_dir, args.config_name, shows)
         if problems:
             raise UserError(problems)
         try:
@@ -143,8 +143,8 @@ def sweep_job(
         end_with_parent()
     if not alone and hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
         config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
-    watch: Watch | None = None
-    if search and search["pruner"] != "none":
+    watch = None
+    if search:
         from gptexp.search import watcher
 
         watch = watcher(folder, search, config)

@@ -28,29 +28,21 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptexp.config import Config, flatten, plain, read_config
 from gptexp.console import report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.groups import Composer, each, parse, quoted
+from gptexp.sweeps import FINAL, Standing, Sweep, draw, job_name, summary, sweep_name
+from gptexp.training.launch import sweep_together
 
 if TYPE_CHECKING:
     from gptexp.scoreboard import Scoreboard
-    from gptexp.sweeps import Sweep
 
 log = logging.getLogger("gptexp")
 
 
-@dataclass
-class GridSweeperConf:
-    """The settings of the sweeper.
-
-    Attributes:
-        params: values by key, as on the command line, for a file of conf/ that describes a sweep.
-    """
-
-    _target_: str = "hydra_plugins.hydra_gptexp.grid.GridSweeper"
-    params: dict[str, str] | None = None
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="gptexp")
+TARGET = {"_target_": "hydra_plugins.hydra_gptexp.grid.GridSweeper", "params": None}
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=TARGET, provider="gptexp")
 
 
 @dataclass
@@ -67,14 +59,14 @@ class Job:
     overrides: list[str]
     name: str = ""
     error: Exception | None = None
-    config: Any = None  # a Config; dataclasses cannot look up its name while Hydra loads plugins
+    config: Config | None = None
 
 
 class GridSweeper(Sweeper):
     """Runs what is still to be done of a grid, through any launcher, and tells the results of all of it.
 
     Args:
-        params: values by key, as on the command line.
+        params: values by key, as on the command line, for a file of conf/ that describes a sweep.
     """
 
     hydra_context: HydraContext
@@ -86,9 +78,6 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has prepared, name the sweep, and make the launcher of its jobs."""
-        from gptexp.groups import Composer, parse
-        from gptexp.sweeps import sweep_name
-
         self.hydra_context, self.config = hydra_context, config
         HydraConfig.instance().set_config(config.copy())  # for values such as ${hydra:runtime.cwd}
         self.composer = Composer(config.hydra.job.config_name, config.hydra.overrides.hydra)
@@ -106,10 +95,6 @@ class GridSweeper(Sweeper):
         Raises:
             SystemExit: after the messages, when there are mistakes or a job has failed.
         """
-        from gptexp.groups import parse
-        from gptexp.sweeps import Sweep
-        from gptexp.training.launch import sweep_together
-
         with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
             overrides, _ = parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
             sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
@@ -119,15 +104,13 @@ class GridSweeper(Sweeper):
             local = self.config.hydra.runtime.choices["hydra/launcher"] == "basic"
             return sweep_together(shared, texts, local, lambda: self.run(sweep, overrides))
 
-    def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
+    def run(self, sweep: Sweep, overrides: Sequence[Override]) -> list[float]:
         """Bring all jobs of a sweep to their end.
 
         Raises:
             UserError: when the sweep cannot begin.
             RunFailed: when a job failed.
         """
-        from gptexp.groups import each
-
         if endless := [o for o in overrides if not each(o)]:
             raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
                             for o in endless)  # fmt: skip
@@ -147,9 +130,6 @@ class GridSweeper(Sweeper):
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
-        from gptexp.config import plain, read_config
-        from gptexp.sweeps import job_name
-
         job = Job(overrides)
         shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
@@ -164,8 +144,6 @@ class GridSweeper(Sweeper):
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
-        from gptexp.groups import quoted
-
         folder = quoted(str(self.config.hydra.sweep.dir))
         sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job={quoted(job.name)}"] for job in jobs]
         results = self.launcher.launch(sent, initial_job_idx=0) if sent else []
@@ -197,7 +175,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     return list(kept.values())
 
 
-def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
+def begin(sweep: Sweep, jobs: Sequence[Job], varied: Sequence[str]) -> None:
     """Begin the sweep with these jobs, or go on with it if it is the same one.
 
     Args:
@@ -208,8 +186,6 @@ def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
     Raises:
         UserError: when what the directory holds was made by another configuration.
     """
-    from gptexp.config import flatten
-
     flat = [flatten(job.config.tree()) for job in jobs if job.config]
     if flat:
         keys = dict.fromkeys(key for tree in flat for key in tree)
@@ -218,7 +194,7 @@ def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
 
 
 @contextmanager
-def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
+def show(sweep: Sweep, names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
     """Show how the sweep goes instead of what its runs say of themselves, which is in train.log."""
     from rich.console import Console
 
@@ -244,22 +220,20 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
             handler.setLevel(level)
 
 
-def report(sweep: "Sweep", jobs: Sequence[Job]) -> list[float]:
+def report(sweep: Sweep, jobs: Sequence[Job]) -> list[float]:
     """Tell how the jobs ended, best first, and draw their curves.
 
     Raises:
         RunFailed: when a job failed.
     """
-    from gptexp.sweeps import FINAL, draw, summary
-
-    standings = [sweep.standing(job.name) for job in jobs if job.error is None]
-    errors = {job.name: job.error for job in jobs if job.error is not None}
-    log.info("%s", summary(standings, errors))
+    standings = [Standing(job.name, "failed", error=str(job.error)) if job.error else sweep.standing(job.name)
+                 for job in jobs]  # fmt: skip
+    log.info("%s", summary(standings))
     draw(sweep)
-    failed = [*errors.values(), *(RunFailed(s.error or f"{s.name} is {s.state}: the same command goes on with it")
-                                  for s in standings if s.state not in FINAL)]  # fmt: skip
+    failed = [s for s in standings if s.state not in FINAL]
     if len(failed) == 1 == len(jobs):
-        raise failed[0]
+        (s,) = failed
+        raise jobs[0].error or RunFailed(s.error or f"{s.name} is {s.state}: the same command goes on with it")
     if failed:
         raise RunFailed(f"{len(failed)} of {len(jobs)} jobs failed")
     return [s.loss for s in standings]
