@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptexp.config import Config, flatten, known_keys, plain, read_config
 from gptexp.errors import UserError
-from gptexp.groups import VERSION_BASE, Composer, Groups, conf_dir, each, parse, quoted, register_choices
+from gptexp.groups import VERSION_BASE, Composer, conf_dir, each, parse, quoted, register_choices
 from gptexp.training.settings import SHORT
 from gptexp.validation import Tree, nearest, show
 
@@ -294,7 +294,7 @@ def compose_config(arguments: Sequence[str]) -> Config:
     if problems := check(arguments, multirun=False):
         raise UserError(problems)
     with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
-        return read_config(plain(compose("config", list(arguments))))
+        return read_config(plain(Composer("config").compose(arguments)))
 
 
 def requested(arguments: Sequence[str]) -> Tree:
@@ -302,12 +302,11 @@ def requested(arguments: Sequence[str]) -> Tree:
 
     To be called in a job of Hydra, whose configuration files it reads.
     """
-    groups, keys = Groups(), set[str]()
+    composer, keys = Composer(HydraConfig.get().job.config_name), set[str]()
     for override in parse(arguments)[0]:
-        key = override.key_or_group
+        key, groups = override.key_or_group, composer.groups
         keys |= groups.all_keys(key, str(override.value())) if key in groups else {key}
-    composed = flatten(plain(compose(HydraConfig.get().job.config_name, list(arguments))))
-    return {k: v for k, v in composed.items() if k in keys}
+    return {k: v for k, v in flatten(plain(composer.compose(arguments))).items() if k in keys}
 
 
 _MISSING = object()

@@ -76,12 +76,13 @@ def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
     return found
 
 
-def read_search(settings: Mapping[str, Any], swept: Sequence[Override]) -> SearchConfig:
+def read_search(settings: Mapping[str, Any], swept: Sequence[Override], config: Config) -> SearchConfig:
     """The settings of a search.
 
     Args:
         settings: of the sweeper, as they were given.
         swept: the overrides that leave a setting open.
+        config: what all trials share.
 
     Raises:
         UserError: with a line for everything that keeps the search from beginning.
@@ -93,20 +94,13 @@ def read_search(settings: Mapping[str, Any], swept: Sequence[Override]) -> Searc
         problems.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
                         "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
     values = read_fields(SearchConfig, "hydra.sweeper.", settings, problems)
-    if problems or values is None:
+    made = SearchConfig(**values or {})
+    if not problems and made.pruner != "none" and config.hardware.strategy != "auto" and not several():
+        problems.append(f"hydra.sweeper.pruner={made.pruner}: a trial of hardware.strategy={config.hardware.strategy} "
+                        "cannot be pruned; allowed: none")  # fmt: skip
+    if problems:
         raise UserError(problems)
-    return SearchConfig(**values)
-
-
-def check_pruner(settings: SearchConfig, config: Config) -> None:
-    """Refuse to prune trials that this command trains in processes of their own, which nothing reaches from outside.
-
-    Raises:
-        UserError: when the settings of the sweeper ask for it.
-    """
-    if settings.pruner != "none" and config.hardware.strategy != "auto" and not several():
-        raise UserError(f"hydra.sweeper.pruner={settings.pruner}: a trial of hardware.strategy="
-                        f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
+    return made
 
 
 @dataclass(frozen=True)

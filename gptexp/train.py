@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptexp import perf
 from gptexp.console import report_errors
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from gptexp.config import Config
@@ -60,15 +61,10 @@ def job(tree: "DictConfig") -> float | None:
     from hydra.types import RunMode
 
     from gptexp.config import plain, read_config
-    from gptexp.sweeps import job_name
 
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        config = read_config(plain(tree))
-        local = hydra.runtime.choices["hydra/launcher"] == "basic"
-        name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
-        search = dict(hydra.sweeper) if hydra.sweeper._target_.endswith(".OptunaSweeper") else None
-        return sweep_job(config, Path(hydra.sweep.dir), name, alone=local, search=search)
+        return sweep_job(read_config(plain(tree)), hydra)
     with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
         return single_run(read_config(plain(tree)), str(hydra.run.dir), list(hydra.overrides.task))
 
@@ -118,36 +114,27 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     return math.nan if loss is None else loss
 
 
-def sweep_job(
-    config: "Config", folder: Path, name: str, alone: bool, search: dict[str, Any] | None = None
-) -> float | None:
+def sweep_job(config: "Config", hydra: "HydraConf") -> float | None:
     """Bring a job of a sweep to its end, or leave it to the process that has it.
-
-    Args:
-        config: the job's configuration.
-        folder: the sweep's directory.
-        name: the job's.
-        alone: whether it has the machine's cores for itself.
-        search: the settings of Optuna's sweeper, if it is a trial of a search.
 
     Returns:
         the lowest validation loss, in nats per token; None if another process has the job.
     """
     from gptexp.orphans import end_with_parent
-    from gptexp.sweeps import Busy, Sweep
+    from gptexp.search import watcher
+    from gptexp.sweeps import Busy, Sweep, job_name
     from gptexp.training.launch import Train, claim, gathered, job_together
 
     perf.prepare()  # before torch is imported
     hardware = config.hardware
-    if not alone:
+    if hydra.runtime.choices["hydra/launcher"] != "basic":
         end_with_parent()
-    if not alone and hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
-        config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
-    watch = None
-    if search:
-        from gptexp.search import watcher
-
-        watch = watcher(folder, search, config)
+        if hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
+            config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
+    folder = Path(hydra.sweep.dir)
+    name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
+    searches = hydra.sweeper._target_.endswith(".OptunaSweeper")
+    watch = watcher(folder, hydra.sweeper, config) if searches else None
 
     def lead(train: Train) -> float | None:
         sweep = Sweep(folder)

@@ -51,13 +51,12 @@ class OptunaSweeper(GridSweeper):
             RunFailed: when a job failed.
         """
         swept = [o for o in overrides if o.is_sweep_override()]
-        self.settings = search.read_search(self.given, swept)
-        space = search.space(swept)
         fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in overrides if o not in swept]
         base = self.prepare(fixed, [])
         if base.config is None:
             raise base.error or RuntimeError("a job without a configuration")
-        search.check_pruner(self.settings, base.config)
+        self.settings = search.read_search(self.given, swept, base.config)
+        space = search.space(swept)
         settings = flatten(base.config.tree())
         sweep.join(settings, [], [], {}, sys.argv)
         found = search.open_search(sweep.folder, self.settings, base.config)
