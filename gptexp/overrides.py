@@ -302,7 +302,7 @@ def requested(arguments: Sequence[str]) -> Tree:
 
     To be called in a job of Hydra, whose configuration files it reads.
     """
-    composer, keys = Composer(HydraConfig.get().job.config_name), set[str]()
+    composer, keys = Composer(str(HydraConfig.get().job.config_name)), set[str]()
     for override in parse(arguments)[0]:
         key, groups = override.key_or_group, composer.groups
         keys |= groups.all_keys(key, str(override.value())) if key in groups else {key}
