@@ -155,10 +155,11 @@ class _Check:
         if reasons or not self.chooses(override):
             return [f"{line}: {reason}" for reason in reasons]
         texts = [text.partition("=")[2] for text in each(override)]
+        if not texts:  # a glob that matches nothing
+            return [f"{line}: names no choice; allowed: {', '.join(options)}"]
         names = [name.strip("'\" ") for text in texts for name in text.strip("[]").split(",") if name]
-        return [f"{key}={name}: unknown{self.hint_of_choice(key, name, options)}" for name in names
-                if name not in options] or (
-                    [] if texts else [f"{line}: names no choice; allowed: {', '.join(options)}"])  # fmt: skip
+        unknown = [name for name in names if name not in options]
+        return [f"{key}={name}: unknown{self.hint_of_choice(key, name, options)}" for name in unknown]
 
     def hint_of_choice(self, group: str, name: str, options: list[str]) -> str:
         """What stands after "unknown" in the line of a choice that there is not."""

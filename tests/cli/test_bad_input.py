@@ -99,6 +99,8 @@ WRONG: dict[str, list[str]] = {
     "~norm": ["~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, "],
     "~seed": ["~seed: cannot be left out; write seed=VALUE"],
     "logger=null": ["logger=null: cannot be left out; allowed: csv, mlflow, none, "],
+    "experiment=null": ["experiment=null: unknown; allowed: fast_cpu, "],
+    "norm=rmsnrom norm=none seed=-2 seed=-1": ["seed=-1: must be an integer of at least 0"],  # the last one counts
     "schedule=null": ["schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
     "model.norm=batchnorm norm=layernorm": [
         "norm=layernorm: model.norm=batchnorm sets model.norm, too; leave one of them out"],
