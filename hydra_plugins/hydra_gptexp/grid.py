@@ -20,7 +20,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -150,17 +149,13 @@ class GridSweeper(Sweeper):
         busy = []
         for job, result in zip(jobs, results, strict=True):
             try:
-                if outcome(result) is None:
-                    busy.append(job)
+                with redirect_stderr(io.StringIO()):  # Hydra prints a line of its own; `report` has one
+                    value = result.return_value
             except Exception as error:
                 job.error = error
+            else:
+                busy += [job] if value is None else []
         return busy
-
-
-def outcome(result: JobReturn) -> Any:
-    """What a job returned; raises what ended it, without the line that Hydra prints then: `report` has one."""
-    with redirect_stderr(io.StringIO()):
-        return result.return_value
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
