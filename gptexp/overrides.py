@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
@@ -115,7 +115,8 @@ class _Check:
             self.problems.append(told(error))
             good = [o for o in good if self.composer.is_value(o) or self.chooses(o)]
             whole = self.composer.whole(firsts(good))
-        if self.shown:
+        if self.shown:  # whatever the values are, Hydra must know their keys
+            compose(self.composer.config_name, [*self.composer.always, *firsts(good)])
             return
         HydraConfig.instance().set_config(whole.copy())  # for values such as ${hydra:runtime.cwd}
         filed = (whole.hydra.sweeper or {}).get("params") or {}

@@ -292,8 +292,8 @@ def test_unwritable_folder(
 def test_a_sweep_is_checked_before_its_first_job(
     command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ["-m", "norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
-    assert command(*sweep, *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}") == 2
+    sweep = ["norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
+    assert command("-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}", *sweep) == 2
     err = capfd.readouterr().err
     assert "norm=rmsnrom: unknown" in err
     assert "model.n_layer=-1: must be an integer of at least 0" in err
