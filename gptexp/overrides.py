@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gptexp.config import Config, flatten, known_keys, plain, read_config
 from gptexp.errors import UserError
 from gptexp.groups import VERSION_BASE, Composer, conf_dir, each, parse, quoted, register_choices
+from gptexp.models.registry import NORMS
 from gptexp.training.settings import SHORT
 from gptexp.validation import Tree, nearest, show
 
@@ -247,9 +248,11 @@ class _Check:
             cross_check: also check settings against each other.
         """
         sound = []
+        of_norms = tuple(f"model.norms.{name}." for name in NORMS)  # an unknown one is told with those that there are
         for override in overrides:
             key = override.key_or_group
-            there = key in self.known or OmegaConf.select(whole, key, default=_MISSING) is not _MISSING
+            known = key in self.known or key.startswith(of_norms)
+            there = known or OmegaConf.select(whole, key, default=_MISSING) is not _MISSING
             if self.composer.is_value(override) and not there:
                 self.problems.append(f"{override.input_line}: unknown key{self.hint_of_key(override, whole)}")
             else:
@@ -274,8 +277,6 @@ class _Check:
         if key.partition(".")[0] in FREE:
             tree: Any = OmegaConf.to_container(whole)
             return nearest(key, flatten(tree)) or f"; to add it, write +{override.input_line}"
-        if hint := norm_hint(key):
-            return hint
         value = OTHER_CHOICES.get(value, value)
         if tail in OTHER_NAMES:
             return "; " + OTHER_NAMES[tail].format(value)
