@@ -3,34 +3,12 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import __version__ as hydra_version
 
 from gptexp import __version__
 from gptexp.errors import UserError
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a command line asks for.
-
-    Attributes:
-        overrides: Hydra's settings, `key=value`.
-        multirun: whether `--multirun` is among the flags.
-        trains: whether the command trains, rather than shows its help, a configuration or completions.
-        composes: whether the overrides are settings of a configuration.
-        config_name: the primary configuration.
-        config_dir: a further folder of configuration files, or None.
-    """
-
-    overrides: list[str]
-    multirun: bool
-    trains: bool
-    composes: bool
-    config_name: str
-    config_dir: str | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,9 +20,10 @@ class _Parser(argparse.ArgumentParser):
         for flags in (("--help", "-h"), ("--hydra-help",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m"),
                       ("--shell-completion", "-sc")):  # fmt: skip
             self.add_argument(*flags, action="store_true")
-        for flags in (("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd"),
+        for flags in (("--package", "-p"), ("--config-path", "-cp"), ("--config-dir", "-cd"),
                       ("--experimental-rerun",)):  # fmt: skip
             self.add_argument(*flags)
+        self.add_argument("--config-name", "-cn", default="config")
         self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
         shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
         self.add_argument("--info", "-i", const="all", nargs="?", choices=shown)
@@ -54,12 +33,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
+def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read a command line, without the name of the program.
 
     Returns:
-        what it asks for, and a line for each mistake; a setting that is only written wrongly is among the overrides as
-        it was meant, so that it can be checked with the others.
+        Hydra's flags by their names, with the settings in `overrides`, and a line for each mistake; a setting that is
+        only written wrongly is among the overrides as it was meant, so that it can be checked with the others.
 
     Raises:
         UserError: for a flag whose argument is missing or not allowed.
@@ -88,11 +67,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     if args.config_dir and not Path(args.config_dir).is_dir():
         problems.append(f"--config-dir {args.config_dir}: there is no such folder")
         args.config_dir = None
-    overrides, cut = _join(words)
-    shows = args.help or args.hydra_help or args.cfg or args.info
-    elsewhere = args.shell_completion or args.experimental_rerun or args.config_path
-    return Arguments(overrides, args.multirun, not (shows or elsewhere), not (elsewhere or args.hydra_help),
-                     args.config_name or "config", args.config_dir), [*problems, *cut]  # fmt: skip
+    args.overrides, cut = _join(words)
+    return args, [*problems, *cut]
 
 
 def _join(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -15,19 +15,7 @@ from gptexp.training.ranks import end_together, part
 log = logging.getLogger("gptexp")
 
 
-class _Quiet(logging.Handler):
-    """A terminal that is gone, a closed pipe or a full disk must not end a run, nor print a traceback."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-class LogFile(_Quiet, logging.FileHandler):
-    """Writes messages to a file, as far as there is space."""
-
-
-class _Console(_Quiet, logging.StreamHandler[TextIO]):
+class _Console(logging.StreamHandler[TextIO]):
     """Prints to standard output, whichever object that is at the moment: a progress bar takes it over."""
 
     def __init__(self) -> None:
@@ -63,6 +51,7 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    logging.raiseExceptions = False  # a terminal that is gone, a closed pipe or a full disk must not end a run
     handler = _Console()
     handler.setLevel(logging.INFO if messages else logging.CRITICAL)
     handler.setFormatter(logging.Formatter("%(message)s"))

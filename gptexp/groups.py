@@ -1,18 +1,19 @@
-"""What the configuration files have to choose from, and what an override of Hydra's grammar says."""
+"""What the configuration files have to choose from, what an override says, and what both compose to."""
 
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
+from hydra import compose
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from gptexp.config import flatten
 from gptexp.models.registry import NORMS, PLACEMENTS, default_norms
@@ -43,17 +44,17 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def parse(arguments: Iterable[str], loader: ConfigLoader | None = None) -> tuple[list[Override], list[str]]:
-    """The overrides among the arguments, and a line for each that is not well-formed.
+def parse(arguments: Iterable[str]) -> tuple[list[Override], list[str]]:
+    """The overrides among the arguments, and a line for each that is not well-formed. Hydra must be initialized.
 
-    Args:
-        arguments: of a command line.
-        loader: knows the choices that a glob stands for.
+    Of a key that comes twice, the last override counts.
     """
-    overrides, problems, parser = [], [], OverridesParser.create(config_loader=loader)
+    overrides: dict[str, Override] = {}
+    problems = []
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # which a glob asks
     for argument in arguments:
         try:
-            overrides += parser.parse_overrides([argument])
+            overrides |= {override.get_key_element(): override for override in parser.parse_overrides([argument])}
         except HydraException:
             hint = "quote special characters"
             if "=" not in argument:
@@ -63,34 +64,27 @@ def parse(arguments: Iterable[str], loader: ConfigLoader | None = None) -> tuple
             elif argument.endswith(","):
                 hint = "a list of values ends without a comma"
             problems.append(f"{argument}: cannot be read as a setting; {hint}")
-    return overrides, problems
+    return list(overrides.values()), problems
 
 
-def values_of(override: Override) -> list[Any]:
-    """The values of an override: one, or all that a sweep over it takes."""
-    if override.is_discrete_sweep():
-        return [OverridesParser.create().parse_override(f"key={text}").value() for text in texts_of(override)]
-    return [override.value()] if not override.is_sweep_override() else []
-
-
-def texts_of(override: Override) -> list[str]:
-    """The values of an override as Hydra's grammar writes them."""
-    if override.is_discrete_sweep():
-        return list(override.sweep_string_iterator())
-    return [override.get_value_element_as_str()] if not override.is_sweep_override() else []
+def each(override: Override) -> list[str]:
+    """An override with each of its values by itself; none for an interval, whose values have no number."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    texts = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+    return [f"{override.get_key_element()}={text}" for text in texts]
 
 
 class Groups:
-    """The groups of a configuration and their choices.
+    """The groups of a configuration and their choices. Hydra must be initialized.
 
     Args:
-        loader: of Hydra.
         search: the override of `hydra.searchpath`, if there is one.
     """
 
-    def __init__(self, loader: ConfigLoader, search: Sequence[str] = ()) -> None:
-        self._loader, self._search = loader, list(search)
-        self._names = set(loader.get_group_options("", ObjectType.GROUP, overrides=self._search))
+    def __init__(self, search: Sequence[str] = ()) -> None:
+        self._loader, self._search = GlobalHydra.instance().config_loader(), list(search)
+        self._names = set(self._loader.get_group_options("", ObjectType.GROUP, overrides=self._search))
 
     def __contains__(self, key: str) -> bool:
         """Whether a key names a group."""
@@ -102,29 +96,66 @@ class Groups:
         below = [f"{folder}/{option}" for folder in folders for option in self.options(f"{group}/{folder}")]
         return [*self._loader.get_group_options(group, overrides=self._search), *below]
 
-    def load(self, path: str) -> ConfigResult | None:
+    def _load(self, path: str) -> ConfigResult | None:
         """A file of the configuration, or None where there is none, or only the search path names its folder."""
         return next((s.load_config(path) for s in self._loader.get_sources() if s.is_config(path)), None)
 
     def settings(self, group: str, choice: str) -> Tree:
         """What a choice sets by itself, by dotted key."""
-        file = self.load(f"{group}/{choice}")
+        file = self._load(f"{group}/{choice}")
         if file is None:
             return {}
         prefix = "" if file.header.get("package") == "_global_" else f"{group}."
         tree: Any = OmegaConf.to_container(file.config)  # interpolations as they stand
         return {f"{prefix}{k}": v for k, v in flatten(tree).items() if k != "defaults"}
 
-    def defaults(self, path: str) -> list[tuple[str, Any]]:
-        """The defaults list of a file: what stands before each colon, and the choice."""
-        file = self.load(path)
-        tree: Any = OmegaConf.to_container(file.config) if file else {}
-        return [(str(k), v) for entry in tree.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()]
-
     def all_keys(self, group: str, choice: str) -> set[str]:
         """The dotted keys that a choice sets, itself or through the other choices that it makes."""
-        keys = set(self.settings(group, choice))
-        for name, other in self.defaults(f"{group}/{choice}"):
-            if name.startswith("override "):
-                keys |= self.all_keys(name.rpartition(" ")[2].lstrip("/"), str(other))
+        keys, file = set(self.settings(group, choice)), self._load(f"{group}/{choice}")
+        tree: Any = OmegaConf.to_container(file.config) if file else {}
+        for entry in tree.get("defaults", []):
+            for name, other in entry.items() if isinstance(entry, dict) else ():
+                if name.startswith("override "):
+                    keys |= self.all_keys(name.rpartition(" ")[2].lstrip("/"), str(other))
         return keys
+
+
+class Composer:
+    """Composes the configurations of one command. Hydra must be initialized.
+
+    Those that differ in values alone share what Hydra, far slower, makes of everything else.
+
+    Args:
+        config_name: the primary configuration.
+        always: overrides that all of them have.
+
+    Attributes:
+        groups: what can be chosen from.
+        composed: what Hydra has made, its own settings included, by the overrides that it was given.
+    """
+
+    def __init__(self, config_name: str, always: Sequence[str] = ()) -> None:
+        self.config_name, self.always = config_name, list(always)
+        self.groups = Groups([line for line in always if line.startswith("hydra.searchpath=")])
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def is_value(self, override: Override) -> bool:
+        """Whether an override gives a value to a setting of ours."""
+        named = override.is_hydra_override() or override.key_or_group in self.groups
+        return override.type == OverrideType.CHANGE and override.package is None and not named
+
+    def whole(self, lines: Iterable[str]) -> DictConfig:
+        """What Hydra makes of overrides but for the values, its own settings included. Not to be changed."""
+        key = tuple(str(o.input_line) for o in parse(lines)[0] if not self.is_value(o))
+        if key not in self.composed:
+            self.composed[key] = compose(self.config_name, [*self.always, *key], return_hydra_config=True)
+        return self.composed[key]
+
+    def compose(self, lines: Sequence[str]) -> DictConfig:
+        """The settings that overrides stand for, without Hydra's own; a value may have a key that is none."""
+        whole = self.whole(lines)
+        tree = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        OmegaConf.set_struct(tree, False)
+        for override in filter(self.is_value, parse(lines)[0]):
+            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
+        return tree

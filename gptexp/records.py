@@ -103,24 +103,19 @@ def read_evaluations(path: Path, losses: Sequence[str]) -> list[Evaluations]:
     """Step, tokens, seconds of training and loss, for each loss of the rows of a metrics.csv that have it, if finite.
 
     An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
-    Far faster than `read_metrics`: only the numbers that are asked for are read.
+    Faster than `read_metrics`: only the numbers that are asked for are read.
     """
-    header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [",".join(METRICS)]
-    names = header.split(",")
-    step, tokens, time, *columns = (names.index(column) for column in ("step", "tokens", "seconds", *losses))
-    nothing = "," * (1 + sum(name.startswith("val/") for name in names))
     found: list[Evaluations] = [[] for _ in losses]
-    for number, line in enumerate(lines):
-        # A row of training alone has nothing there, and times at its end, which one of evaluation alone has not.
-        cells = [] if nothing in line and not line.endswith(",") else line.split(",")
-        if len(cells) != len(names):
-            continue
-        if not cells[time]:
-            before = (row.split(",") for row in reversed(lines[:number]))
-            cells[time] = next((row[time] for row in before if len(row) == len(names) and row[time]), "0")
+    header, rows = _read_table(path)
+    if not rows:
+        return found
+    step, tokens, time, *columns = map(header.index, ("step", "tokens", "seconds", *losses))
+    seconds = "0"
+    for row in rows:
+        seconds = row[time] or seconds
         for evaluations, column in zip(found, columns, strict=True):
-            if cells[column] and math.isfinite(float(cells[column])):
-                evaluations.append(tuple(float(cells[i]) for i in (step, tokens, time, column)))  # type: ignore[arg-type]
+            if row[column] and math.isfinite(loss := float(row[column])):
+                evaluations.append((float(row[step]), float(row[tokens]), float(seconds), loss))
     return found
 
 

@@ -9,8 +9,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -33,10 +33,21 @@ class Run:
 
     Attributes:
         path: the directory.
+        log_path: train.log: what was printed, and the traceback of an error.
+        metrics_path: metrics.csv.
+        samples_path: samples.txt: the text sampled at each evaluation.
+        diagnostics_path: diagnostics.csv: what was measured inside the model.
+        heat_maps_path: diagnostics.png: the same, layers by steps.
+        curves_path: curves.png: the loss over the steps.
+        growing: the files that grow while the run trains, and that a checkpoint counts the bytes of.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.log_path, self.metrics_path = path / "train.log", path / "metrics.csv"
+        self.samples_path, self.curves_path = path / "samples.txt", path / "curves.png"
+        self.diagnostics_path, self.heat_maps_path = path / "diagnostics.csv", path / "diagnostics.png"
+        self.growing = [self.metrics_path, self.samples_path, self.diagnostics_path]
 
     @classmethod
     def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
@@ -138,41 +149,6 @@ class Run:
         """Whether the training loss of this variant sees what it is to predict, as batch norm's does."""
         return bool(self.info.get("train_loss", {}).get("sees_later_tokens"))
 
-    @property
-    def log_path(self) -> Path:
-        """train.log: what was printed, and the traceback of an error."""
-        return self.path / "train.log"
-
-    @property
-    def metrics_path(self) -> Path:
-        """metrics.csv."""
-        return self.path / "metrics.csv"
-
-    @property
-    def samples_path(self) -> Path:
-        """samples.txt: the text sampled at each evaluation."""
-        return self.path / "samples.txt"
-
-    @property
-    def growing(self) -> list[Path]:
-        """The files that grow while the run trains, and that a checkpoint counts the bytes of."""
-        return [self.metrics_path, self.samples_path, self.diagnostics_path]
-
-    @property
-    def curves_path(self) -> Path:
-        """curves.png: the loss over the steps."""
-        return self.path / "curves.png"
-
-    @property
-    def diagnostics_path(self) -> Path:
-        """diagnostics.csv: what was measured inside the model."""
-        return self.path / "diagnostics.csv"
-
-    @property
-    def heat_maps_path(self) -> Path:
-        """diagnostics.png: the same, layers by steps."""
-        return self.path / "diagnostics.png"
-
     def check_resumable(self, requested: Mapping[str, Any]) -> Config:
         """The configuration to go on with: the run's own, or with more steps if `max_steps` asks for them.
 
@@ -230,9 +206,8 @@ class Run:
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config.tree(), sort_keys=False).encode())
         self.update(earlier=earlier, fingerprints=self.info["fingerprints"] | {"config": config.fingerprint()})
 
-    @contextmanager
-    def lock(self, timeout: float = 0) -> Iterator[None]:
-        """Hold the run for this process; the system frees it if the process dies.
+    def lock(self, timeout: float = 0) -> AbstractContextManager[Any]:
+        """Hold the run for this process, while the result is entered; the system frees it if the process dies.
 
         Args:
             timeout: seconds to wait for another process to free it.
@@ -240,15 +215,10 @@ class Run:
         Raises:
             UserError: when another process trains this run.
         """
-        lock = FileLock(self.path / ".lock", timeout=timeout)
         try:
-            lock.acquire()
+            return FileLock(self.path / ".lock", timeout=timeout).acquire()
         except Timeout as error:
             raise UserError(f"resume={self.path}: another process is training this run") from error
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def code_fingerprint(config: Config) -> str:

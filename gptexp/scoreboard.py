@@ -6,8 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from types import TracebackType
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,25 +20,17 @@ from gptexp.records import last_row
 from gptexp.runs import Run
 from gptexp.sweeps import FINAL, Standing, Sweep
 
+ENDED = (*FINAL, "failed")
 BEST = 5  # jobs listed
 STALE = 60  # seconds without a sign before this process began, after which a job counts as killed
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a job under way has come.
-
-    Attributes:
-        step: optimizer steps done.
-        steps: to do in all.
-        loss: the last training loss, nats a token; nan before the first.
-        moved: when its directory last changed, seconds since the epoch.
-    """
+class Progress(NamedTuple):
+    """How far a job under way has come: steps done, steps in all, and the last training loss, nats per token."""
 
     step: float
     steps: int
     loss: float
-    moved: float
 
 
 class Scoreboard:
@@ -54,7 +46,7 @@ class Scoreboard:
     def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
         self.standings = {name: sweep.standing(name) for name in names}
-        self._under_way: dict[str, Progress] = {}
+        self._running: dict[str, Progress] = {}
         self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
         self._began, self._start = time.time(), time.perf_counter()
         self._stop = threading.Event()
@@ -63,16 +55,13 @@ class Scoreboard:
 
     def __enter__(self) -> "Scoreboard":
         if self._ended_before:
-            self.console.print(f"{self.sweep.folder}: {len(self._ended_before)} of {self.total} jobs are done already",
-                               highlight=False, soft_wrap=True)  # fmt: skip
+            self._print(f"{self.sweep.folder}: {len(self._ended_before)} of {self.total} jobs are done already")
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
         if self.console.is_terminal:
@@ -88,61 +77,66 @@ class Scoreboard:
             self._poll()
 
     def _poll(self) -> None:
+        running: dict[str, Progress] = {}
+        ended = []
         for name, before in list(self.standings.items()):
             if before.state in FINAL:
                 continue
             now = self.standings[name] = self.sweep.standing(name)
-            self._under_way.pop(name, None)
             if now.state == "running":
                 # A directory that has gone, or is not yet whole, is no reason for the board to stop.
                 with suppress(OSError, ValueError, KeyError, UserError):
-                    self._under_way[name] = self._progress(name)
-            if now.state != before.state and now.state in (*FINAL, "failed") and not self.console.is_terminal:
-                self.console.print(self._line(now), highlight=False, soft_wrap=True)
+                    running |= self._progress(name)
+            if now.state != before.state and now.state in ENDED:
+                ended.append(now)
+        self._running = running
+        if not self.console.is_terminal:
+            for job in ended:
+                self._print(self._line(job))
+
+    def _progress(self, name: str) -> dict[str, Progress]:
+        """How far a job has come; nothing where a killed process left it, which calls itself "running", too."""
+        run = Run(self.sweep.folder / name)
+        row = last_row(run.metrics_path)
+        moved = max(p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists())
+        progress = Progress(row.get("step", 0), run.config.max_steps, row.get("train/loss", math.nan))
+        return {name: progress} if moved >= self._began - STALE else {}
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _ended(self) -> set[str]:
+        return {name for name, job in self.standings.items() if job.state in ENDED}
+
+    def _ranked(self) -> list[Standing]:
+        """The jobs that have a loss, best first."""
+        return sorted((s for s in self.standings.values() if math.isfinite(s.loss)), key=lambda s: s.loss)
 
     def _line(self, job: Standing) -> str:
-        ended = [s for s in self.standings.values() if s.state in (*FINAL, "failed")]
         value = f"val/loss {job.loss:.4f}" if math.isfinite(job.loss) else str(job.error or "")
-        return " · ".join(filter(None, [f"[{len(ended)}/{self.total}] {job.state} {job.name}", value, self._best(),
-                                        self._left()]))  # fmt: skip
-
-    def _best(self) -> str:
-        finite = [s for s in self.standings.values() if math.isfinite(s.loss)]
-        best = min(finite, key=lambda s: s.loss, default=None)
-        return f"best {best.loss:.4f} {best.name}" if best else ""
+        best = [f"best {s.loss:.4f} {s.name}" for s in self._ranked()[:1]]
+        counted = f"[{len(self._ended())}/{self.total}] {job.state} {job.name}"
+        return " · ".join(filter(None, [counted, value, *best, self._left()]))
 
     def _left(self) -> str:
         """The time left, from what has been done since this process began."""
-        ended = {n for n, s in self.standings.items() if s.state in (*FINAL, "failed")}
-        under_way = sum(at.step / at.steps for at in self._running().values())
+        ended = self._ended()
+        under_way = sum(at.step / at.steps for at in self._running.values())
         done, waiting = len(ended - self._ended_before) + under_way, self.total - len(ended) - under_way
         if done < 0.1 or waiting <= 0:
             return ""
-        left = (time.perf_counter() - self._start) / done * waiting
-        return f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
+        return f"{timedelta(seconds=round((time.perf_counter() - self._start) / done * waiting))} left"
 
     def render(self) -> Group:
         """The table: counts, the jobs that run, the best so far."""
         counts = Counter(s.state for s in self.standings.values())
-        running = self._running()
-        words = [f"{counts['done']} done", f"{len(running)} running", f"{counts['failed']} failed",
+        words = [f"{counts['done']} done", f"{len(self._running)} running", f"{counts['failed']} failed",
                  *(f"{counts[state]} {state}" for state in ("diverged", "pruned") if counts[state])]  # fmt: skip
         words = [f"{self.sweep.folder.name}: {self.total} jobs", *words, self._left()]
         table = Table(box=None, padding=(0, 1), show_header=False)
-        for name, at in running.items():
+        for name, at in self._running.items():
             table.add_row(name, ProgressBar(at.steps, at.step, width=20), f"step {at.step:.0f}/{at.steps}",
                           "" if math.isnan(at.loss) else f"loss {at.loss:.4f}")  # fmt: skip
-        finite = sorted((s for s in self.standings.values() if math.isfinite(s.loss)), key=lambda s: s.loss)
-        for place, standing in enumerate(finite[:BEST], 1):
+        for place, standing in enumerate(self._ranked()[:BEST], 1):
             table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
         return Group(Text(" · ".join(filter(None, words))), table)
-
-    def _running(self) -> dict[str, Progress]:
-        """The jobs under way; what a killed process left calls itself "running", too."""
-        return {name: at for name, at in self._under_way.copy().items() if at.moved >= self._began - STALE}
-
-    def _progress(self, name: str) -> Progress:
-        run = Run(self.sweep.folder / name)
-        row = last_row(run.metrics_path)
-        moved = max(p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists())
-        return Progress(row.get("step", 0), run.config.max_steps, row.get("train/loss", math.nan), moved)

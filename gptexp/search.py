@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+from annotated_types import Ge
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from gptexp.config import Config
@@ -14,7 +15,7 @@ from gptexp.errors import UserError
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
 from gptexp.training.ranks import several
-from gptexp.validation import nearest, show
+from gptexp.validation import read_fields
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -22,8 +23,28 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial, Trial
 
-SAMPLERS = ("tpe", "random", "gp", "qmc")
-PRUNERS = ("none", "median", "hyperband")
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The settings of a search, `hydra.sweeper`.
+
+    Attributes:
+        n_trials: in all, those of earlier commands included.
+        n_jobs: trials at a time; more than one needs a launcher that runs them side by side, such as joblib.
+        sampler: how the values of a trial are drawn.
+        pruner: how a poor trial is recognized.
+        startup_trials: drawn at random, and not pruned by the median, before the sampler and the pruner begin.
+        seed: of the sampler.
+        storage: a database's URL; null is a SQLite file in the sweep's directory.
+    """
+
+    n_trials: Annotated[int, Ge(1)] = 20
+    n_jobs: Annotated[int, Ge(1)] = 1
+    sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    startup_trials: Annotated[int, Ge(0)] = 5
+    seed: Annotated[int, Ge(0)] = 0
+    storage: str | None = None
 
 
 def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
@@ -55,38 +76,31 @@ def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
     return found
 
 
-def problems(settings: Mapping[str, Any], swept: Sequence[Override]) -> list[str]:
-    """What keeps a search from beginning, a line each.
+def read_search(settings: Mapping[str, Any], swept: Sequence[Override], config: Config) -> SearchConfig:
+    """The settings of a search.
 
     Args:
-        settings: of the sweeper.
+        settings: of the sweeper, as they were given.
         swept: the overrides that leave a setting open.
-    """
-    if find_spec("optuna") is None:
-        return ["hydra/sweeper=optuna: optuna is not installed; pip install 'gptexp[optuna]'"]
-    wrong = []
-    if not swept:
-        wrong.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
-                     "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
-    for key, allowed in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-        if settings[key] not in allowed:
-            hint = nearest(str(settings[key]), allowed) or ";"
-            wrong.append(f"hydra.sweeper.{key}={show(settings[key])}: unknown{hint} allowed: {', '.join(allowed)}")
-    least = {"n_trials": 1, "n_jobs": 1, "startup_trials": 0, "seed": 0}
-    wrong += [f"hydra.sweeper.{key}={show(settings[key])}: must be an integer of at least {low}"
-              for key, low in least.items() if settings[key] is None or settings[key] < low]  # fmt: skip
-    return wrong
-
-
-def check_pruner(settings: Mapping[str, Any], config: Config) -> None:
-    """Refuse to prune trials that this command trains in processes of their own, which nothing reaches from outside.
+        config: what all trials share.
 
     Raises:
-        UserError: when the settings of the sweeper ask for it.
+        UserError: with a line for everything that keeps the search from beginning.
     """
-    if settings["pruner"] != "none" and config.hardware.strategy != "auto" and not several():
-        raise UserError(f"hydra.sweeper.pruner={settings['pruner']}: a trial of hardware.strategy="
-                        f"{config.hardware.strategy} cannot be pruned; allowed: none")  # fmt: skip
+    if find_spec("optuna") is None:
+        raise UserError("hydra/sweeper=optuna: optuna is not installed; pip install 'gptexp[optuna]'")
+    problems: list[str] = []
+    if not swept:
+        problems.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
+                        "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
+    values = read_fields(SearchConfig, "hydra.sweeper.", settings, problems)
+    made = SearchConfig(**values or {})
+    if not problems and made.pruner != "none" and config.hardware.strategy != "auto" and not several():
+        problems.append(f"hydra.sweeper.pruner={made.pruner}: a trial of hardware.strategy={config.hardware.strategy} "
+                        "cannot be pruned; allowed: none")  # fmt: skip
+    if problems:
+        raise UserError(problems)
+    return made
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,12 @@ def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
     return count
 
 
-def open_search(folder: Path, settings: Mapping[str, Any], config: Config) -> Search:
+def open_search(folder: Path, settings: SearchConfig, config: Config) -> Search:
     """The search of a sweep, new or as it was left.
 
     Args:
         folder: the sweep's directory, which keeps the study unless the settings name another storage.
-        settings: of the sweeper: sampler, pruner, seed, storage, startup_trials.
+        settings: of the search.
         config: of any of its jobs.
 
     Raises:
@@ -177,31 +191,31 @@ def open_search(folder: Path, settings: Mapping[str, Any], config: Config) -> Se
     from optuna import pruners, samplers
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    startup = settings["startup_trials"]
+    startup = settings.startup_trials
     make_sampler: dict[str, Callable[[int], samplers.BaseSampler]] = {
         "tpe": lambda seed: samplers.TPESampler(
             n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed),
         "random": lambda seed: samplers.RandomSampler(seed=seed),
         "gp": lambda seed: samplers.GPSampler(n_startup_trials=startup, seed=seed),
-        "qmc": lambda seed: samplers.QMCSampler(seed=settings["seed"]),  # its sequence goes on by itself
+        "qmc": lambda seed: samplers.QMCSampler(seed=settings.seed),  # its sequence goes on by itself
     }  # fmt: skip
     make_pruner: dict[str, Callable[[], pruners.BasePruner]] = {
         "none": pruners.NopPruner,
         "median": lambda: pruners.MedianPruner(n_startup_trials=startup),
         "hyperband": lambda: pruners.HyperbandPruner(min(config.eval_interval, config.max_steps), config.max_steps),
     }
-    url = settings["storage"] or f"sqlite:///{folder.absolute() / 'optuna.db'}"
+    url = settings.storage or f"sqlite:///{folder.absolute() / 'optuna.db'}"
     try:
         storage = optuna.storages.RDBStorage(url)
         study = optuna.create_study(
             study_name=folder.name, storage=storage, load_if_exists=True, direction="minimize",
-            pruner=make_pruner[settings["pruner"]](),
+            pruner=make_pruner[settings.pruner](),
         )  # fmt: skip
     except Exception as error:  # whatever the database's driver raises
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"hydra.sweeper.storage={url}: cannot be opened ({reason})") from error
     # A process that goes on with a study must not draw again what the one before it drew.
-    study.sampler = make_sampler[settings["sampler"]](settings["seed"] + len(study.get_trials(deepcopy=False)))
+    study.sampler = make_sampler[settings.sampler](settings.seed + len(study.get_trials(deepcopy=False)))
     return Search(study, storage)
 
 
@@ -228,8 +242,14 @@ def trial_name(number: int) -> str:
     return f"trial-{number:04d}"
 
 
-def watcher(folder: Path, settings: Mapping[str, Any], config: Config) -> Callable[[int, float], bool]:
-    """A function that reports each evaluation of a trial, step and loss, and says whether to stop it."""
+def watcher(folder: Path, sweeper: Mapping[str, Any], config: Config) -> Callable[[int, float], bool] | None:
+    """A function that reports each evaluation of a trial, step and loss, and says whether to stop it.
+
+    None where the settings of the sweeper prune nothing.
+    """
+    settings = SearchConfig(**{f.name: sweeper[f.name] for f in fields(SearchConfig)})
+    if settings.pruner == "none":
+        return None
     number = int(str(config.sweep.job).rpartition("-")[2])
     search = open_search(folder, settings, config)
     trial = search.trial(number)

@@ -12,8 +12,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,23 +129,17 @@ class Sweep:
                 f"{k}={show(old.get(k))}; leave it out, or give the new sweep another name" for k in keys
             )
 
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a job for this process; the system frees it if the process dies.
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        """Hold a job for this process, while the result is entered; the system frees it if the process dies.
 
         Raises:
             Busy: when another process has it.
         """
         (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".locks" / name, timeout=0)
         try:
-            lock.acquire()
+            return FileLock(self.folder / ".locks" / name, timeout=0).acquire()
         except Timeout as error:
             raise Busy(name) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def is_busy(self, name: str) -> bool:
         """Whether a process works on the job."""
@@ -250,20 +244,14 @@ class Sweep:
             raise
 
 
-def summary(standings: Sequence[Standing], errors: Mapping[str, Exception]) -> str:
+def summary(standings: Sequence[Standing]) -> str:
     """Jobs with their lowest validation loss, best first; those that did not come to an end last, with the reason."""
-    ended = [s for s in standings if s.name not in errors]
-    ended.sort(key=lambda s: math.inf if math.isnan(s.loss) else s.loss)
-    lines = [f"  {s.state if math.isnan(s.loss) else f'{s.loss:.4f}':>8}  {s.name}{_ending(s)}" for s in ended]
-    lines += [f"  {'failed':>8}  {name}: {error}" for name, error in errors.items()]
+    lines = []
+    for s in sorted(standings, key=lambda s: (s.state == "failed", math.inf if math.isnan(s.loss) else s.loss)):
+        loss = "" if s.state == "failed" or math.isnan(s.loss) else f"{s.loss:.4f}"
+        ending = f": {s.error}" if s.state == "failed" else f" ({s.state})" if loss and s.state != "done" else ""
+        lines.append(f"  {loss or s.state:>8}  {s.name}{ending}")
     return "\n".join([f"--- {len(lines)} jobs, best val/loss first", *lines])
-
-
-def _ending(standing: Standing) -> str:
-    """What a line must say besides the loss."""
-    if standing.state == "failed":
-        return f": {standing.error}"
-    return f" ({standing.state})" if standing.state != "done" and not math.isnan(standing.loss) else ""
 
 
 def draw(sweep: Sweep) -> None:

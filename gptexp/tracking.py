@@ -24,11 +24,9 @@ def has_api_key() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     places = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
     for path in places:
-        try:
+        with suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(path).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 

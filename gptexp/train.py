@@ -12,17 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptexp import perf
 from gptexp.console import report_errors
 from gptexp.errors import UserError
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from gptexp.config import Config
-    from gptexp.training.callbacks.pruning import Watch
 
 log = logging.getLogger("gptexp")
 
@@ -32,22 +32,23 @@ def main() -> None:
     with report_errors():
         from gptexp.arguments import read_arguments
 
-        arguments, problems = read_arguments(sys.argv[1:])
+        args, problems = read_arguments(sys.argv[1:])
         from hydra import main as hydra_main
 
         from gptexp.groups import VERSION_BASE, conf_dir, register_choices
-        from gptexp.overrides import COMPOSING, check
+        from gptexp.overrides import COMPOSING, check, told
 
         register_choices()
-        if arguments.trains or (arguments.composes and arguments.overrides):
-            problems += check(arguments.overrides, arguments.multirun, arguments.config_dir, arguments.config_name,
-                              shown=not arguments.trains)  # fmt: skip
+        shows = bool(args.help or args.cfg or args.info)
+        elsewhere = args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_path
+        if not elsewhere and (args.overrides or not shows):
+            problems += check(args.overrides, args.multirun, args.config_dir, args.config_name, shows)
         if problems:
             raise UserError(problems)
         try:
             hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
         except COMPOSING as error:
-            raise UserError(" ".join(str(error).split("\n")[:2])) from error
+            raise UserError(told(error)) from error
 
 
 def job(tree: "DictConfig") -> float | None:
@@ -60,15 +61,10 @@ def job(tree: "DictConfig") -> float | None:
     from hydra.types import RunMode
 
     from gptexp.config import plain, read_config
-    from gptexp.sweeps import job_name
 
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        config = read_config(plain(tree))
-        local = hydra.runtime.choices["hydra/launcher"] == "basic"
-        name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
-        search = dict(hydra.sweeper) if hydra.sweeper._target_.endswith(".OptunaSweeper") else None
-        return sweep_job(config, Path(hydra.sweep.dir), name, alone=local, search=search)
+        return sweep_job(read_config(plain(tree)), hydra)
     with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
         return single_run(read_config(plain(tree)), str(hydra.run.dir), list(hydra.overrides.task))
 
@@ -118,36 +114,27 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     return math.nan if loss is None else loss
 
 
-def sweep_job(
-    config: "Config", folder: Path, name: str, alone: bool, search: dict[str, Any] | None = None
-) -> float | None:
+def sweep_job(config: "Config", hydra: "HydraConf") -> float | None:
     """Bring a job of a sweep to its end, or leave it to the process that has it.
-
-    Args:
-        config: the job's configuration.
-        folder: the sweep's directory.
-        name: the job's.
-        alone: whether it has the machine's cores for itself.
-        search: the settings of Optuna's sweeper, if it is a trial of a search.
 
     Returns:
         the lowest validation loss, in nats per token; None if another process has the job.
     """
     from gptexp.orphans import end_with_parent
-    from gptexp.sweeps import Busy, Sweep
+    from gptexp.search import watcher
+    from gptexp.sweeps import Busy, Sweep, job_name
     from gptexp.training.launch import Train, claim, gathered, job_together
 
     perf.prepare()  # before torch is imported
     hardware = config.hardware
-    if not alone:
+    if hydra.runtime.choices["hydra/launcher"] != "basic":
         end_with_parent()
-    if not alone and hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
-        config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
-    watch: Watch | None = None
-    if search and search["pruner"] != "none":
-        from gptexp.search import watcher
-
-        watch = watcher(folder, search, config)
+        if hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
+            config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
+    folder = Path(hydra.sweep.dir)
+    name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
+    searches = hydra.sweeper._target_.endswith(".OptunaSweeper")
+    watch = watcher(folder, hydra.sweeper, config) if searches else None
 
     def lead(train: Train) -> float | None:
         sweep = Sweep(folder)

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from gptexp.config import Config
-from gptexp.console import LogFile, silenced
+from gptexp.console import silenced
 from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
@@ -252,7 +252,7 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
 @contextmanager
 def _log_file(run: Run) -> Iterator[None]:
     """Copy all messages, and the traceback of an error, to train.log."""
-    handler = LogFile(run.log_path, encoding="utf-8")
+    handler = logging.FileHandler(run.log_path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     loggers = (log, logging.getLogger("lightning.pytorch"))
     for logger in loggers:

@@ -18,40 +18,30 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptexp.config import Config, flatten, plain, read_config
 from gptexp.console import report_errors
 from gptexp.errors import Interrupted, RunFailed, UserError
+from gptexp.groups import Composer, each, parse, quoted
+from gptexp.sweeps import FINAL, Standing, Sweep, draw, job_name, summary, sweep_name
+from gptexp.training.launch import sweep_together
 
 if TYPE_CHECKING:
     from gptexp.scoreboard import Scoreboard
-    from gptexp.sweeps import Sweep
 
 log = logging.getLogger("gptexp")
 
 
-@dataclass
-class GridSweeperConf:
-    """The settings of the sweeper.
-
-    Attributes:
-        params: values by key, as on the command line, for a file of conf/ that describes a sweep.
-    """
-
-    _target_: str = "hydra_plugins.hydra_gptexp.grid.GridSweeper"
-    params: dict[str, str] | None = None
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="gptexp")
+TARGET = {"_target_": "hydra_plugins.hydra_gptexp.grid.GridSweeper", "params": None}
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=TARGET, provider="gptexp")
 
 
 @dataclass
@@ -68,14 +58,14 @@ class Job:
     overrides: list[str]
     name: str = ""
     error: Exception | None = None
-    config: Any = None  # a Config; dataclasses cannot look up its name while Hydra loads plugins
+    config: Config | None = None
 
 
 class GridSweeper(Sweeper):
     """Runs what is still to be done of a grid, through any launcher, and tells the results of all of it.
 
     Args:
-        params: values by key, as on the command line.
+        params: values by key, as on the command line, for a file of conf/ that describes a sweep.
     """
 
     hydra_context: HydraContext
@@ -84,21 +74,14 @@ class GridSweeper(Sweeper):
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has prepared, name the sweep, and make the launcher of its jobs."""
-        from gptexp.groups import Groups
-        from gptexp.sweeps import sweep_name
-
         self.hydra_context, self.config = hydra_context, config
         HydraConfig.instance().set_config(config.copy())  # for values such as ${hydra:runtime.cwd}
-        self.parser = OverridesParser.create(config_loader=hydra_context.config_loader)
-        searched = [o for o in config.hydra.overrides.hydra if o.startswith("hydra.searchpath=")]
-        self.groups = Groups(hydra_context.config_loader, searched)
+        self.composer = Composer(config.hydra.job.config_name, config.hydra.overrides.hydra)
         if config.sweep.name is None:  # hydra.sweep.dir, unless it is given, has it at its end
-            given = self.parser.parse_overrides(list(config.hydra.overrides.task))
-            config.sweep.name = sweep_name(given, list(self.params))
+            config.sweep.name = sweep_name(parse(config.hydra.overrides.task)[0], list(self.params))
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config)  # fmt: skip
 
@@ -111,25 +94,25 @@ class GridSweeper(Sweeper):
         Raises:
             SystemExit: after the messages, when there are mistakes or a job has failed.
         """
-        from gptexp.sweeps import Sweep
-        from gptexp.training.launch import sweep_together
-
         with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
-            overrides = self.parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+            overrides, _ = parse([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
             sweep = Sweep(Path(str(self.config.hydra.sweep.dir)))
             ours = OmegaConf.masked_copy(self.config, [key for key in self.config if key != "hydra"])
             shared: Any = OmegaConf.to_container(ours)
-            given = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in overrides}
+            texts = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in overrides}
             local = self.config.hydra.runtime.choices["hydra/launcher"] == "basic"
-            return sweep_together(shared, given, local, lambda: self.run(sweep, overrides))
+            return sweep_together(shared, texts, local, lambda: self.run(sweep, overrides))
 
-    def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
+    def run(self, sweep: Sweep, overrides: Sequence[Override]) -> list[float]:
         """Bring all jobs of a sweep to their end.
 
         Raises:
             UserError: when the sweep cannot begin.
             RunFailed: when a job failed.
         """
+        if endless := [o for o in overrides if not each(o)]:
+            raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
+                            for o in endless)  # fmt: skip
         varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
         jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
@@ -144,19 +127,12 @@ class GridSweeper(Sweeper):
                 todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
-    def parse(self, arguments: Iterable[str]) -> list[Override]:
-        """The overrides of a command line; a key that comes twice has the last value."""
-        return list({o.get_key_element(): o for o in self.parser.parse_overrides(list(arguments))}.values())
-
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
-        from gptexp.config import plain, read_config
-        from gptexp.sweeps import job_name
-
         job = Job(overrides)
         shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
-            config = read_config(plain(self.compose(overrides)))
+            config = read_config(plain(self.composer.compose(overrides)))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             job.error, job.name = error, " ".join(shown)
         else:
@@ -165,55 +141,21 @@ class GridSweeper(Sweeper):
             job.name, job.config = job_name(config, "|".join(shown)), config
         return job
 
-    def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """A job's settings. Jobs that differ in values alone share what Hydra, far slower, makes of the groups."""
-        parsed = self.parser.parse_overrides(list(overrides))
-        values = [o for o in parsed if o.type == OverrideType.CHANGE and o.key_or_group not in self.groups]
-        groups = tuple(str(o.input_line) for o in parsed if o not in values)
-        if groups not in self.composed:
-            tree = self.hydra_context.config_loader.load_sweep_config(self.config, list(groups))
-            with open_dict(tree):
-                del tree["hydra"]
-            self.composed[groups] = tree
-        tree = self.composed[groups].copy()
-        for override in values:
-            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
-        return tree
-
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
-        from gptexp.groups import quoted
-
         folder = quoted(str(self.config.hydra.sweep.dir))
         sent = [[*job.overrides, f"hydra.sweep.dir={folder}", f"sweep.job={quoted(job.name)}"] for job in jobs]
         results = self.launcher.launch(sent, initial_job_idx=0) if sent else []
         busy = []
         for job, result in zip(jobs, results, strict=True):
             try:
-                if outcome(result) is None:
-                    busy.append(job)
+                with redirect_stderr(io.StringIO()):  # Hydra prints a line of its own; `report` has one
+                    value = result.return_value
             except Exception as error:
                 job.error = error
+            else:
+                busy += [job] if value is None else []
         return busy
-
-
-def each(override: Override) -> list[str]:
-    """An override with each of its values.
-
-    Raises:
-        UserError: when they cannot be counted.
-    """
-    from gptexp.groups import texts_of
-
-    if not (texts := texts_of(override)):
-        raise UserError(f"{override.input_line}: values without number need a search, hydra/sweeper=optuna")
-    return [f"{override.get_key_element()}={text}" for text in texts]
-
-
-def outcome(result: JobReturn) -> Any:
-    """What a job returned; raises what ended it, without the line that Hydra prints then: `report` has one."""
-    with redirect_stderr(io.StringIO()):
-        return result.return_value
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
@@ -228,7 +170,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
     return list(kept.values())
 
 
-def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
+def begin(sweep: Sweep, jobs: Sequence[Job], varied: Sequence[str]) -> None:
     """Begin the sweep with these jobs, or go on with it if it is the same one.
 
     Args:
@@ -239,8 +181,6 @@ def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
     Raises:
         UserError: when what the directory holds was made by another configuration.
     """
-    from gptexp.config import flatten
-
     flat = [flatten(job.config.tree()) for job in jobs if job.config]
     if flat:
         keys = dict.fromkeys(key for tree in flat for key in tree)
@@ -249,7 +189,7 @@ def begin(sweep: "Sweep", jobs: Sequence[Job], varied: Sequence[str]) -> None:
 
 
 @contextmanager
-def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
+def show(sweep: Sweep, names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
     """Show how the sweep goes instead of what its runs say of themselves, which is in train.log."""
     from rich.console import Console
 
@@ -275,22 +215,20 @@ def show(sweep: "Sweep", names: Sequence[str], total: int | None = None) -> Iter
             handler.setLevel(level)
 
 
-def report(sweep: "Sweep", jobs: Sequence[Job]) -> list[float]:
+def report(sweep: Sweep, jobs: Sequence[Job]) -> list[float]:
     """Tell how the jobs ended, best first, and draw their curves.
 
     Raises:
         RunFailed: when a job failed.
     """
-    from gptexp.sweeps import FINAL, draw, summary
-
-    standings = [sweep.standing(job.name) for job in jobs if job.error is None]
-    errors = {job.name: job.error for job in jobs if job.error is not None}
-    log.info("%s", summary(standings, errors))
+    standings = [Standing(job.name, "failed", error=str(job.error)) if job.error else sweep.standing(job.name)
+                 for job in jobs]  # fmt: skip
+    log.info("%s", summary(standings))
     draw(sweep)
-    failed = [*errors.values(), *(RunFailed(s.error or f"{s.name} is {s.state}: the same command goes on with it")
-                                  for s in standings if s.state not in FINAL)]  # fmt: skip
+    failed = [s for s in standings if s.state not in FINAL]
     if len(failed) == 1 == len(jobs):
-        raise failed[0]
+        (s,) = failed
+        raise jobs[0].error or RunFailed(s.error or f"{s.name} is {s.state}: the same command goes on with it")
     if failed:
         raise RunFailed(f"{len(failed)} of {len(jobs)} jobs failed")
     return [s.loss for s in standings]

@@ -5,52 +5,29 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
-from gptexp.errors import RunFailed, UserError
+from gptexp import search
+from gptexp.config import flatten
+from gptexp.errors import RunFailed
+from gptexp.sweeps import FINAL, Sweep
 from hydra_plugins.hydra_gptexp.grid import GridSweeper, Job, report, show
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from gptexp.search import Search
-    from gptexp.sweeps import Sweep
 
 log = logging.getLogger("gptexp")
 
 
-@dataclass
-class OptunaSweeperConf:
-    """The settings of the search.
-
-    Attributes:
-        params: values by key, as on the command line, for a file of conf/ that describes a search.
-        n_trials: in all, those of earlier commands included.
-        n_jobs: trials at a time; more than one needs a launcher that runs them side by side, such as joblib.
-        sampler: tpe, random, gp or qmc.
-        pruner: median, hyperband or none.
-        startup_trials: drawn at random, and not pruned by the median, before the sampler and the pruner begin.
-        seed: of the sampler.
-        storage: a database's URL; null is a SQLite file in the sweep's directory.
-    """
-
-    _target_: str = "hydra_plugins.hydra_gptexp.optuna.OptunaSweeper"
-    params: dict[str, str] | None = None
-    n_trials: int = 20
-    n_jobs: int = 1
-    sampler: str = "tpe"
-    pruner: str = "median"
-    startup_trials: int = 5
-    seed: int = 0
-    storage: str | None = None
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConf, provider="gptexp")
+TARGET = {"_target_": "hydra_plugins.hydra_gptexp.optuna.OptunaSweeper", "params": None}
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=TARGET | asdict(search.SearchConfig()),
+                             provider="gptexp")  # fmt: skip
 
 PATIENCE = 100  # trials in a row that repeat an earlier one before the space counts as used up
 
@@ -60,10 +37,10 @@ class OptunaSweeper(GridSweeper):
 
     def __init__(self, params: dict[str, str] | None = None, **settings: Any) -> None:
         super().__init__(params)
-        self.settings = settings
+        self.given = settings
         self.failed: set[int] = set()  # trials that failed in this process; the next one tries them again
 
-    def run(self, sweep: "Sweep", overrides: Sequence[Override]) -> list[float]:
+    def run(self, sweep: Sweep, overrides: Sequence[Override]) -> list[float]:
         """Bring the search to its end, from wherever it stands.
 
         Returns:
@@ -73,24 +50,18 @@ class OptunaSweeper(GridSweeper):
             UserError: when Optuna is missing, or the settings are wrong.
             RunFailed: when a job failed.
         """
-        from gptexp import search
-        from gptexp.config import flatten
-
         swept = [o for o in overrides if o.is_sweep_override()]
-        problems = search.problems(self.settings, swept)
-        if problems:
-            raise UserError(problems)
-        space = search.space(swept)
         fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in overrides if o not in swept]
         base = self.prepare(fixed, [])
         if base.config is None:
             raise base.error or RuntimeError("a job without a configuration")
-        search.check_pruner(self.settings, base.config)
+        self.settings = search.read_search(self.given, swept, base.config)
+        space = search.space(swept)
         settings = flatten(base.config.tree())
         sweep.join(settings, [], [], {}, sys.argv)
         found = search.open_search(sweep.folder, self.settings, base.config)
         found.check_space(space, {o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept})
-        wanted = min(self.settings["n_trials"], search.combinations(space))
+        wanted = min(self.settings.n_trials, search.combinations(space))
         jobs: dict[str, Job] = {}
         with show(sweep, [], wanted) as board:
             while trials := self.ask(found, space, sweep, wanted):
@@ -109,8 +80,8 @@ class OptunaSweeper(GridSweeper):
         for trial in found.counted():
             name, error = search.trial_name(trial.number), trial.user_attrs.get("error")
             jobs.setdefault(name, Job([], name, RunFailed(error) if error else None))
-        if wanted < self.settings["n_trials"]:
-            log.info("hydra.sweeper.n_trials=%d: there are no more than %d combinations", self.settings["n_trials"],
+        if wanted < self.settings.n_trials:
+            log.info("hydra.sweeper.n_trials=%d: there are no more than %d combinations", self.settings.n_trials,
                      wanted)  # fmt: skip
         try:
             return report(sweep, [jobs[name] for name in sorted(jobs)])
@@ -118,7 +89,7 @@ class OptunaSweeper(GridSweeper):
             log.info("%s", search.summary(found.study, sweep, base.config))
 
     def ask(
-        self, found: "Search", space: dict[str, Any], sweep: "Sweep", wanted: int
+        self, found: search.Search, space: dict[str, Any], sweep: Sweep, wanted: int
     ) -> "list[FrozenTrial]":
         """The trials to work on now: those that a stopped process left, then new ones, `n_jobs` in all, up to `wanted`.
 
@@ -127,16 +98,14 @@ class OptunaSweeper(GridSweeper):
         from optuna.samplers import RandomSampler
         from optuna.trial import TrialState
 
-        from gptexp.search import trial_name
-
         study, sampler = found.study, found.study.sampler
         while True:
             with FileLock(sweep.folder / ".locks" / ".search"):
                 drop_half_asked(found, space)
                 open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
-                taken = [t for t in open_ if not sweep.is_busy(trial_name(t.number))][: self.settings["n_jobs"]]
+                taken = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
                 repeats = 0
-                while len(taken) < self.settings["n_jobs"] and len(found.counted()) < wanted and repeats < PATIENCE:
+                while len(taken) < self.settings.n_jobs and len(found.counted()) < wanted and repeats < PATIENCE:
                     trial = study.ask(space)
                     if any(t.params == trial.params for t in found.counted() if t.number != trial.number):
                         found.void(trial.number)
@@ -149,11 +118,9 @@ class OptunaSweeper(GridSweeper):
                 return taken
             time.sleep(1)
 
-    def tell(self, found: "Search", trial: "FrozenTrial", job: Job, sweep: "Sweep") -> None:
+    def tell(self, found: search.Search, trial: "FrozenTrial", job: Job, sweep: Sweep) -> None:
         """Tell Optuna how a trial ended."""
         from optuna.trial import TrialState
-
-        from gptexp.sweeps import FINAL
 
         study, standing = found.study, sweep.standing(job.name)
         if job.error is not None or standing.state not in FINAL:
@@ -168,7 +135,7 @@ class OptunaSweeper(GridSweeper):
             study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
 
-def drop_half_asked(found: "Search", space: dict[str, Any]) -> None:
+def drop_half_asked(found: search.Search, space: dict[str, Any]) -> None:
     """Void the trials whose process was killed before all their parameters were drawn, or found to be a repetition."""
     from optuna.trial import TrialState
 

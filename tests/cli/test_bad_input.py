@@ -26,7 +26,7 @@ WRONG: dict[str, list[str]] = {
         "rbn, causal_batchnorm, powernorm, none; did you mean rmsnorm?"],
     "model.placement=mid": ["model.placement=mid: must be one of pre, post, sandwich, output, deepnorm"],
     "model.n_embd=15": ["model.n_head=2: must divide model.n_embd=15; nearest: 1, 3, 5"],
-    "model.n_head=3": ["model.n_head=3: heads=h2 sets model.n_head=2; leave one of them out",
+    "model.n_head=3": ["model.n_head=3: heads=h2 sets model.n_head, too; leave one of them out",
                        "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
     "model.n_embd=-16": ["model.n_embd=-16: must be an integer of at least 1"],
     "model.n_layer=two": ["model.n_layer=two: must be an integer of at least 0"],
@@ -96,21 +96,22 @@ WRONG: dict[str, list[str]] = {
     "resume=true": ["resume=true: must be a run directory, or auto for the newest unfinished run of this config"],
     "resume=latest": ["resume=latest: must be a run directory, or auto for the newest unfinished run"],
     # Choices that cannot be left out, and such as contradict a value.
-    "~norm": ["~norm: cannot be left out; write norm=none"],
+    "~norm": ["~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, "],
     "~seed": ["~seed: cannot be left out; write seed=VALUE"],
-    "~experiment": ["~experiment: cannot be left out; without experiment there is none"],
-    "logger=null": ["logger=null: cannot be left out; write logger=none"],
+    "logger=null": ["logger=null: cannot be left out; allowed: csv, mlflow, none, "],
+    "experiment=null": ["experiment=null: unknown; allowed: fast_cpu, "],
+    "norm=rmsnrom norm=none seed=-2 seed=-1": ["seed=-1: must be an integer of at least 0"],  # the last one counts
     "schedule=null": ["schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
     "model.norm=batchnorm norm=layernorm": [
-        "model.norm=batchnorm: norm=layernorm sets model.norm=layernorm; leave one of them out"],
+        "norm=layernorm: model.norm=batchnorm sets model.norm, too; leave one of them out"],
     "norm=layernorm model.norm=batchnorm": [
-        "model.norm=batchnorm: norm=layernorm sets model.norm=layernorm; leave one of them out"],
+        "model.norm=batchnorm: norm=layernorm sets model.norm, too; leave one of them out"],
     "optimizer=sgd optimizer.name=muon": [
-        "optimizer.name=muon: optimizer=sgd sets optimizer.name=sgd; leave one of them out",
+        "optimizer.name=muon: optimizer=sgd sets optimizer.name, too; leave one of them out",
         "optimizer.nesterov=false: unknown key of optimizer.name=muon"],
-    "max_steps=8 trainer.max_steps=9": ["trainer.max_steps=9: max_steps=8 sets the same; leave one of them out"],
+    "max_steps=8 trainer.max_steps=9": ["trainer.max_steps=9: max_steps=8 sets max_steps, too; leave one of them out"],
     "eval_interval=4 +trainer.val_check_interval=4": [
-        "+trainer.val_check_interval=4: eval_interval=4 sets the same; leave one of them out"],
+        "+trainer.val_check_interval=4: eval_interval=4 sets eval_interval, too; leave one of them out"],
     # Sweeps without -m.
     "experiment=known/rmsnorm": ["experiment=known/rmsnorm: is a sweep over seed, norm; needs --multirun (-m)"],
     # The shell's spaces, and dashes.
@@ -163,10 +164,11 @@ WRONG_SWEEPS = {
     "norm=layernorm, rmsnorm seed=-1": [
         "norm=layernorm, rmsnorm: a setting has no spaces; write norm=layernorm,rmsnorm", "seed=-1: must be"],
     "norm=layernorm,rmsnorm model.norm=batchnorm": [
-        "model.norm=batchnorm: norm=layernorm,rmsnorm sets model.norm=layernorm,rmsnorm; leave one of them out"],
-    "sweep=norms norm=rmsnorm": ["norm=rmsnorm: the sweep sets model.norm=layernorm,rmsnorm,batchnorm; write "],
+        "model.norm=batchnorm: norm=layernorm,rmsnorm sets model.norm, too; leave one of them out"],
+    "sweep=norms norm=rmsnorm": [
+        "norm=rmsnorm: model.norm=layernorm,rmsnorm,batchnorm sets model.norm, too; write model.norm=VALUE to choose "],
     "experiment=known/rmsnorm model.norm=none": [
-        "model.norm=none: the sweep sets norm=layernorm,rmsnorm; write norm=VALUE to choose from it"],
+        "model.norm=none: norm=layernorm,rmsnorm sets model.norm, too; write norm=VALUE to choose from the sweep's"],
     "norm=glob(zzz*)": ["norm=glob(zzz*): names no choice; allowed: batchnorm, "],
     "optimizer.learning_rate=interval(0.1,1)": [
         "optimizer.learning_rate=interval(0.1,1): values without number need a search, hydra/sweeper=optuna"],
@@ -290,8 +292,8 @@ def test_unwritable_folder(
 def test_a_sweep_is_checked_before_its_first_job(
     command: Callable[..., int], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = ["-m", "norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
-    assert command(*sweep, *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}") == 2
+    sweep = ["norm=layernorm,rmsnrom", "model.n_layer=1,-1", "seed=range(0,3)"]
+    assert command("-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path / 'out'}", *sweep) == 2
     err = capfd.readouterr().err
     assert "norm=rmsnrom: unknown" in err
     assert "model.n_layer=-1: must be an integer of at least 0" in err

@@ -142,7 +142,7 @@ BAD = [
     ("trainer.fast_dev_runs=true", "trainer.fast_dev_runs=true: unknown key; did you mean trainer.fast_dev_run?"),
     ("trainer.profiler=quick", "trainer.profiler=quick: must be one of simple, advanced, pytorch, xla"),
     ("trainer.max_time=soon", "trainer:"),
-    ("trainer.max_steps=10 max_steps=20", "trainer.max_steps=10: max_steps=20 sets the same; leave one of them out"),
+    ("trainer.max_steps=10 max_steps=20", "max_steps=20: trainer.max_steps=10 sets max_steps, too; leave one "),
     ("trainer.val_check_interval=5 trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5: must be"),
 ]  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_no_trial_repeats_another(search: Callable[..., int], tmp_path: Path) ->
     ("overrides", "told"),
     [
         (["seed=1"], "there is nothing to search"),
-        ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: unknown; did you mean tpe?"),
+        ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: must be one of tpe, random, gp, qmc; did"),
         ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
         ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
         ([RATES, "hydra.sweeper.seed=-5"], "hydra.sweeper.seed=-5: must be an integer of at least 0"),

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, open_dict
 
 from gptexp.runs import Run
 from gptexp.sweeps import Sweep
@@ -142,23 +142,22 @@ def test_jobs_that_differ_in_values_alone_are_composed_once(
     swept: str, times: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And each has the settings that Hydra gives it by itself."""
-    jobs, own = [], []
+    jobs, own, sweepers = [], [], []
     Plugins.instance()
-    compose = grid.GridSweeper.compose
+    prepare = grid.GridSweeper.prepare
 
-    def compare(self: grid.GridSweeper, overrides: list[str]) -> DictConfig:
-        jobs.append(compose(self, overrides))
-        with open_dict(whole := self.hydra_context.config_loader.load_sweep_config(self.config, overrides)):
-            del whole["hydra"]
-        own.append(whole)
-        assert len(self.composed) <= times
-        return jobs[-1]
+    def compare(self: grid.GridSweeper, overrides: list[str], varied: list[str]) -> grid.Job:
+        sweepers.append(self)
+        jobs.append(self.composer.compose(overrides))
+        own.append(compose("config", overrides))
+        return prepare(self, overrides, varied)
 
-    monkeypatch.setattr(grid.GridSweeper, "compose", compare)
+    monkeypatch.setattr(grid.GridSweeper, "prepare", compare)
     monkeypatch.setattr(grid.GridSweeper, "send", lambda *_: [])
     command("-m", f"output_dir={tmp_path}", *swept.split(" "))
     assert len(jobs) > times
     assert jobs == own
+    assert len(sweepers[0].composer.composed) == times
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_a_job(
