@@ -52,55 +52,38 @@ _Objects = Annotated[dict[str, Tree], _read_objects]
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run.
-
-    Attributes:
-        seed: of the initial weights, the order of batches and dropout.
-        max_steps: optimizer steps.
-        batch_size: sequences of one optimizer step, over all devices and micro-batches.
-        gradient_accumulation_steps: micro-batches into which a step's batch is cut, to save memory.
-        grad_clip: the gradient's norm is scaled down to this; 0 turns it off.
-        eval_interval: steps between evaluations of the validation split.
-        eval_windows: evaluate on this many evenly spaced windows instead of all, but for the last time.
-        eval_batch_size: sequences of an evaluation batch on each device.
-        log_interval: steps between rows of training metrics.
-        diagnostics_interval: steps between measurements of every layer; None measures none.
-        checkpoint_interval: steps between checkpoints; None is `eval_interval`.
-        early_stop_patience: stop after this many evaluations without a lower val/loss; None never stops.
-        sample_tokens: length of the text sampled at each evaluation; 0 samples none.
-        output_dir: folder of `runs/` and `sweeps/`.
-        name: the run's name; None makes one from the variant.
-        resume: a run directory to go on with, or "auto"; never stored, as `sweep` is not.
-        trainer: further arguments of Lightning's Trainer.
-        callbacks: further Lightning callbacks by a name of the user's choice, each with its `_target_` and arguments.
-        logger: Lightning loggers, in the same way; metrics.csv is always written.
-    """
+    """Every setting of a run."""
 
     model: ModelConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     schedule: ScheduleConfig = field(default_factory=CosineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)  # further arguments of Lightning's Trainer
+    # further Lightning callbacks by a name of the user's choice, each with its `_target_` and arguments
     callbacks: _Objects = field(default_factory=dict)
-    logger: _Objects = field(default_factory=dict)
+    logger: _Objects = field(default_factory=dict)  # Lightning loggers, in the same way; metrics.csv is always written
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
-    max_steps: Annotated[int, Ge(1)] = 2000
-    batch_size: Annotated[int, Ge(1)] = 12
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # of the initial weights, the order of batches and dropout
+    max_steps: Annotated[int, Ge(1)] = 2000  # optimizer steps
+    batch_size: Annotated[int, Ge(1)] = 12  # sequences of one optimizer step, over all devices and micro-batches
+    # micro-batches into which a step's batch is cut, to save memory
     gradient_accumulation_steps: Annotated[int, Ge(1)] = 1
-    grad_clip: Annotated[float, Ge(0)] = 1.0
-    eval_interval: Annotated[int, Ge(1)] = 250
+    grad_clip: Annotated[float, Ge(0)] = 1.0  # the gradient's norm is scaled down to this; 0 turns it off
+    eval_interval: Annotated[int, Ge(1)] = 250  # steps between evaluations of the validation split
+    # evaluate on this many evenly spaced windows instead of all, but for the last time
     eval_windows: Annotated[int, Ge(1)] | None = None
-    eval_batch_size: Annotated[int, Ge(1)] = 64
-    log_interval: Annotated[int, Ge(1)] = 10
+    eval_batch_size: Annotated[int, Ge(1)] = 64  # sequences of an evaluation batch on each device
+    log_interval: Annotated[int, Ge(1)] = 10  # steps between rows of training metrics
+    # steps between measurements of every layer; None measures none
     diagnostics_interval: Annotated[int, Ge(1)] | None = None
-    checkpoint_interval: Annotated[int, Ge(1)] | None = None
+    checkpoint_interval: Annotated[int, Ge(1)] | None = None  # steps between checkpoints; None is `eval_interval`
+    # stop after this many evaluations without a lower val/loss; None never stops
     early_stop_patience: Annotated[int, Ge(1)] | None = None
-    sample_tokens: Annotated[int, Ge(0)] = 200
-    output_dir: str = "outputs"
-    name: str | None = None
-    resume: str | None = None
+    sample_tokens: Annotated[int, Ge(0)] = 200  # length of the text sampled at each evaluation; 0 samples none
+    output_dir: str = "outputs"  # folder of `runs/` and `sweeps/`
+    name: str | None = None  # the run's name; None makes one from the variant
+    resume: str | None = None  # a run directory to go on with, or "auto"; never stored, as `sweep` is not
 
     @property
     def variant(self) -> str:

@@ -26,25 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The settings of a search, `hydra.sweeper`.
+    """The settings of a search, `hydra.sweeper`."""
 
-    Attributes:
-        n_trials: in all, those of earlier commands included.
-        n_jobs: trials at a time; more than one needs a launcher that runs them side by side, such as joblib.
-        sampler: how the values of a trial are drawn.
-        pruner: how a poor trial is recognized.
-        startup_trials: drawn at random, and not pruned by the median, before the sampler and the pruner begin.
-        seed: of the sampler.
-        storage: a database's URL; null is a SQLite file in the sweep's directory.
-    """
-
-    n_trials: Annotated[int, Ge(1)] = 20
+    n_trials: Annotated[int, Ge(1)] = 20  # in all, those of earlier commands included
+    # trials at a time; more than one needs a launcher that runs them side by side, such as joblib
     n_jobs: Annotated[int, Ge(1)] = 1
-    sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"
-    pruner: Literal["median", "hyperband", "none"] = "median"
+    sampler: Literal["tpe", "random", "gp", "qmc"] = "tpe"  # how the values of a trial are drawn
+    pruner: Literal["median", "hyperband", "none"] = "median"  # how a poor trial is recognized
+    # drawn at random, and not pruned by the median, before the sampler and the pruner begin
     startup_trials: Annotated[int, Ge(0)] = 5
-    seed: Annotated[int, Ge(0)] = 0
-    storage: str | None = None
+    seed: Annotated[int, Ge(0)] = 0  # of the sampler
+    storage: str | None = None  # a database's URL; null is a SQLite file in the sweep's directory
 
 
 def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
@@ -105,15 +97,10 @@ def read_search(settings: Mapping[str, Any], swept: Sequence[Override], config: 
 
 @dataclass(frozen=True)
 class Search:
-    """A study of Optuna, and the storage that knows its trials by their numbers.
+    """A study of Optuna, and the storage that knows its trials by their numbers."""
 
-    Attributes:
-        study: asks and tells.
-        storage: keeps it.
-    """
-
-    study: "Study"
-    storage: "RDBStorage"
+    study: "Study"  # asks and tells
+    storage: "RDBStorage"  # keeps it
 
     def trial(self, number: int) -> "Trial":
         """A trial that may be another process's, to report to and to set attributes of."""

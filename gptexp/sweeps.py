@@ -39,21 +39,13 @@ FREE = ("output_dir", "name", "logger", "sweep", "seed", "hardware.threads", "ha
 
 @dataclass(frozen=True)
 class Standing:
-    """How a job stands.
+    """How a job stands."""
 
-    Attributes:
-        name: of the job, its run and its directory.
-        state: "waiting" has no directory yet; "running" is also what a killed process leaves.
-        loss: the lowest validation loss so far as result.json has it, nats a token; nan without one.
-        error: what ended it, or None.
-        attempts: times that it has failed.
-    """
-
-    name: str
-    state: State
-    loss: float = math.nan
-    error: str | None = None
-    attempts: int = 0
+    name: str  # of the job, its run and its directory
+    state: State  # "waiting" has no directory yet; "running" is also what a killed process leaves
+    loss: float = math.nan  # the lowest validation loss so far as result.json has it, nats a token; nan without one
+    error: str | None = None  # what ended it, or None
+    attempts: int = 0  # times that it has failed
 
 
 class Busy(Exception):

@@ -27,36 +27,24 @@ Curve = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Record:
-    """A run, as far as it has come.
+    """A run, as far as it has come."""
 
-    Attributes:
-        path: its directory.
-        name: its readable name.
-        label: the name that its configuration has; None if it has none.
-        status: running, done, failed, diverged, interrupted or pruned.
-        seed: of initial weights and batches.
-        settings: every other setting that can change a result, by dotted key, as text; of the data see `info`. The
-            number of threads, which the launcher may choose and which moves the last bits alone, is none.
-        split: what cuts the corpus in two: the validation fraction and the seed of the shuffle.
-        order: runs are listed by this: the directory given, the job's number in its sweep, the time it started.
-        info: run.json.
-        curve: the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token.
-        windows: those of some of its windows, likewise; empty unless the run made them.
-        result: result.json, empty while there is none.
-    """
-
-    path: Path
-    name: str
-    label: str | None
-    status: str
-    seed: int
+    path: Path  # its directory
+    name: str  # its readable name
+    label: str | None  # the name that its configuration has; None if it has none
+    status: str  # running, done, failed, diverged, interrupted or pruned
+    seed: int  # of initial weights and batches
+    # every other setting that can change a result, by dotted key, as text; of the data see `info`. The number of
+    # threads, which the launcher may choose and which moves the last bits alone, is none.
     settings: dict[str, str]
-    split: str
+    split: str  # what cuts the corpus in two: the validation fraction and the seed of the shuffle
+    # runs are listed by this: the directory given, the job's number in its sweep, the time it started
     order: tuple[Any, ...]
-    info: dict[str, Any] = field(repr=False)
+    info: dict[str, Any] = field(repr=False)  # run.json
+    # the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token
     curve: Curve = field(repr=False)
-    windows: Curve = field(repr=False)
-    result: dict[str, Any] = field(repr=False)
+    windows: Curve = field(repr=False)  # those of some of its windows, likewise; empty unless the run made them
+    result: dict[str, Any] = field(repr=False)  # result.json, empty while there is none
 
     @property
     def best(self) -> float:

@@ -15,20 +15,13 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Factor:
-    """A setting that varies among the runs.
+    """A setting that varies among the runs."""
 
-    Attributes:
-        key: its dotted key; where several settings vary together, the first of them.
-        also: the keys that vary with it, one to one, and those that exist for some of its levels only and depend on
-            it alone.
-        name: as it is shown, such as "norm" for model.norm.
-        levels: its values, in the order in which they were run.
-    """
-
-    key: str
+    key: str  # its dotted key; where several settings vary together, the first of them
+    # the keys that vary with it, one to one, and those that exist for some of its levels only and depend on it alone
     also: tuple[str, ...]
-    name: str
-    levels: tuple[str, ...]
+    name: str  # as it is shown, such as "norm" for model.norm
+    levels: tuple[str, ...]  # its values, in the order in which they were run
 
 
 def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, tuple[Record, ...]]]:

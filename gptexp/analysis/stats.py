@@ -115,30 +115,21 @@ def holm(p: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What paired differences say of a variant against its baseline; lower losses are better.
+    """What paired differences say of a variant against its baseline; lower losses are better."""
 
-    Attributes:
-        n: seeds that both have.
-        mean: of the differences, variant minus baseline; nan without any.
-        low: lower end of its interval; nan with fewer than 3 seeds.
-        high: upper end.
-        effect: the mean in standard deviations of the differences (Cohen's d of paired values, with Hedges' correction
-            for few seeds); nan where they do not spread, or with fewer than 3 seeds.
-        p: of the sign-flip test, corrected for the number of comparisons.
-        p_equal: of the equivalence test, corrected likewise.
-        verdict: better or worse: interval and test both exclude 0. equal: both say that the mean lies within ±delta.
-        seeds_needed: in all, for a verdict with 80 % power if the differences go on as they are; None once there is
-            one, or where not even `MOST_SEEDS` would do.
-    """
-
-    n: int
-    mean: float
-    low: float
-    high: float
+    n: int  # seeds that both have
+    mean: float  # of the differences, variant minus baseline; nan without any
+    low: float  # lower end of its interval; nan with fewer than 3 seeds
+    high: float  # upper end
+    # the mean in standard deviations of the differences (Cohen's d of paired values, with Hedges' correction for few
+    # seeds); nan where they do not spread, or with fewer than 3 seeds
     effect: float
-    p: float
-    p_equal: float
+    p: float  # of the sign-flip test, corrected for the number of comparisons
+    p_equal: float  # of the equivalence test, corrected likewise
+    # better or worse: interval and test both exclude 0. equal: both say that the mean lies within ±delta.
     verdict: Verdict
+    # in all, for a verdict with 80 % power if the differences go on as they are; None once there is one, or where not
+    # even `MOST_SEEDS` would do
     seeds_needed: int | None
 
 

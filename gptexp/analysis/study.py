@@ -20,73 +20,43 @@ Cell = tuple[Mapping[int, Record], Mapping[int, Record]]  # the runs of two vari
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ by the seed alone.
+    """Runs that differ by the seed alone."""
 
-    Attributes:
-        label: the readable name.
-        levels: its value of each factor, by the factor's name.
-        runs: those at their end, by seed.
-        counts: of all its runs, by status; "missing" are jobs of a sweep without a directory.
-    """
-
-    label: str
-    levels: Mapping[str, str]
-    runs: Mapping[int, Record]
-    counts: Mapping[str, int]
+    label: str  # the readable name
+    levels: Mapping[str, str]  # its value of each factor, by the factor's name
+    runs: Mapping[int, Record]  # those at their end, by seed
+    counts: Mapping[str, int]  # of all its runs, by status; "missing" are jobs of a sweep without a directory
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline, or a level of a factor against the baseline's, over all that else varies.
+    """A variant against the baseline, or a level of a factor against the baseline's, over all that else varies."""
 
-    Attributes:
-        kind: of the two.
-        factor: the factor's name, or "" for a variant.
-        this: the variant's label or the factor's level.
-        that: what it is compared with.
-        differences: this minus that in the metric, by seed, nats a token.
-        unpaired: seeds that only one of the sides has.
-        judgement: what they say.
-    """
-
-    kind: Literal["variant", "factor"]
-    factor: str
-    this: str
-    that: str
-    differences: Mapping[int, float]
-    unpaired: tuple[int, ...]
-    judgement: Judgement
+    kind: Literal["variant", "factor"]  # of the two
+    factor: str  # the factor's name, or "" for a variant
+    this: str  # the variant's label or the factor's level
+    that: str  # what it is compared with
+    differences: Mapping[int, float]  # this minus that in the metric, by seed, nats a token
+    unpaired: tuple[int, ...]  # seeds that only one of the sides has
+    judgement: Judgement  # what they say
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that a report says of a set of runs.
+    """All that a report says of a set of runs."""
 
-    Attributes:
-        metric: "best" or "final" validation loss, in nats a token.
-        delta: the largest difference that is no difference.
-        alpha: the probability of any false claim.
-        factors: what varies.
-        variants: in the order in which they were run; the baseline among them.
-        baseline: the label of that variant; "" in a study without runs at their end.
-        comparisons: variants first, then factors.
-        records: the runs that are compared, finished or not.
-        apart: runs that cannot be compared with them, by the reason.
-        unreadable: directories that could not be read.
-        notes: what else a reader must know, one sentence each.
-    """
-
-    metric: Metric
-    delta: float
-    alpha: float
-    factors: tuple[Factor, ...]
-    variants: tuple[Variant, ...]
-    baseline: str
-    comparisons: tuple[Comparison, ...]
-    records: tuple[Record, ...]
+    metric: Metric  # "best" or "final" validation loss, in nats a token
+    delta: float  # the largest difference that is no difference
+    alpha: float  # the probability of any false claim
+    factors: tuple[Factor, ...]  # what varies
+    variants: tuple[Variant, ...]  # in the order in which they were run; the baseline among them
+    baseline: str  # the label of that variant; "" in a study without runs at their end
+    comparisons: tuple[Comparison, ...]  # variants first, then factors
+    records: tuple[Record, ...]  # the runs that are compared, finished or not
+    # runs that cannot be compared with them, by the reason
     apart: Mapping[str, tuple[Record, ...]] = field(default_factory=dict)
-    unreadable: tuple[Unreadable, ...] = ()
-    notes: tuple[str, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
+    notes: tuple[str, ...] = ()  # what else a reader must know, one sentence each
 
     @property
     def base(self) -> Variant | None:

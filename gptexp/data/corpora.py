@@ -47,23 +47,14 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text on disk.
+    """A text on disk."""
 
-    Attributes:
-        name: the corpus that is really used.
-        requested: the corpus that was asked for; another one when the fallback had to step in.
-        path: the UTF-8 file.
-        sha256: of the file's bytes, in hexadecimal.
-        n_bytes: the file's size.
-        documents: whether to read it as one document a line; the fallback is running text whatever was asked for.
-    """
-
-    name: str
-    requested: str
-    path: Path
-    sha256: str
-    n_bytes: int
-    documents: bool
+    name: str  # the corpus that is really used
+    requested: str  # the corpus that was asked for; another one when the fallback had to step in
+    path: Path  # the UTF-8 file
+    sha256: str  # of the file's bytes, in hexadecimal
+    n_bytes: int  # the file's size
+    documents: bool  # whether to read it as one document a line; the fallback is running text whatever was asked for
 
 
 def find_corpus(config: DataConfig) -> Corpus:

@@ -28,19 +28,12 @@ FORMAT = 1  # of the cache entry; to be raised whenever the same corpus would be
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The ids of a whole corpus.
+    """The ids of a whole corpus."""
 
-    Attributes:
-        ids: (n,) uint8, uint16 or uint32, whichever just holds the vocabulary; a read-only map of a file.
-        tokenizer: what the ids mean.
-        fingerprint: SHA-256 over the corpus, the tokenizer and `documents`: equal means equal data.
-        documents: whether every line is a document of its own.
-    """
-
-    ids: NDArray[Any]
-    tokenizer: Tokenizer
-    fingerprint: str
-    documents: bool
+    ids: NDArray[Any]  # (n,) uint8, uint16 or uint32, whichever just holds the vocabulary; a read-only map of a file
+    tokenizer: Tokenizer  # what the ids mean
+    fingerprint: str  # SHA-256 over the corpus, the tokenizer and `documents`: equal means equal data
+    documents: bool  # whether every line is a document of its own
 
 
 def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUNK) -> Encoded:

@@ -8,27 +8,20 @@ from annotated_types import Ge, Gt, Lt
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text to learn from, and how it is cut into symbols and into two splits.
+    """What text to learn from, and how it is cut into symbols and into two splits."""
 
-    Attributes:
-        name: a corpus that is found or downloaded (shakespeare, names), the documentation of Python
-            (pydocs, needs no network), or a file of one's own (file, with `path`).
-        path: the UTF-8 text file, for `name="file"` alone.
-        tokenizer: one id for each distinct character of the corpus, or the 256 bytes of its UTF-8.
-        documents: whether every line is a document of its own, which no batch row goes beyond.
-        terminator: the one symbol that opens and closes a document; it stands for the newline.
-        val_fraction: share of the characters (or documents) kept for validation: the last ones.
-        split_seed: the seed of the shuffle of the documents before the split.
-        offline_fallback: what to read when a named corpus is out of reach; None makes that an error.
-    """
-
+    # a corpus that is found or downloaded (shakespeare, names), the documentation of Python (pydocs, needs no network),
+    # or a file of one's own (file, with `path`)
     name: Literal["shakespeare", "names", "pydocs", "file"] = "shakespeare"
-    path: str | None = None
+    path: str | None = None  # the UTF-8 text file, for `name="file"` alone
+    # one id for each distinct character of the corpus, or the 256 bytes of its UTF-8
     tokenizer: Literal["char", "byte"] = "char"
-    documents: bool = False
-    terminator: str = "\n"
+    documents: bool = False  # whether every line is a document of its own, which no batch row goes beyond
+    terminator: str = "\n"  # the one symbol that opens and closes a document; it stands for the newline
+    # share of the characters (or documents) kept for validation: the last ones
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    split_seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
+    split_seed: Annotated[int, Ge(0), Lt(2**63)] = 1337  # the seed of the shuffle of the documents before the split
+    # what to read when a named corpus is out of reach; None makes that an error
     offline_fallback: Literal["pydocs"] | None = "pydocs"
 
     def problems(self) -> list[str]:

@@ -25,17 +25,11 @@ _CONTAINERS = (LanguageModel, nn.ModuleList, Block, Residual)
 
 @dataclass(frozen=True)
 class Share:
-    """Where the gradient of one part's output at the first positions of one sequence goes, as shares of its norm.
+    """Where the gradient of one part's output at the first positions of one sequence goes, as shares of its norm."""
 
-    Attributes:
-        part: name of the layer, or "model".
-        future: to later positions of the same sequence.
-        others: to the other sequences of the batch.
-    """
-
-    part: str
-    future: float
-    others: float
+    part: str  # name of the layer, or "model"
+    future: float  # to later positions of the same sequence
+    others: float  # to the other sequences of the batch
 
     @property
     def looks_ahead(self) -> bool:
@@ -50,19 +44,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Influence:
-    """How far each token reaches.
+    """How far each token reaches."""
 
-    Attributes:
-        map: (L, L), about |d logits[0, t] / d x[0, s]| at row t and column s, with x the embedded tokens.
-        others: (L, L), the same for |d logits[0, t] / d x[n, s]|, over all other sequences n.
-        model: the whole model's shares.
-        parts: those of its layers, in the order in which data meets them.
-    """
-
-    map: Tensor
-    others: Tensor
-    model: Share
-    parts: list[Share]
+    map: Tensor  # (L, L), about |d logits[0, t] / d x[0, s]| at row t and column s, with x the embedded tokens
+    others: Tensor  # (L, L), the same for |d logits[0, t] / d x[n, s]|, over all other sequences n
+    model: Share  # the whole model's shares
+    parts: list[Share]  # those of its layers, in the order in which data meets them
 
 
 def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:

@@ -21,17 +21,11 @@ from gptexp.errors import UserError
 
 @dataclass(frozen=True)
 class NormShape:
-    """What a norm is made for: x of shape (N, L, channels).
+    """What a norm is made for: x of shape (N, L, channels)."""
 
-    Attributes:
-        channels: C.
-        positions: the most positions L.
-        bias: whether norms that may go without a bias have one (`model.bias`).
-    """
-
-    channels: int
-    positions: int
-    bias: bool = False
+    channels: int  # C
+    positions: int  # the most positions L
+    bias: bool = False  # whether norms that may go without a bias have one (`model.bias`)
 
 
 @dataclass(frozen=True)
@@ -170,23 +164,15 @@ NORMS: dict[str, Norm] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the norms of a sub-layer f stand: x becomes around(alpha x + after(f(before(x)))).
+    """Where the norms of a sub-layer f stand: x becomes around(alpha x + after(f(before(x))))."""
 
-    Attributes:
-        before: norm of f's input.
-        after: norm of f's output.
-        around: norm of the sum.
-        final: norm before the head.
-        alpha: weight of x in the sum, a function of the number of blocks.
-        beta: factor of the initial weights of the feed-forward, value and output matrices, which are then Xavier
-            normal (Glorot, Bengio 2010); None is GPT-2's initialisation.
-    """
-
-    before: bool = False
-    after: bool = False
-    around: bool = False
-    final: bool = False
-    alpha: Callable[[int], float] | None = None
+    before: bool = False  # norm of f's input
+    after: bool = False  # norm of f's output
+    around: bool = False  # norm of the sum
+    final: bool = False  # norm before the head
+    alpha: Callable[[int], float] | None = None  # weight of x in the sum, a function of the number of blocks
+    # factor of the initial weights of the feed-forward, value and output matrices, which are then Xavier normal
+    # (Glorot, Bengio 2010); None is GPT-2's initialisation
     beta: Callable[[int], float] | None = None
 
 

@@ -19,8 +19,8 @@ class _Model:
     """What every model has."""
 
     name: str = ""
-    vocab_size: Annotated[int, Ge(1)] = 65
-    block_size: Annotated[int, Ge(1)] = 64
+    vocab_size: Annotated[int, Ge(1)] = 65  # number of symbols V; taken from the tokenizer, never set by the user
+    block_size: Annotated[int, Ge(1)] = 64  # positions L of a row of a batch, the most that a GPT attends over
 
     @property
     def tags(self) -> list[str]:
@@ -66,7 +66,8 @@ def _read_norms(key: str, table: Any, problems: list[str]) -> dict[str, Any]:
 class _Normed(_Model):
     """The settings of models that have norms."""
 
-    norm: Annotated[str, Predicate(NORMS.__contains__)] = "layernorm"
+    norm: Annotated[str, Predicate(NORMS.__contains__)] = "layernorm"  # a key of `NORMS`
+    # settings of each norm, by its name; only the used norms' have an effect
     norms: Annotated[dict[str, Any], _read_norms] = field(default_factory=default_norms)
 
     def norm_settings(self, name: str) -> NormSettings:
@@ -97,61 +98,39 @@ class _Normed(_Model):
 
 @dataclass(frozen=True)
 class GPTConfig(_Normed):
-    """A decoder-only transformer.
-
-    Attributes:
-        vocab_size: number of symbols V; taken from the tokenizer, never set by the user.
-        block_size: the most positions L that the model attends over.
-        n_layer: number of blocks, each an attention and a feed-forward sub-layer.
-        n_head: attention heads; must divide n_embd.
-        n_embd: channels C of the residual stream.
-        n_inner: width of the feed-forward layer; None is 4 n_embd (8/3 n_embd for swiglu; n_embd without
-            `projection`), 0 leaves it out.
-        dropout: probability of dropping an embedding, an attention weight or a sub-layer's output.
-        bias: give linear layers, layernorm and an untied head a bias.
-        qkv_bias: the bias of the query, key and value projections alone; None follows `bias`.
-        norm: a key of `NORMS`.
-        norms: settings of each norm, by its name; only the used norms' have an effect.
-        placement: a key of `PLACEMENTS`.
-        final_norm: a norm before the head; None follows the placement.
-        qk_norm: RMSNorm of queries and keys: "head" of each head by itself, "full" of all heads together.
-        attention_scale: divide the attention's logits by the square root of the head size.
-        residual: add each sub-layer's input to its output.
-        projection: a linear layer at the end of each sub-layer.
-        activation: non-linearity of the feed-forward layer.
-        tie_weights: share the token embedding with the output head.
-        position: how positions are told apart.
-        ngram: embed the last 2, 3 .. `ngram` tokens, too, and add that to each token's embedding; 1 embeds the token
-            alone.
-        ngram_rows: the most rows that each length's table has; where there are more sequences, several share a row.
-        init: initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm); "xavier", as the first
-            Transformer's; or "torch", as torch's own layers.
-        zero_init: start the linear layer at the end of each sub-layer at 0, so that each block is at first the
-            identity.
-    """
+    """A decoder-only transformer."""
 
     target: ClassVar[str] = "gptexp.models.gpt:GPT"
 
     name: Literal["gpt"] = "gpt"
-    n_layer: Annotated[int, Ge(0)] = 4
-    n_head: Annotated[int, Ge(1)] = 4
-    n_embd: Annotated[int, Ge(1)] = 128
+    n_layer: Annotated[int, Ge(0)] = 4  # number of blocks, each an attention and a feed-forward sub-layer
+    n_head: Annotated[int, Ge(1)] = 4  # attention heads; must divide n_embd
+    n_embd: Annotated[int, Ge(1)] = 128  # channels C of the residual stream
+    # width of the feed-forward layer; None is 4 n_embd (8/3 n_embd for swiglu; n_embd without `projection`), 0 leaves
+    # it out
     n_inner: Annotated[int, Ge(0)] | None = None
+    # probability of dropping an embedding, an attention weight or a sub-layer's output
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    bias: bool = False
-    qkv_bias: bool | None = None
-    placement: Annotated[str, Predicate(PLACEMENTS.__contains__)] = "pre"
-    final_norm: bool | None = None
+    bias: bool = False  # give linear layers, layernorm and an untied head a bias
+    qkv_bias: bool | None = None  # the bias of the query, key and value projections alone; None follows `bias`
+    placement: Annotated[str, Predicate(PLACEMENTS.__contains__)] = "pre"  # a key of `PLACEMENTS`
+    final_norm: bool | None = None  # a norm before the head; None follows the placement
+    # RMSNorm of queries and keys: "head" of each head by itself, "full" of all heads together
     qk_norm: Literal["none", "head", "full"] = "none"
-    attention_scale: bool = True
-    residual: bool = True
-    projection: bool = True
-    activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
-    tie_weights: bool = True
-    position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
+    attention_scale: bool = True  # divide the attention's logits by the square root of the head size
+    residual: bool = True  # add each sub-layer's input to its output
+    projection: bool = True  # a linear layer at the end of each sub-layer
+    activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"  # non-linearity of the feed-forward layer
+    tie_weights: bool = True  # share the token embedding with the output head
+    position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"  # how positions are told apart
+    # embed the last 2, 3 .. `ngram` tokens, too, and add that to each token's embedding; 1 embeds the token alone.
     ngram: Annotated[int, Ge(1), Le(8)] = 1
+    # the most rows that each length's table has; where there are more sequences, several share a row
     ngram_rows: Annotated[int, Ge(1)] = 16384
+    # initial weights: "gpt2", as GPT-2's (DeepNet's for placement=deepnorm); "xavier", as the first Transformer's; or
+    # "torch", as torch's own layers
     init: Literal["gpt2", "xavier", "torch"] = "gpt2"
+    # start the linear layer at the end of each sub-layer at 0, so that each block is at first the identity
     zero_init: bool = False
 
     @property
@@ -226,44 +205,28 @@ class GPTConfig(_Normed):
 
 @dataclass(frozen=True)
 class BigramConfig(_Model):
-    """A table of logits, one row for each symbol: the next symbol depends on the last one alone.
-
-    Attributes:
-        vocab_size: number of symbols V; taken from the tokenizer, never set by the user.
-        block_size: targets of one row of a batch.
-        init: "gpt2" draws with a deviation of 0.02, "torch" with 1, as `nn.Embedding` does.
-    """
+    """A table of logits, one row for each symbol: the next symbol depends on the last one alone."""
 
     target: ClassVar[str] = "gptexp.models.baselines:Bigram"
 
     name: Literal["bigram"] = "bigram"
+    # "gpt2" draws with a deviation of 0.02, "torch" with 1, as `nn.Embedding` does
     init: Literal["gpt2", "torch"] = "gpt2"
 
 
 @dataclass(frozen=True)
 class MLPConfig(_Normed):
-    """The last `context` symbols, embedded, through hidden layers: Bengio et al. 2003.
-
-    Attributes:
-        vocab_size: number of symbols V; taken from the tokenizer, never set by the user.
-        block_size: targets of one row of a batch.
-        context: symbols that the model sees.
-        n_embd: channels of a symbol's embedding.
-        n_hidden: width of the hidden layers.
-        n_layer: number of hidden layers.
-        residual: add each hidden layer's input to its output, from the second layer on.
-        norm: a key of `NORMS`; it stands between a hidden layer's linear map and its tanh.
-        norms: settings of each norm, by its name; only the used norms' have an effect.
-    """
+    """The last `context` symbols, embedded, through hidden layers: Bengio et al. 2003."""
 
     target: ClassVar[str] = "gptexp.models.baselines:MLP"
 
     name: Literal["mlp"] = "mlp"
-    context: Annotated[int, Ge(1)] = 3
-    n_embd: Annotated[int, Ge(1)] = 16
-    n_hidden: Annotated[int, Gt(0)] = 256
-    n_layer: Annotated[int, Ge(1)] = 1
-    residual: bool = False
+    context: Annotated[int, Ge(1)] = 3  # symbols that the model sees
+    n_embd: Annotated[int, Ge(1)] = 16  # channels of a symbol's embedding
+    n_hidden: Annotated[int, Gt(0)] = 256  # width of the hidden layers
+    n_layer: Annotated[int, Ge(1)] = 1  # number of hidden layers
+    residual: bool = False  # add each hidden layer's input to its output, from the second layer on
+    # a key of `NORMS`; it stands between a hidden layer's linear map and its tanh
     norm: Annotated[str, Predicate(NORMS.__contains__)] = "none"
 
     @property

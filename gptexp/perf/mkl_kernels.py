@@ -26,17 +26,11 @@ CALLS_AND_ANSWER = b"gptexp_calls_and_answer"
 
 @dataclass
 class _Library:
-    """The loaded library.
+    """The loaded library."""
 
-    Attributes:
-        handle: keeps it loaded.
-        data: calls and answer, in the library's own memory.
-        chosen: what the runs of this process asked for; None before the first.
-    """
-
-    handle: ctypes.CDLL
-    data: ctypes.Array[ctypes.c_uint32]
-    chosen: bool | None = None
+    handle: ctypes.CDLL  # keeps it loaded
+    data: ctypes.Array[ctypes.c_uint32]  # calls and answer, in the library's own memory
+    chosen: bool | None = None  # what the runs of this process asked for; None before the first
 
 
 def prepare() -> None:

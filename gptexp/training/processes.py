@@ -48,25 +48,16 @@ GRACE = 15.0
 
 @dataclass
 class Processes:
-    """The processes of a command as one of them sees them.
+    """The processes of a command as one of them sees them."""
 
-    Attributes:
-        environment: Lightning's view of who started them.
-        rank: of this process, 0 .. world_size - 1.
-        world_size: their number.
-        nodes: machines.
-        started: whether torchrun or Slurm started them, so that their number counts and not `hardware.devices`.
-        store: where they meet; None before they have.
-        leading: whether this process works while the others follow.
-    """
-
-    environment: ClusterEnvironment
-    rank: int = 0
-    world_size: int = 1
-    nodes: int = 1
+    environment: ClusterEnvironment  # Lightning's view of who started them
+    rank: int = 0  # of this process, 0 .. world_size - 1.
+    world_size: int = 1  # their number
+    nodes: int = 1  # machines
+    # whether torchrun or Slurm started them, so that their number counts and not `hardware.devices`
     started: bool = False
-    store: Store | None = None
-    leading: bool = False
+    store: Store | None = None  # where they meet; None before they have
+    leading: bool = False  # whether this process works while the others follow
     told: int = 0  # values
 
     @property

@@ -33,25 +33,17 @@ class SGDConfig:
 
 @dataclass(frozen=True)
 class MuonConfig:
-    """Muon for the matrices of hidden layers (Jordan et al. 2024), AdamW for everything else.
-
-    Attributes:
-        learning_rate: of the matrices; the schedule moves both alike.
-        adam_learning_rate: of the others.
-        momentum: of the matrices.
-        iterations: of Newton and Schulz, that make an update orthogonal.
-        weight_decay: of the matrices of hidden layers.
-    """
+    """Muon for the matrices of hidden layers (Jordan et al. 2024), AdamW for everything else."""
 
     name: Literal["muon"] = "muon"
-    learning_rate: Annotated[float, Gt(0)] = 0.02
-    adam_learning_rate: Annotated[float, Gt(0)] = 0.01
-    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    iterations: Annotated[int, Ge(1)] = 5
+    learning_rate: Annotated[float, Gt(0)] = 0.02  # of the matrices; the schedule moves both alike
+    adam_learning_rate: Annotated[float, Gt(0)] = 0.01  # of the others
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95  # of the matrices
+    iterations: Annotated[int, Ge(1)] = 5  # of Newton and Schulz, that make an update orthogonal
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.8
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     eps: Annotated[float, Gt(0)] = 1e-10
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0  # of the matrices of hidden layers
 
 
 @dataclass(frozen=True)
@@ -95,37 +87,28 @@ class WSDConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """Where a run computes, and how.
+    """Where a run computes, and how."""
 
-    Attributes:
-        accelerator: "auto" takes a GPU if there is one.
-        devices: processes on each machine, one per device; "auto" is all GPUs, or one CPU process. Where torchrun or
-            Slurm starts the processes, their number counts instead.
-        num_nodes: machines.
-        strategy: how several devices share the work.
-        cluster: who starts the processes of several devices: "auto" is torchrun if it started this command, else this
-            command itself; "slurm" is srun.
-        timeout: seconds to wait for the processes of other machines.
-        precision: "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true.
-        compile: compile the model with torch.compile; "graphs" also has a GPU repeat its work as CUDA graphs, which
-            spares a small model the time of starting each kernel.
-        threads: CPU threads of each process; None is torch's own choice, "auto" at most that: as many as a step of
-            this size can use.
-        fast_mkl: under Linux, have Intel's MKL use its fastest kernels on other makers' processors, too.
-        deterministic: use only deterministic algorithms on a GPU.
-    """
-
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"  # "auto" takes a GPU if there is one
+    # processes on each machine, one per device; "auto" is all GPUs, or one CPU process. Where torchrun or Slurm starts
+    # the processes, their number counts instead.
     devices: Annotated[int, Ge(1)] | Literal["auto"] = 1
-    num_nodes: Annotated[int, Ge(1)] = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    num_nodes: Annotated[int, Ge(1)] = 1  # machines
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # how several devices share the work
+    # who starts the processes of several devices: "auto" is torchrun if it started this command, else this command
+    # itself; "slurm" is srun
     cluster: Literal["auto", "slurm"] = "auto"
-    timeout: Annotated[float, Gt(0)] = 300
+    timeout: Annotated[float, Gt(0)] = 300  # seconds to wait for the processes of other machines
+    # "auto" is bf16-mixed on a GPU that has it, 16-mixed on older ones, else 32-true
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "auto"
+    # compile the model with torch.compile; "graphs" also has a GPU repeat its work as CUDA graphs, which spares a small
+    # model the time of starting each kernel
     compile: bool | Literal["graphs"] = False
+    # CPU threads of each process; None is torch's own choice, "auto" at most that: as many as a step of this size can
+    # use
     threads: Annotated[int, Ge(1)] | Literal["auto"] | None = "auto"
-    fast_mkl: bool = True
-    deterministic: bool = True
+    fast_mkl: bool = True  # under Linux, have Intel's MKL use its fastest kernels on other makers' processors, too
+    deterministic: bool = True  # use only deterministic algorithms on a GPU
 
     def problems(self, batch_size: int, accumulation: int) -> list[str]:
         """Problems between these settings, and with the batch that the devices share; one line a problem."""
@@ -150,17 +133,12 @@ class HardwareConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How a multirun's jobs belong together.
+    """How a multirun's jobs belong together."""
 
-    Attributes:
-        name: of the sweep's directory; None makes one from what varies.
-        retries: a failed job is run again this many times, once each time that the command is given.
-        job: the job's name; the sweeper sets it.
-    """
-
-    name: str | None = None
+    name: str | None = None  # of the sweep's directory; None makes one from what varies
+    # a failed job is run again this many times, once each time that the command is given
     retries: Annotated[int, Ge(0)] = 2
-    job: str | None = None
+    job: str | None = None  # the job's name; the sweeper sets it
 
 
 @dataclass(frozen=True)

@@ -46,19 +46,12 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=TARGET, pr
 
 @dataclass
 class Job:
-    """A combination of values.
+    """A combination of values."""
 
-    Attributes:
-        overrides: that make it.
-        name: of its run and directory.
-        error: what is wrong with it, or what ended it.
-        config: its configuration, unless that is what is wrong.
-    """
-
-    overrides: list[str]
-    name: str = ""
-    error: Exception | None = None
-    config: Config | None = None
+    overrides: list[str]  # that make it
+    name: str = ""  # of its run and directory
+    error: Exception | None = None  # what is wrong with it, or what ended it
+    config: Config | None = None  # its configuration, unless that is what is wrong
 
 
 class GridSweeper(Sweeper):

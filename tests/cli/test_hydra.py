@@ -72,6 +72,7 @@ def test_resolvers_of_hydra(run: Callable[..., int], tmp_path: Path) -> None:
     assert list(runs_of(tmp_path / "sweeps" / "mine")) == ["train-s1", "train-s2"]
 
 
+@pytest.mark.slow
 def test_a_folder_with_any_name(run: Callable[..., int], tmp_path: Path) -> None:
     folder = tmp_path / "it's, a = \"folder\""
     for _ in range(2):

@@ -90,7 +90,7 @@ def check_same(run: Run, unbroken: Run) -> None:
     assert {k: run.result[k] for k in keep} == {k: unbroken.result[k] for k in keep}
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
 def test_killed_and_resumed_is_as_unbroken(
     seed: int, corpus: Path, tmp_path: Path, unbroken: Run, command: Callable[..., int],
     capfd: pytest.CaptureFixture[str],
@@ -111,9 +111,8 @@ def test_killed_and_resumed_is_as_unbroken(
     check_same(Run.open(folder), unbroken)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_resume_auto_goes_on(
     number: int, status: int, corpus: Path, tmp_path: Path, unbroken: Run
 ) -> None:

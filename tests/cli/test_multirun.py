@@ -81,6 +81,7 @@ def test_a_sweep_needs_no_resume(command: Callable[..., int], capfd: pytest.Capt
     assert capfd.readouterr().err == told
 
 
+@pytest.mark.slow
 def test_each_job_is_a_wandb_run_of_its_own(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
     _, runs = sweep("logger=wandb", "logger.wandb.tags=[mine]", "norm=layernorm,rmsnorm", "seed=1,2")
     assert len(runs) == 4

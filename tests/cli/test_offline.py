@@ -21,7 +21,7 @@ def proxy() -> Iterator[socket.socket]:
         yield server
 
 
-@pytest.mark.parametrize("logger", ["wandb", "none"])
+@pytest.mark.parametrize("logger", ["wandb", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_run_without_an_account_connects_to_nothing(
     logger: str, corpus: Path, tmp_path: Path, proxy: socket.socket
 ) -> None:

@@ -152,6 +152,7 @@ def test_another_space_is_refused(
     assert len(trials(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_half_asked_for_is_not_trained(search: Callable[..., int], tmp_path: Path) -> None:
     """What a process leaves that is killed while it asks: a trial without parameters, or one that repeats another."""
     assert search(RATES, "hydra.sweeper.n_trials=1", *OVER_NORMS) == 0
@@ -188,6 +189,7 @@ def test_a_trial_that_is_wrong_stays_a_failure(
         assert err == "error: 1 of 2 jobs failed\n"
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_tried_again_by_the_next_command(
     search: Callable[..., int], tmp_path: Path
 ) -> None:

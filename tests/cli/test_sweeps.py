@@ -73,6 +73,7 @@ def test_another_configuration_is_refused_with_the_keys(
     assert {run.config.max_steps for run in runs_of(tmp_path / "sweeps" / "mine").values()} == {2}
 
 
+@pytest.mark.slow
 def test_a_failed_job_runs_again_as_often_as_it_may(
     sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_run_of_another_configuration_is_not_taken_for_a_job(
     ]
 
 
+@pytest.mark.slow
 def test_a_name_of_ones_own_has_the_seed_added(sweep: Callable[..., int], tmp_path: Path) -> None:
     for seed in (1, 2):
         assert sweep("sweep.name=mine", "name=foo", "norm=layernorm,rmsnorm", f"seed={seed}", *SHORT) == 0

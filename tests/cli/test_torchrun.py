@@ -15,6 +15,7 @@ from tests.conftest import TINY, finish, runs_of, spawn, timeless
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5", "model.dropout=0.1"]
 
 
+@pytest.mark.slow
 def test_two_machines_follow_one_process(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     common = [*TINY, f"data.path={corpus}", "norm=batchnorm", "model.dropout=0"]

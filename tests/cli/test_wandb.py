@@ -269,6 +269,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 def test_what_ran_is_told(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = begin(f"hydra.run.dir={folder}")

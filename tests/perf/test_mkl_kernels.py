@@ -110,6 +110,7 @@ print(json.dumps([given, mkl_kernels.active()]))
 """
 
 
+@pytest.mark.slow
 @needed
 @pytest.mark.parametrize(
     ("choices", "refused", "active"),

@@ -22,6 +22,7 @@ print(json.dumps([os.environ.get("GOMP_SPINCOUNT"), openmp_spin.active()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "how", "expected"),
     [
