@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow test-exhaustive lint clean
 
 train: $(VENV)/train
 	$(BIN)/python -m gptexp.train $(ARGS)
@@ -13,7 +13,10 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not exhaustive" $(ARGS)
+
+test-exhaustive: $(VENV)/dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

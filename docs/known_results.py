@@ -49,7 +49,7 @@ def spread(values: Iterable[float]) -> str:
 
 def step_time(run: Run) -> float:
     """The median time of a training step, in milliseconds: moments at which the machine was busy do not count."""
-    rows = [row for row in read_metrics(run.metrics_path) if "seconds" in row]
+    rows = [row for row in read_metrics(run.metrics_path) if "train/loss" in row]
     return 1000 * median((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(rows))
 
 
@@ -117,7 +117,8 @@ def batchnorm(folder: Path) -> tuple[list[str], Figure]:
     lines = ["| batch_size | norm | train/loss, last 100 steps | val/loss | val - train | largest drift of deviations"
              " |", "|---|---|---|---|---|---|"]  # fmt: skip
     for i, ((size, norm), runs) in enumerate(groups.items()):
-        train = [mean(row["train/loss"] for row in read_metrics(run.metrics_path)[1:][-10:]) for run in runs]
+        train = [mean([row["train/loss"] for row in read_metrics(run.metrics_path) if "train/loss" in row][-10:])
+             for run in runs]  # fmt: skip
         val = [final(run) for run in runs]
         measured = [m for run in runs for m in read_diagnostics(run.diagnostics_path) if m.quantity == "std_drift"]
         drifts = [m.value for m in measured if m.step == max(m.step for m in measured)]

@@ -160,6 +160,11 @@ def write(tmp_path: Path) -> Callable[..., Run]:
     return run
 
 
+def more(*values: Any) -> Any:
+    """Values of a parameter that show again what others show, in more ways: slow, and not part of CI."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+
+
 _processes: list[subprocess.Popen[str]] = []
 
 

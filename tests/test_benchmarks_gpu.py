@@ -213,6 +213,7 @@ def test_pages_say_what_was_not_measured_on_a_gpu() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)  # the compiler alone takes a minute
 def test_all_parts_run_in_miniature(peer: Path, tmp_path: Path) -> None:
     done = run(f"--peer={peer}", f"--json={tmp_path / 'figures.json'}", "--minutes=60")

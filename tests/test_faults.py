@@ -280,6 +280,7 @@ def test_a_row_that_differs_is_not_recovered(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_campaign(tmp_path: Path) -> None:
     kinds = ["kill-training", "kill-compare", "no-space", "read-only"]
     out = tmp_path / "figures.json"

@@ -7,7 +7,7 @@ import pytest
 
 from gptexp.records import read_metrics
 from gptexp.runs import Run
-from tests.conftest import TINY, finish, runs_of, spawn
+from tests.conftest import TINY, finish, more, runs_of, spawn
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5"]
 
@@ -21,7 +21,7 @@ def check_close(one: Run, two: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
+@pytest.mark.parametrize("norm", [more("layernorm"), "batchnorm"])
 def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -> None:
     common = [*TINY, *LONGER, f"data.path={corpus}", f"norm={norm}"]
     for name, hardware in (("one", "cpu"), ("two", "ddp_cpu")):
@@ -64,6 +64,7 @@ def test_multirun_has_one_directory_a_job(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_interrupted_and_resumed(corpus: Path, tmp_path: Path) -> None:
     from tests.cli.test_interruption import wait_for_rows
 
@@ -89,6 +90,7 @@ def test_interrupted_and_resumed(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_do_not_outlive_their_parent(corpus: Path, tmp_path: Path) -> None:
     from tests.cli.test_interruption import wait_for_rows
 

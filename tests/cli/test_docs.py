@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, more
 
 PAGES = sorted(p.stem for p in (REPOSITORY / "docs").glob("*.md") if p.stem not in ("statistics", "scale"))
 SHORT = ["max_steps=12", "eval_interval=6", "eval_windows=2", "seed=1,2", "logger=none", "hardware=cpu",
@@ -28,7 +28,7 @@ def test_every_page_has_its_figure_and_an_experiment() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page if page in ("heads", "rmsnorm") else more(page) for page in PAGES])
 def test_the_commands_of_a_page(
     page: str, command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

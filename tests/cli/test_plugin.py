@@ -8,7 +8,7 @@ import pytest
 
 from gptexp.models.registry import NORMS
 from gptexp.runs import Run
-from tests.conftest import TINY, finish, spawn
+from tests.conftest import TINY, finish, more, spawn
 from tests.perf.test_mkl_kernels import NEEDED
 
 MODULE = '''
@@ -46,7 +46,7 @@ NORM = Norm("toynorm:Toy", Settings)
 ENTRY_POINTS = "[gptexp.norms]\ntoy = toynorm:NORM\n"
 
 
-@pytest.fixture(params=[pytest.param(way, marks=pytest.mark.slow) for way in ("entry point", "import")])
+@pytest.fixture(params=[pytest.param("entry point", marks=pytest.mark.slow), more("import")])
 def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a machine on which the norm is installed as a package, or lies in the working folder."""
     if request.param == "import":

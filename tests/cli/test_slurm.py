@@ -13,7 +13,7 @@ from tests.cli.agents import errors, finish_all, kill_all, srun
 from tests.cli.faulty import faulty
 from tests.cli.test_distributed import check_close
 from tests.cli.test_interruption import check_same, wait_for_rows
-from tests.conftest import TINY, finish, runs_of, spawn
+from tests.conftest import TINY, finish, more, runs_of, spawn
 
 SLURM = [o for o in TINY if o != "hardware=cpu"]
 SLURM += ["hardware=slurm", "max_steps=60", "eval_interval=20", "log_interval=5"]
@@ -55,6 +55,7 @@ def test_a_multirun(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_tasks_saves_the_run(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -69,6 +70,7 @@ def test_a_signal_to_all_tasks_saves_the_run(number: signal.Signals, corpus: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_of_one_task_ends_all_with_one_line(rank: int, corpus: Path, tmp_path: Path) -> None:
     common = [*SLURM, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}", *faulty(rank, "raise")]
@@ -80,7 +82,7 @@ def test_a_failure_of_one_task_ends_all_with_one_line(rank: int, corpus: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("present", [0, 1])
+@pytest.mark.parametrize("present", [0, more(1)])
 def test_a_rendezvous_that_not_all_join(present: int, corpus: Path, tmp_path: Path) -> None:
     common = [*SLURM, f"data.path={corpus}", "hardware.timeout=1", f"hydra.run.dir={tmp_path / 'run'}"]
     tasks = srun(*[common] * 2, cwd=tmp_path, only=present)
@@ -93,6 +95,7 @@ def test_a_rendezvous_that_not_all_join(present: int, corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mistake_of_all_tasks_is_told_once(corpus: Path, tmp_path: Path) -> None:
     codes, _, err = finish_all(srun(*[[*SLURM, f"data.path={corpus}", "norm=rmsnrom"]] * 2, cwd=tmp_path))
     assert codes == [2, 2]
@@ -129,7 +132,7 @@ class TestWithoutTheOthers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize("fault", [False, more(True)])
 def test_submitit_with_several_machines_per_job(fault: bool, corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     for name in ("sbatch", "srun", "sacct", "scancel"):

@@ -11,7 +11,7 @@ import pytest
 from gptexp.analysis.collect import collect
 from gptexp.analysis.study import build_study
 from gptexp.analysis.tables import comparisons_table, runs_table, variants_table
-from tests.conftest import TINY, finish, runs_of, spawn, timeless
+from tests.conftest import TINY, finish, more, runs_of, spawn, timeless
 
 
 def begin(corpus: Path, folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
@@ -84,6 +84,7 @@ def test_two_at_once_share_the_work(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_interrupted_it_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweeps" / "mine"
     process = begin(corpus, tmp_path, "seed=1,2", "max_steps=2000", "eval_interval=500")
@@ -102,7 +103,7 @@ def test_interrupted_it_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+@pytest.mark.parametrize("launcher", ["joblib", more("submitit_local"), more("ray")])
 def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tmp_path: Path) -> None:
     plugin = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}[launcher]
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
@@ -124,6 +125,7 @@ def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_that_has_started_them(
     number: signal.Signals, corpus: Path, tmp_path: Path

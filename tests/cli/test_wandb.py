@@ -20,7 +20,7 @@ from gptexp.records import read_metrics, read_samples
 from gptexp.runs import Run
 from tests.cli.wandb_file import Record, read_run, read_so_far
 from tests.cli.wandb_server import Server, serving
-from tests.conftest import REPOSITORY, TINY, failing, finish, runs_of, spawn, timeless
+from tests.conftest import REPOSITORY, TINY, failing, finish, more, runs_of, spawn, timeless
 
 LONG = ["max_steps=100000", "eval_interval=100000", "checkpoint_interval=50", "eval_windows=2"]
 STOCK = ["+logger.stock._target_=lightning.pytorch.loggers.WandbLogger", "+logger.stock.offline=true",
@@ -321,7 +321,7 @@ def test_ctrl_c_is_told(begin: Begin, processes: Processes, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), more(signal.SIGTERM, -signal.SIGTERM)])
 def test_signals_while_wandb_waits_for_its_server(
     number: signal.Signals, status: int, begin: Begin, processes: Processes, server: Server, tmp_path: Path
 ) -> None:
@@ -368,6 +368,7 @@ def test_a_sweep_whose_wandb_is_killed_goes_on(begin: Begin, processes: Processe
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_jobs_side_by_side(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     code, _, err = finish(begin("-m", "seed=1,2,3,4", f"output_dir={tmp_path / 'out'}", *launcher))
@@ -382,6 +383,7 @@ def test_jobs_side_by_side(begin: Begin, processes: Processes, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_that_train_together(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     code, _, err = finish(begin("hardware=ddp_cpu", f"hydra.run.dir={tmp_path / 'run'}"))
     assert code == 0, err
@@ -409,7 +411,7 @@ def test_a_run_online(begin: Begin, processes: Processes, server: Server, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vanishes", [False, True], ids=["hangs", "vanishes"])
+@pytest.mark.parametrize("vanishes", [more(False), True], ids=["hangs", "vanishes"])
 def test_a_server_that_is_lost_costs_no_run(
     vanishes: bool, begin: Begin, processes: Processes, server: Server, tmp_path: Path
 ) -> None:
@@ -467,7 +469,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("served")
-@pytest.mark.parametrize("served", [False, True], indirect=True)
+@pytest.mark.parametrize("served", [more(False), True], indirect=True)
 @pytest.mark.parametrize("refuses", [False, True], ids=["hangs", "refuses"])
 def test_a_server_that_does_not_answer_costs_no_run(
     refuses: bool, begin: Begin, processes: Processes, server: Server, tmp_path: Path

@@ -148,6 +148,7 @@ def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_tells_which_kernels_it_had_and_repeats_with_them(corpus: Path, tmp_path: Path) -> None:
     rows = {}
     for name, setting in (("fast", "true"), ("own", "false"), ("again", "true")):

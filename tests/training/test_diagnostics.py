@@ -338,6 +338,7 @@ def test_the_loggers_hold_what_is_in_the_file(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes(tiny: Tiny) -> None:
     """Gradients, updates and shared statistics are those of all ranks, and training is as it would be without."""
     both = ["hardware.strategy=ddp", "hardware.devices=2"]

@@ -76,6 +76,7 @@ def test_work_is_that_of_a_micro_batch_in_one_process(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_goes_on_keeps_its_threads(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     process = begin(corpus, tmp_path / "run")
