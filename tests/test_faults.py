@@ -266,6 +266,7 @@ finally:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_row_that_differs_is_not_recovered(tmp_path: Path) -> None:
     """A program stands in for ours that changes a digit of metrics.csv in the end."""
     (tmp_path / "wrong.py").write_text(WRONG)

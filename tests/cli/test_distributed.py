@@ -36,6 +36,7 @@ def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ddp_with_one_device(corpus: Path, tmp_path: Path) -> None:
     for strategy in ("auto", "ddp"):
         settings = [*TINY, f"data.path={corpus}", f"hardware.strategy={strategy}", f"output_dir={tmp_path / strategy}"]
@@ -48,6 +49,7 @@ def test_ddp_with_one_device(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_multirun_has_one_directory_a_job(corpus: Path, tmp_path: Path) -> None:
     code, out, err = finish(
         spawn("-m", *TINY, f"data.path={corpus}", "hardware=ddp_cpu", "norm=layernorm,rmsnorm", cwd=tmp_path))

@@ -115,6 +115,7 @@ def test_mistakes(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_and_resumed_it_comes_to_the_planned_number(corpus: Path, tmp_path: Path) -> None:
     command = ["-m", *TINY, f"data.path={corpus}", f"output_dir={tmp_path}", *SEARCH, RATES, "hydra.sweeper.n_trials=8"]
     folder = tmp_path / "sweeps" / "mine"

@@ -41,6 +41,7 @@ def test_killed_and_resumed_to_the_bit(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_multirun(corpus: Path, tmp_path: Path) -> None:
     common = ["-m", *SLURM, f"data.path={corpus}", "norm=layernorm,rmsnorm", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     tasks = srun(*[common] * 2, cwd=tmp_path)
@@ -132,7 +133,8 @@ class TestWithoutTheOthers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [False, more(True)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", [False, True])
 def test_submitit_with_several_machines_per_job(fault: bool, corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     for name in ("sbatch", "srun", "sacct", "scancel"):

@@ -22,6 +22,7 @@ TWELVE = ["norm=layernorm,rmsnorm,batchnorm", "placement=pre,post", "seed=1,2"]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_five_times_and_the_same_in_the_end(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

@@ -35,6 +35,7 @@ def test_two_machines_follow_one_process(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_and_resumed_to_the_bit(corpus: Path, tmp_path: Path) -> None:
     common = [*TINY, *LONGER, f"data.path={corpus}"]
     for name in ("unbroken", "run"):
@@ -107,7 +108,8 @@ def test_a_failure_ends_a_process_that_waits_for_nobody(corpus: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("multirun", [more(False), True])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("multirun", [False, True])
 def test_a_signal_to_one_agent_saves_the_run(multirun: bool, corpus: Path, tmp_path: Path) -> None:
     flags = ["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"] if multirun else [f"hydra.run.dir={tmp_path / 'run'}"]
     folder = tmp_path / ("layernorm-pre-h2-s1" if multirun else "run")

@@ -321,7 +321,8 @@ def test_ctrl_c_is_told(begin: Begin, processes: Processes, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), more(signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_signals_while_wandb_waits_for_its_server(
     number: signal.Signals, status: int, begin: Begin, processes: Processes, server: Server, tmp_path: Path
 ) -> None:
@@ -341,6 +342,7 @@ def test_signals_while_wandb_waits_for_its_server(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_whose_wandb_is_killed_goes_on(begin: Begin, processes: Processes, tmp_path: Path) -> None:
     process = begin("-m", "seed=1,2", "max_steps=1000", "eval_interval=500", f"output_dir={tmp_path / 'out'}")
     found: list[Path] = []
@@ -411,7 +413,8 @@ def test_a_run_online(begin: Begin, processes: Processes, server: Server, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vanishes", [more(False), True], ids=["hangs", "vanishes"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("vanishes", [False, True], ids=["hangs", "vanishes"])
 def test_a_server_that_is_lost_costs_no_run(
     vanishes: bool, begin: Begin, processes: Processes, server: Server, tmp_path: Path
 ) -> None:
@@ -470,7 +473,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("served", [more(False), True], indirect=True)
-@pytest.mark.parametrize("refuses", [False, True], ids=["hangs", "refuses"])
+@pytest.mark.parametrize("refuses", [more(False), True], ids=["hangs", "refuses"])
 def test_a_server_that_does_not_answer_costs_no_run(
     refuses: bool, begin: Begin, processes: Processes, server: Server, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_tensorboard_holds_the_metrics(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "batchnorm"])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.parametrize("heads", [2, 4])
