@@ -11,7 +11,6 @@ from scipy import stats
 
 from benchmarks.power import NOISES, coverage, false_claims, power
 from gptexp.analysis.stats import Array, equivalence, fewest_seeds, holm, interval, judge, seeds_needed, sign_flip
-from tests.conftest import more
 
 values = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=9).map(np.array)
 
@@ -161,7 +160,8 @@ def test_coverage_of_the_interval(seeds: int, least: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [n if n == "normal" else more(n) for n in NOISES if not NOISES[n].opposed])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("noise", [n for n in NOISES if not NOISES[n].opposed])
 def test_at_most_one_sweep_in_twenty_declares_a_difference_that_is_none(noise: str) -> None:
     """1,000 sweeps of 6 variants and 10 seeds: 5 % and 2 standard errors of a thousand, 1.4 %."""
     assert false_claims(NOISES[noise], seeds=10, sweeps=1000) <= (0.05 if noise == "normal" else 0.064)

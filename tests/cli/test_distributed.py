@@ -7,7 +7,7 @@ import pytest
 
 from gptexp.records import read_metrics
 from gptexp.runs import Run
-from tests.conftest import TINY, finish, more, runs_of, spawn
+from tests.conftest import TINY, finish, runs_of, spawn
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5"]
 
@@ -21,7 +21,8 @@ def check_close(one: Run, two: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", [more("layernorm"), "batchnorm"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])
 def test_two_ranks_follow_one_process(norm: str, corpus: Path, tmp_path: Path) -> None:
     common = [*TINY, *LONGER, f"data.path={corpus}", f"norm={norm}"]
     for name, hardware in (("one", "cpu"), ("two", "ddp_cpu")):
