@@ -161,7 +161,7 @@ def write(tmp_path: Path) -> Callable[..., Run]:
 
 
 def more(*values: Any) -> Any:
-    """Values of a parameter that show again what others show, in more ways: slow, and not part of CI."""
+    """Parameter values for an exhaustive test: further variations of what the other values cover."""
     return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 
 
