@@ -21,13 +21,16 @@ class MetricsCSV(Logger):
 
     Args:
         path: of the file; rows are appended.
+
+    Attributes:
+        row: that is not in the file yet, by column.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
         self._table: Table | None = None
-        self._row: dict[str, float] = {}
+        self.row: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
     @property
@@ -57,22 +60,21 @@ class MetricsCSV(Logger):
             return
         if row["step"] == self._written.get("step") and row.keys() <= self._written.keys():
             return
-        if self._row and self._row["step"] != row["step"]:
+        if self.row and self.row["step"] != row["step"]:
             self.flush()
-        self._row = row | self._row  # what came first: the seconds of training, not those of the evaluation
+        self.row = row | self.row  # what came first: the seconds of training, not those of the evaluation
 
     @rank_zero_only
     def flush(self) -> None:
         """Write the row that is open, if there is one."""
-        if len(self._row) > 1:
+        if len(self.row) > 1:
             self._table = self._table or Table(self.path, METRICS)
-            self._table.append({k: int(v) if k in WHOLE else v for k, v in self._row.items()})
-            self._written, self._row = self._row, {}
+            self._table.append({k: int(v) if k in WHOLE else v for k, v in self.row.items()})
+            self._written, self.row = self.row, {}
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left and close the file."""
-        self.flush()
+        """Close the file; a row may still grow, as Lightning calls this between training and a last evaluation."""
         if self._table:
             self._table.close()
             self._table = None

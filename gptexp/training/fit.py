@@ -91,12 +91,13 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         if resuming is None:
             for path in run.growing:
                 path.unlink(missing_ok=True)
-    callbacks = _callbacks(run, config, processes, data, module, watch, quiet)
+    record = MetricsCSV(run.metrics_path)
+    callbacks = _callbacks(run, config, processes, data, module, record, watch, quiet)
     loggers: list[Logger] = []
     status: Status | None = None
     try:
         open_loggers(run, config, module, loggers)
-        loggers.append(MetricsCSV(run.metrics_path))  # the last: `trainer.logger` is one of the user's
+        loggers.append(record)  # the last: `trainer.logger` is one of the user's
         trainer = make_trainer(config, processes, loggers, callbacks, run.path)
         try:
             trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
@@ -111,6 +112,7 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
             raise KeyboardInterrupt from stop
         if config.trainer.profiler and processes.first:
             log.info("%s", trainer.profiler.summary())
+        record.flush()
         best = leave_results(run, status, trainer) if processes.first else math.nan
     finally:
         close_loggers(loggers, succeeded=status in ("done", "pruned"))
@@ -158,11 +160,11 @@ def _introduce(
 
 def _callbacks(
     run: Run, config: Config, processes: Processes, data: CharDataModule, module: GPTModule,
-    watch: Watch | None, quiet: bool,
+    record: MetricsCSV, watch: Watch | None, quiet: bool,
 ) -> list[Callback]:  # fmt: skip
     monitor = "val/loss" if config.eval_windows is None else "val/loss_windows"
     interval = config.checkpoint_interval or config.eval_interval
-    checkpoints = RunCheckpoints(run, config.fingerprint(), monitor, interval)
+    checkpoints = RunCheckpoints(run, record, config.fingerprint(), monitor, interval)
     # Slurm's warning before a job's time is up; srun hands it to all processes.
     warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
     folder = run.checkpoint("last").parent
@@ -176,7 +178,7 @@ def _callbacks(
     return [
         Evaluations(),
         *([Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []),
-        Throughput(module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size)),
+        Throughput(record, module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size)),
         SlowdownWarning(),
         Divergence(monitor, interval),
         *([Samples(run, sampler)] if sampler else []),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gptexp.data.tokenizer import tokenizer_from_dict
 from gptexp.records import read_metrics
@@ -148,6 +149,30 @@ def test_eval_windows(tiny: Tiny) -> None:
     assert a[0]["val/loss_windows"] != b[0]["val/loss"]
     assert some.result is not None
     assert some.result["best_val_loss"] == a[-1]["val/loss"]  # of the whole split, not of some windows
+    assert [row["step"] for row in a] == [row["step"] for row in b]  # the last one, too, is one row
+
+
+class FailsOnce(Callback):
+    """Ends a run between its last step and the evaluation of the whole validation split."""
+
+    def __init__(self, folder: str) -> None:
+        self.mark = Path(folder) / "failed"
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate" and not self.mark.exists():
+            self.mark.touch()
+            raise RuntimeError("on purpose")
+
+
+def test_a_run_that_ends_before_its_last_evaluation_is_resumed_to_the_same_row(
+    tiny: Tiny, command: Callable[..., int], corpus: Path, tmp_path: Path
+) -> None:
+    whole = tiny("whole", "eval_windows=5")
+    fails = "+callbacks.fails._target_=tests.training.test_fit.FailsOnce"
+    arguments = [*TINY, f"data.path={corpus}", "eval_windows=5", fails, f"+callbacks.fails.folder={tmp_path}"]
+    assert command(*arguments, f"hydra.run.dir={tmp_path / 'run'}") == 1
+    assert command(f"resume={tmp_path / 'run'}", fails) == 0
+    assert timeless(Run.open(tmp_path / "run")) == timeless(whole)
 
 
 @pytest.mark.parametrize("override", [

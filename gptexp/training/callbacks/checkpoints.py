@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
 
+from gptexp.loggers.metrics_csv import MetricsCSV
 from gptexp.records import cut
 from gptexp.runs import Run
 from gptexp.training.callbacks.evaluations import evaluation_due
-from gptexp.training.callbacks.throughput import flush
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -88,16 +88,18 @@ class RunCheckpoints(ModelCheckpoint):
 
     Args:
         run: whose checkpoints they are.
+        record: of its metrics.csv.
         fingerprint: of the configuration that they belong to.
         monitor: the metric whose lowest value is the best.
         interval: optimizer steps between two `last`.
     """
 
-    def __init__(self, run: Run, fingerprint: str, monitor: str, interval: int) -> None:
+    def __init__(self, run: Run, record: MetricsCSV, fingerprint: str, monitor: str, interval: int) -> None:
         folder = run.checkpoint("last").parent.absolute()
         super().__init__(dirpath=folder, filename="best", monitor=monitor, every_n_train_steps=interval,
                          save_on_train_epoch_end=False)  # fmt: skip
-        self.run, self.fingerprint, self.interval, self.saved_at = run, fingerprint, interval, -1
+        self.run, self.record, self.fingerprint, self.interval = run, record, fingerprint, interval
+        self.saved_at = -1
 
     def state_dict(self) -> dict[str, Any]:
         """The lowest loss so far; the paths are known."""
@@ -118,6 +120,8 @@ class RunCheckpoints(ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
         step, loss = trainer.global_step, trainer.callback_metrics[str(self.monitor)]
+        if self.monitor == "val/loss" or not trainer.should_stop:  # else the evaluation of the whole split follows
+            self.record.flush()
         self.current_score = loss
         if self.best_model_score is None or loss < self.best_model_score:
             self.best_model_score, self.best_model_path = loss.clone(), str(self.run.checkpoint("best"))
@@ -142,18 +146,17 @@ class RunCheckpoints(ModelCheckpoint):
                 logger.after_save_checkpoint(self)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the run's identity and the lengths, of what is on the disk for good."""
+        """Add the run's identity, the lengths of what is on the disk for good, and the row that is still to come."""
         sizes = {}
         if trainer.is_global_zero:
-            flush(trainer)
             for path in self.run.growing:
                 with suppress(FileNotFoundError), path.open("rb") as file:
                     os.fsync(file.fileno())
                     sizes[path.name] = file.seek(0, os.SEEK_END)
-        checkpoint["gptexp"] = {"config": self.fingerprint, "sizes": sizes}
+        checkpoint["gptexp"] = {"config": self.fingerprint, "sizes": sizes, "row": self.record.row}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Cut the files back.
+        """Cut the files back, and take up the row.
 
         Raises:
             UserError: for a file that has lost rows.
@@ -161,3 +164,4 @@ class RunCheckpoints(ModelCheckpoint):
         if trainer.is_global_zero and trainer.state.fn == "fit":
             for path in self.run.growing:
                 cut(path, checkpoint["gptexp"]["sizes"].get(path.name, 0))
+            self.record.row = checkpoint["gptexp"].get("row", {})

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
 
 from gptexp.data.datamodule import Batch
 from gptexp.loggers.metrics_csv import MetricsCSV
@@ -20,6 +19,7 @@ class Throughput(Callback):
     `log_every_n_steps` alone.
 
     Args:
+        record: writes metrics.csv.
         flops_per_token: floating-point operations of a training step per token.
         peak_flops: measures how many per second the devices can reach together.
 
@@ -29,8 +29,8 @@ class Throughput(Callback):
         eval_seconds: of evaluation and sampling.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: Callable[[], float]) -> None:
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+    def __init__(self, record: MetricsCSV, flops_per_token: float, peak_flops: Callable[[], float]) -> None:
+        self.record, self.flops_per_token, self.peak_flops = record, flops_per_token, peak_flops
         self.tokens, self.seconds, self.eval_seconds = 0, 0.0, 0.0
         self._peak: float | None = None
         self._logged = 0, 0.0  # tokens and seconds
@@ -73,9 +73,9 @@ class Throughput(Callback):
         self._logged, rate = (self.tokens, self.seconds), tokens / max(seconds, 1e-9)
         self._log(pl_module, tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate,
                   mfu=rate * self.flops_per_token / (self._peak or float("inf")))  # fmt: skip
-        log_step(trainer, MetricsCSV)
+        self.record.log_metrics(training_metrics(trainer), step=self._step)
         if not evaluates:
-            flush(trainer)
+            self.record.flush()
 
     def on_validation_start(self, trainer: Trainer, pl_module: GPTModule) -> None:
         """Time evaluations apart from training."""
@@ -88,8 +88,7 @@ class Throughput(Callback):
         self._log(pl_module, tokens=self.tokens, seconds=self.seconds)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Complete the row, and let the clock of training go on."""
-        flush(trainer)
+        """Let the clock of training go on."""
         now = time.perf_counter()
         self.eval_seconds += now - self._mark
         self._mark = now
@@ -103,21 +102,12 @@ class Throughput(Callback):
         self._mark = now
 
 
-def log_step(trainer: Trainer, kind: type[Logger] = Logger) -> None:
-    """Give loggers the training metrics of the step at hand, as Lightning does once the callbacks are done.
+def training_metrics(trainer: Trainer) -> dict[str, float]:
+    """What was logged of the step at hand, before any evaluation."""
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and k != "step"}
 
-    Args:
-        trainer: which logs.
-        kind: the class of loggers that get them.
-    """
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and k != "step"}
+
+def log_step(trainer: Trainer) -> None:
+    """Give loggers the training metrics of the step at hand, as Lightning does once the callbacks are done."""
     for logger in trainer.loggers:
-        if isinstance(logger, kind):
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def flush(trainer: Trainer) -> None:
-    """Write the rows of metrics.csv that are complete."""
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.flush()
+        logger.log_metrics(training_metrics(trainer), step=trainer.global_step)
