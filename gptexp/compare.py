@@ -94,12 +94,12 @@ def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import read_arguments, read_settings
+    from gptexp.validation import read, read_arguments
 
     named = [a for a in arguments if "=" not in a or Path(a).is_dir()]  # a directory's name may hold an =
     problems = [f"{name}: there is no such directory" for name in named if not Path(name).is_dir()]
     values = read_arguments([a for a in arguments if a not in named], problems)
-    config = read_settings(CompareConfig, values, problems)
+    config: CompareConfig | None = read(CompareConfig, "", values, problems)
     if not named:
         problems.append("no directory is given; name sweeps or runs, such as outputs/sweeps/norms")
     if problems or config is None:

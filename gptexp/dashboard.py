@@ -78,11 +78,11 @@ def parse(arguments: Sequence[str]) -> DashboardConfig:
         UserError: with a line for every mistake, and for what is missing to do as asked.
     """
     from gptexp.tracking import has_api_key
-    from gptexp.validation import read_arguments, read_settings
+    from gptexp.validation import read, read_arguments
 
     problems: list[str] = []
     values = read_arguments(arguments, problems)
-    config = read_settings(DashboardConfig, values, problems)
+    config: DashboardConfig | None = read(DashboardConfig, "", values, problems)
     if find_spec("wandb_workspaces") is None:
         problems.append("wandb-workspaces is not installed; pip install 'gptexp[dashboard]'")
     if not values.get("spec") and not has_api_key():

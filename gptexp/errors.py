@@ -1,6 +1,7 @@
 """The ways in which a command can end early."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class UserError(Exception):
@@ -23,50 +24,30 @@ class RunFailed(Exception):
 
 
 class Diverged(Exception):
-    """A run's loss or gradient is no longer finite.
-
-    Attributes:
-        step: optimizer steps done.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"diverged at step {step}")
-        self.step = step
+    """A run's loss or gradient is no longer finite."""
 
 
+@dataclass(eq=False)
 class Stopped(Exception):
-    """Training was stopped by a signal, after saving. Within a Trainer, which has ways of its own with Ctrl-C.
+    """Training was stopped by a signal, after saving. Within a Trainer, which has ways of its own with Ctrl-C."""
 
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by signal {number}")
-        self.signal = number
+    signal: int  # its number
 
 
+@dataclass(eq=False)
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal, after saving.
+    """A run was stopped by a signal, after saving."""
 
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.signal = number
+    signal: int  # its number
 
 
+@dataclass(eq=False)
 class GroupFailed(BaseException):
-    """The processes of a command end, because one of them failed. No `Exception`: nothing may go on after it.
+    """The processes of a command end, because one of them failed. No `Exception`: nothing may go on after it."""
 
-    Attributes:
-        status: what all exit with.
-        problems: one line for each mistake, or the fault.
-        mine: whether it was this process, which then says so.
-    """
+    status: int  # what all exit with
+    problems: list[str]  # one line for each mistake, or the fault
+    mine: bool  # whether it was this process, which then says so
 
-    def __init__(self, status: int, problems: list[str], mine: bool) -> None:
-        super().__init__("; ".join(problems) or f"stopped with status {status}")
-        self.status, self.problems, self.mine = status, problems, mine
+    def __str__(self) -> str:
+        return "; ".join(self.problems) or f"stopped with status {self.status}"

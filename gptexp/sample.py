@@ -57,12 +57,12 @@ def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import nearest, read_arguments, read_settings
+    from gptexp.validation import nearest, read, read_arguments
 
     problems: list[str] = []
     prompts = [a.partition("=")[2] for a in arguments if a.startswith("prompt=")]
     values = read_arguments([a for a in arguments if not a.startswith("prompt=")], problems)
-    config = read_settings(SampleConfig, values, problems)
+    config: SampleConfig | None = read(SampleConfig, "", values, problems)
     if "run" not in values and not any(p.startswith("run") for p in problems):
         hint = next((nearest(a, ["run"]) for a in arguments if "=" not in a), "")
         problems.append(f"run: is missing; give the run directory as run=DIR{hint}")

@@ -8,12 +8,11 @@ from dataclasses import is_dataclass
 from functools import cache
 from inspect import isfunction
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 Tree = dict[str, Any]
-_T = TypeVar("_T")
 
 
 def read_arguments(arguments: Iterable[str], problems: list[str]) -> Tree:
@@ -31,12 +30,6 @@ def read_arguments(arguments: Iterable[str], problems: list[str]) -> Tree:
         else:
             values[key] = None if value == "null" else value
     return values
-
-
-def read_settings(cls: type[_T], tree: Mapping[str, Any], problems: list[str]) -> _T | None:
-    """An instance of the settings dataclass cls, or None after adding a line to problems for each mistake."""
-    settings: _T | None = read(cls, "", tree, problems)
-    return settings
 
 
 def read(hint: Any, key: str, value: Any, problems: list[str], skip: Collection[str] = ()) -> Any:

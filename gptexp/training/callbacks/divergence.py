@@ -34,9 +34,9 @@ class Divergence(Callback):
         if (due or pl_module.device.type == "cpu") and not math.isfinite(float(pl_module.grad_norm)):
             pl_module.log_step(step)
             log_step(trainer)
-            raise Diverged(step)
+            raise Diverged
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
         """Look at the validation loss."""
         if not math.isfinite(float(trainer.callback_metrics.get(self.monitor, 0.0))):
-            raise Diverged(trainer.global_step)
+            raise Diverged
