@@ -12,16 +12,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
 from hypothesis import HealthCheck, settings
 
 from benchmarks.compare import write_run
 from gptexp import perf
-from gptexp.config import Config
-from gptexp.overrides import compose_config
+from gptexp.config import Config, plain, read_config
+from gptexp.groups import VERSION_BASE, Composer, conf_dir, register_choices
 from gptexp.records import METRICS, TIMES
 from gptexp.runs import Run
 
@@ -116,11 +118,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
-def tiny(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[..., Run]:
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Run]:
     """Trains a tiny run in this process, with more overrides, and returns it."""
 
     def run(name: str, *overrides: str) -> Run:
-        assert command(*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / name}", *overrides) == 0
+        train(composed(*TINY, f"data.path={corpus}", *overrides), tmp_path / name)
         return Run.open(tmp_path / name)
 
     return run
@@ -129,7 +131,7 @@ def tiny(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable[
 @pytest.fixture(scope="session")
 def _finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(compose_config([*TINY, f"data.path={corpus}"]), folder)
+    train(composed(*TINY, f"data.path={corpus}"), folder)
     return folder
 
 
@@ -182,6 +184,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, s
     """Exit status, standard output and standard error of a process."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration of a command line; of those that choose the same groups, Hydra composes one alone."""
+    register_choices()
+    with initialize_config_dir(conf_dir(), version_base=VERSION_BASE, job_name="gptexp"):
+        return read_config(plain(_composer().compose(overrides)))
+
+
+@cache
+def _composer() -> Composer:
+    return Composer("config")
 
 
 def train(config: Config, path: Path) -> float:

@@ -106,7 +106,7 @@ def test_documents_with_batchnorm(norm: str, tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tiny: Tiny, capfd: pytest.CaptureFixture[str]
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
     steep = ["optimizer=sgd", "optimizer.learning_rate=1e4", "grad_clip=0"]
     run = tiny("run", "norm=none", *steep, "checkpoint_interval=1")
@@ -114,7 +114,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
     rows = read_metrics(run.metrics_path)
     assert rows[-1]["step"] < 24
     assert not math.isfinite(rows[-1]["grad_norm"])
-    assert "diverged at step" in capfd.readouterr().out
+    assert "diverged at step" in caplog.text
     kept = torch.load(run.checkpoint("last"), weights_only=True)
     assert kept["global_step"] < rows[-1]["step"]
     assert all(bool(v.isfinite().all()) for v in kept["state_dict"].values())
