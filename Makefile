@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow test-exhaustive lint clean
+.PHONY: train test test-slow test-exhaustive test-parity lint clean
 
 train: $(VENV)/train
 	$(BIN)/python -m gptexp.train $(ARGS)
@@ -17,6 +17,9 @@ test-slow: $(VENV)/dev
 
 test-exhaustive: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive $(ARGS)
+
+test-parity: $(VENV)/parity
+	$(BIN)/python -m pytest tests/parity $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -37,3 +40,7 @@ $(VENV)/train: pyproject.toml | $(BIN)/python
 $(VENV)/dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/train
+
+$(VENV)/parity: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	@touch $@
