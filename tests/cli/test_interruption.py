@@ -90,6 +90,7 @@ def check_same(run: Run, unbroken: Run) -> None:
     assert {k: run.result[k] for k in keep} == {k: unbroken.result[k] for k in keep}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *map(more, range(1, 10))])
 def test_killed_and_resumed_is_as_unbroken(
     seed: int, corpus: Path, tmp_path: Path, unbroken: Run, command: Callable[..., int],

@@ -21,7 +21,8 @@ def proxy() -> Iterator[socket.socket]:
         yield server
 
 
-@pytest.mark.parametrize("logger", ["wandb", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["wandb", "none"])
 def test_a_run_without_an_account_connects_to_nothing(
     logger: str, corpus: Path, tmp_path: Path, proxy: socket.socket
 ) -> None:

@@ -85,7 +85,9 @@ print(json.dumps([mkl_kernels.active(), worst, problems]))
 
 
 @pytest.mark.parametrize(
-    "how", ["", "unwanted", "unchosen", "late", "absent", "product before", "unasked"]
+    "how",
+    ["", "unwanted", "unchosen",
+     *(pytest.param(how, marks=pytest.mark.slow) for how in ("late", "absent", "product before", "unasked"))],
 )
 def test_products_are_right_and_what_is_active_is_known(how: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True)
