@@ -119,11 +119,9 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, wh
 
 
 def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
-    """Build a `Config` from a plain tree.
+    """Build a `Config` from a plain tree of settings; a missing key takes its default.
 
-    Args:
-        tree: nested settings; a missing key takes its default.
-        cross_check: also check settings against each other.
+    The settings are checked against each other, too, if `cross_check`.
 
     Raises:
         UserError: with one line for every problem, all of them together.
@@ -188,11 +186,9 @@ def _first_line(error: Exception) -> str:
 
 
 def read_section(name: str, given: Any) -> Any:
-    """One section by itself, such as "model", from a plain tree or from its dataclass.
+    """One section by itself, such as "model", from a plain tree or from its dataclass; None is the default.
 
-    Args:
-        name: of the section.
-        given: None is the default; a model's `vocab_size` may be set, too.
+    A model's `vocab_size` may be set, too.
 
     Raises:
         UserError: with one line for every problem.

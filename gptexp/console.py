@@ -44,9 +44,7 @@ def silenced(*names: str) -> Iterator[None]:
 def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
     """Turn errors into an exit status, 2 for a user's mistake and 1 for a fault, and a line each on standard error.
 
-    Args:
-        errors: show the lines.
-        messages: show what is logged on standard output.
+    What is logged goes to standard output. Both can be turned off.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -76,11 +76,7 @@ def each(override: Override) -> list[str]:
 
 
 class Groups:
-    """The groups of a configuration and their choices. Hydra must be initialized.
-
-    Args:
-        search: the override of `hydra.searchpath`, if there is one.
-    """
+    """The groups of a configuration and their choices. Hydra must be initialized."""
 
     def __init__(self, search: Sequence[str] = ()) -> None:
         self._loader, self._search = GlobalHydra.instance().config_loader(), list(search)

@@ -28,8 +28,7 @@ def at_work() -> Iterator[None]:
 def end_with_parent(parent: int | None = None) -> None:
     """From now on, when this worker's parent is gone, have the run save as at any SIGTERM, and end the process.
 
-    Args:
-        parent: its id, if it may be gone already.
+    The parent's id is given if it may be gone already.
     """
     parent = os.getppid() if parent is None else parent
 

@@ -202,9 +202,7 @@ class _Check:
     def check_contradictions(self, params: Sequence[Override], overrides: Sequence[Override]) -> None:
         """No setting may be set under two names, such as a group's choice and a value, or a short name and a long one.
 
-        Args:
-            params: the overrides that a file of conf/ makes a sweep of.
-            overrides: of the command, which go before them.
+        The overrides of the command go before those that a file of conf/ makes a sweep of, `params`.
         """
         given = {o.key_or_group for o in overrides}
         params = [o for o in params if o.key_or_group not in given]
@@ -219,11 +217,9 @@ class _Check:
                     self.problems.append(f"{override.input_line}: {other.input_line} sets {key}, too; {advice}")
 
     def sets(self, override: Override, whole: bool = False) -> dict[str, list[str]]:
-        """The values, as text, of the settings that an override is about, by dotted key.
+        """The values, as text, of the settings that an override, a value or a group's choice, is about, by dotted key.
 
-        Args:
-            override: a value, or the choice of a group.
-            whole: also those of a choice that is more than other words for one setting, as norm=rmsnorm is.
+        With `whole`, also those of a choice that is more than other words for one setting, as norm=rmsnorm is.
         """
         key = override.key_or_group
         found: dict[str, list[str]] = {}
@@ -240,13 +236,7 @@ class _Check:
         return found
 
     def check_values(self, whole: DictConfig, overrides: Sequence[Override], cross_check: bool) -> None:
-        """Settings must exist and have values that are allowed.
-
-        Args:
-            whole: the configuration but for the values.
-            overrides: that compose.
-            cross_check: also check settings against each other.
-        """
+        """Settings must exist, in the whole configuration but for the values, and have values that are allowed."""
         sound = []
         of_norms = tuple(f"model.norms.{name}." for name in NORMS)  # an unknown one is told with those that there are
         for override in overrides:

@@ -53,11 +53,7 @@ class Run:
     def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
         """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
-        Args:
-            wanted: the directory.
-            config: every setting.
-            info: what run.json is to hold.
-            named: whether the user gave the directory, and will look for the run just there.
+        If the user has named it, the run will be looked for just there. run.json is to hold `info`.
 
         Raises:
             UserError: when the folder cannot be written, or was named and is taken.
@@ -152,11 +148,8 @@ class Run:
     def check_resumable(self, requested: Mapping[str, Any]) -> Config:
         """The configuration to go on with: the run's own, or with more steps if `max_steps` asks for them.
 
-        Args:
-            requested: the settings that the user asks for along with `resume`, by dotted key.
-
         Raises:
-            UserError: when the run is at its end, or its configuration differs from what is requested.
+            UserError: when the run is at its end, or its configuration differs from what is requested, by dotted key.
         """
         config = self.config
         own = flatten(config.tree())
@@ -209,11 +202,8 @@ class Run:
     def lock(self, timeout: float = 0) -> AbstractContextManager[Any]:
         """Hold the run for this process, while the result is entered; the system frees it if the process dies.
 
-        Args:
-            timeout: seconds to wait for another process to free it.
-
         Raises:
-            UserError: when another process trains this run.
+            UserError: when another process trains this run, and does not free it within so many seconds.
         """
         try:
             return FileLock(self.path / ".lock", timeout=timeout).acquire()

@@ -72,10 +72,7 @@ def job(tree: "DictConfig") -> float | None:
 def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     """Train a configuration, or go on with the run that it names.
 
-    Args:
-        config: every setting.
-        folder: the new run's directory; "." makes one of the time and the run's name.
-        overrides: the command's own.
+    The new run's directory is `folder`; "." makes one of the time and the run's name.
 
     Returns:
         the lowest validation loss, in nats per token.

@@ -23,23 +23,16 @@ class MediaLogger(Protocol):
 
 
 def log_settings(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Log a run's settings.
-
-    Args:
-        logger: any.
-        values: nested, by name. MLflow keeps those that a resumed run had before.
-    """
+    """Log a run's settings, nested, by name. MLflow keeps those that a resumed run had before."""
     if isinstance(logger, MLFlowLogger) and logger.experiment.get_run(logger.run_id).data.params:
         return
     logger.log_hyperparams(dict(values))
 
 
 def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
-    """Log the newest of a run's sampled texts, or all of them where a logger takes a table.
+    """Log the newest of a run's sampled texts, or all of them where a logger takes a table; a logger may take none.
 
-    Args:
-        logger: any; one that takes no text is left alone.
-        samples: steps and texts, oldest first.
+    The samples are steps and texts, oldest first.
     """
     step, text = samples[-1]
     match logger:
@@ -52,13 +45,7 @@ def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
 
 
 def log_figure(logger: Logger, path: Path, step: int) -> None:
-    """Log a picture under the name of its file.
-
-    Args:
-        logger: any; one that takes no picture is left alone.
-        path: a PNG file.
-        step: optimizer steps done.
-    """
+    """Log a picture, a PNG file, under its name after so many optimizer steps; a logger may take none."""
     match logger:
         case TensorBoardLogger():
             from matplotlib.image import imread
@@ -71,12 +58,7 @@ def log_figure(logger: Logger, path: Path, step: int) -> None:
 
 
 def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Log what stands for the whole run.
-
-    Args:
-        logger: any; one that keeps no summary is left alone.
-        values: numbers and texts by name.
-    """
+    """Log numbers and texts that stand for the whole run, by name; a logger may take none."""
     match logger:
         case TensorBoardLogger():
             rows = [f"| {name} | {value} |" for name, value in values.items()]

@@ -49,13 +49,9 @@ log = logging.getLogger("gptexp")
 
 
 def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool = False) -> float:
-    """Train the run to its end and write everything that it leaves behind.
+    """Train a run from its start or its last checkpoint to its end, and write everything that it leaves behind.
 
-    Args:
-        run: a claimed run directory, new or stopped before its end.
-        processes: that train it together, this one among them.
-        watch: is given the step and loss of each evaluation, and may prune the run.
-        quiet: show no progress.
+    The function `watch` is given the step and loss of each evaluation, and may prune the run.
 
     Returns:
         the lowest validation loss, in nats per token; nan for a run that diverged before its first evaluation.

@@ -50,9 +50,7 @@ def accelerator(config: HardwareConfig) -> str:
 def world_size(config: Config, processes: Processes) -> int:
     """The number of processes that train a run of these settings, one per device.
 
-    Args:
-        config: every setting.
-        processes: of this command. If torchrun or Slurm started them, their number counts.
+    If torchrun or Slurm started the processes of this command, their number counts.
 
     Raises:
         UserError: when the machine has fewer devices, or the batch cannot be shared out among them.
@@ -85,11 +83,7 @@ def world_size(config: Config, processes: Processes) -> int:
 def thread_count(model: LanguageModel, config: Config, devices: int, before: int | None = None) -> int:
     """The number of CPU threads that the settings mean: a rule, so the same run has the same threads on this machine.
 
-    Args:
-        model: to be trained.
-        config: the run's.
-        devices: number of processes on this machine.
-        before: what the run had before it was stopped, since its last digits depend on it.
+    A run that goes on keeps those that it had before, since its last digits depend on their number.
     """
     threads = config.hardware.threads
     if threads != "auto" or accelerator(config.hardware) != "cpu":
@@ -100,14 +94,10 @@ def thread_count(model: LanguageModel, config: Config, devices: int, before: int
 
 
 def useful_threads(flops: float, cores: int) -> int:
-    """How many threads a training step can use.
+    """How many threads, of at most `cores`, a training step of so many floating-point operations a micro-batch can use.
 
     Up to two always: on two cores, none of eight sizes of model was slower with two threads than with one. Each
     further thread needs `FLOPS_PER_THREAD`.
-
-    Args:
-        flops: floating-point operations of a micro-batch in one process.
-        cores: that the process may use.
     """
     return max(1, min(cores, max(2, int(flops / FLOPS_PER_THREAD))))
 
@@ -140,12 +130,7 @@ def precision(config: HardwareConfig) -> str:
 
 
 def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
-    """The arguments of Lightning's Trainer that the settings stand for.
-
-    Args:
-        config: every setting.
-        processes: that train together.
-    """
+    """The arguments of Lightning's Trainer that the settings stand for."""
     hardware, kind = config.hardware, accelerator(config.hardware)
     strategy: Any = "auto"
     if hardware.strategy == "fsdp":  # block by block, so that no process ever holds the whole model

@@ -65,13 +65,8 @@ def claim(
 ) -> Run:
     """A new run directory, once everything that can be checked before training is right.
 
-    Args:
-        config: every setting.
-        path: the directory.
-        name: the run's readable name.
-        group: the sweep that the run belongs to.
-        command: the command line.
-        named: whether the user gave the directory; otherwise a number is added to its name if it is taken.
+    The run gets a readable name, the group of its sweep and the command line. If the directory is taken, a number is
+    added to its name, unless the user has named it.
 
     Raises:
         UserError: for a mistake in the data, the hardware, a callback or a logger, or a directory that is taken.
@@ -142,12 +137,9 @@ def _gather(cluster: str, timeout: float) -> "Processes":
 
 
 def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run | None:
-    """The run that `config.resume` names, or None where resume=auto finds none.
+    """The run that `config.resume` names, as `key`, or None where resume=auto finds none.
 
-    Args:
-        config: every setting.
-        requested: the settings that the command names; the run may not contradict them.
-        key: what the command calls the run.
+    It may not contradict the settings that the command names, `requested`.
 
     Raises:
         UserError: when there is no such run, it is done, its configuration differs, or it names classes of other
@@ -173,12 +165,12 @@ def run_to_resume(config: Config, requested: Mapping[str, Any], key: str) -> Run
 def train_together(
     processes: "Processes", lead: Callable[[Train], float | None], watch: "Watch | None" = None, quiet: bool = False
 ) -> float | None:
-    """Let the first process find or make a run, and train it with all of them.
+    """Let the first process find or make a run, and train it with all of them, which have met.
 
     Args:
-        processes: of this command, this one among them; they have met.
+        processes: of this command, this one among them.
         lead: called in the first process; gets the function that trains, and calls it with a run at most once.
-        watch: is given the step and loss of each evaluation, and may prune the run.
+        watch: see `fit`.
         quiet: show no progress.
 
     Returns:

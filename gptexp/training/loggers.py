@@ -26,19 +26,13 @@ log = logging.getLogger("gptexp")
 
 
 def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logger]) -> None:
-    """Open the loggers of the configuration, and log its settings.
+    """Open the loggers of the configuration, add them to `loggers`, and log the settings.
 
     A service that keeps runs of its own, as W&B and MLflow do, gives each an id. It is kept in run.json, so that a
-    resumed run goes on in the same one.
-
-    Args:
-        run: the run's directory.
-        config: every setting. With `trainer.fast_dev_run` Lightning records nothing, so none is opened.
-        module: that is going to be trained.
-        loggers: those that are open are added to it, also where a later one fails.
+    resumed run goes on in the same one. With `trainer.fast_dev_run` Lightning records nothing, so none is opened.
 
     Raises:
-        UserError: when one refuses its arguments.
+        UserError: when one refuses its arguments; those before it are in `loggers`.
     """
     settings = replace(config, model=module.model.config).essence()  # which knows the size of the vocabulary
     for name, entry in config.logger.items() if not config.trainer.fast_dev_run else ():
@@ -72,12 +66,7 @@ def open_loggers(run: Run, config: Config, module: GPTModule, loggers: list[Logg
 
 
 def close_loggers(loggers: list[Logger], succeeded: bool) -> None:
-    """Close loggers, and wait until everything is where it belongs.
-
-    Args:
-        loggers: open, or closed already by Lightning, after which something more was logged.
-        succeeded: whether the run came to its end.
-    """
+    """Close loggers, some of which Lightning has closed before, and wait until everything is where it belongs."""
     for logger in loggers:
         try:
             logger.finalize("success" if succeeded else "failed")

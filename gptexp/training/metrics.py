@@ -11,12 +11,7 @@ from gptexp.data.batches import IGNORED
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over all targets that are not padding.
-
-    Args:
-        logits: (N, L, V).
-        targets: (N, L) int64.
-    """
+    """Negative log-likelihood in nats of targets (N, L) under logits (N, L, V), summed over all but padding."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
@@ -24,9 +19,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelMetrics(Metric):
     """Counts that add up exactly, over batches and over ranks; padding enters none of them.
 
-    Args:
-        chars_per_token: mean number of characters that one token stands for.
-        wide: sum in float64, which not every device has.
+    Sums are in float64 if they are to be wide; not every device has it.
     """
 
     full_state_update = False

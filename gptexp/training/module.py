@@ -124,11 +124,7 @@ class GPTModule(LightningModule):
             self.log_step(step)
 
     def log_step(self, step: int) -> None:
-        """Log the training metrics of an optimizer step.
-
-        Args:
-            step: its number, from 1 on.
-        """
+        """Log the training metrics of an optimizer step, counted from 1 on."""
         self.log("train/loss", self.step_loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log_dict({"grad_norm": self.grad_norm, "learning_rate": self.exact(self.rate), "step": float(step)})
 

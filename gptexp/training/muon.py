@@ -28,22 +28,15 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
 
 
 class Muon(Optimizer):
-    """The optimizer of two kinds of parameter groups.
+    """The optimizer of two kinds of parameter groups, each with "lr" and "weight_decay".
 
     A group with "parts" holds matrices, each of that many matrices of equal size one below the other, such as the
     three of queries, keys and values: with momentum m, and gradient g,
     m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g, w <- w (1 - lr weight_decay) - lr scale O(u),
     where O makes orthogonal and scale is the root of max(1, rows / columns), as in `torch.optim.Muon`. That one works
     in bfloat16 on one matrix at a time; this one in the gradient's own precision, and on all matrices of a shape
-    together, which takes less than half of the time on a CPU without bfloat16. Every other group is AdamW's.
-
-    Args:
-        groups: parameter groups, each with "lr" and "weight_decay".
-        momentum: of the matrices.
-        iterations: of `orthogonalized`.
-        betas: AdamW's.
-        eps: AdamW's.
-        fused: AdamW in one kernel.
+    together, which takes less than half of the time on a CPU without bfloat16. Every other group is AdamW's, with its
+    betas and eps, and in one kernel if `fused`.
     """
 
     def __init__(

@@ -77,15 +77,10 @@ def parameters(cls: type) -> Mapping[str, inspect.Parameter]:
 
 
 def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
-    """Build one object.
-
-    Args:
-        key: of its entry, for messages.
-        entry: `_target_` and arguments.
-        defaults: for arguments that the class has and the entry leaves out.
+    """Build an object of its `_target_` and arguments; `defaults` are for those that the class has and the entry lacks.
 
     Raises:
-        UserError: when the class refuses its arguments.
+        UserError: when the class refuses its arguments; the line begins with key.
     """
     known = parameters(get_class(entry["_target_"]))
     named = {k: v for k, v in defaults.items() if k in known and k not in entry}
@@ -109,13 +104,8 @@ def targets(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, st
 def check_trust(config: Config, requested: Mapping[str, Any], key: str) -> None:
     """Refuse to build what a stored configuration names beyond the callbacks and loggers of Lightning and gptexp.
 
-    Args:
-        config: the stored one.
-        requested: settings that the command names again, and so allows.
-        key: of the run, for messages.
-
     Raises:
-        UserError: with a line for each other class.
+        UserError: with a line for each class that is neither of these nor among the settings that the command requests.
     """
     strange = []
     for section, kind in KINDS.items():

@@ -20,12 +20,7 @@ log = logging.getLogger("gptexp")
 
 
 def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
-    """Write result.json, the pictures and the final status, and say how the run ended.
-
-    Args:
-        run: the run's directory.
-        status: how it ended.
-        trainer: after training; its loggers get a summary and the pictures.
+    """Write result.json, the pictures and the final status, tell the loggers of them, and say how the run ended.
 
     Returns:
         the lowest loss over the whole validation split, in nats per token; nan if there is none.

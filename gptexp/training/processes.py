@@ -87,9 +87,6 @@ class Processes:
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Refuse processes that were started with different settings; the others hear of it when they are told more.
 
-        Args:
-            settings: plain values by dotted key.
-
         Raises:
             UserError: in the first process, with a line for each setting that differs.
         """
@@ -109,11 +106,7 @@ class Processes:
     def lead(self, work: Callable[[], T], follow: Callable[[Any], Any]) -> T | None:
         """Let the first process do some work, in which it may `tell` the others what to do with it.
 
-        Inside such work this does further work at once.
-
-        Args:
-            work: for the first process.
-            follow: what the others do with each value that they are told.
+        With each value that they are told, the others do `follow`. Inside such work this does further work at once.
 
         Returns:
             what `work` returns; None on the other processes.
@@ -135,11 +128,7 @@ class Processes:
         return result
 
     def fail(self, status: int, problems: list[str]) -> GroupFailed:
-        """End all processes.
-
-        Args:
-            status: to exit with.
-            problems: what to say, a line each.
+        """End all processes with a status and problems, a line each.
 
         Returns:
             what to raise: these problems, or those of the process that failed first.
@@ -204,12 +193,10 @@ def _of(environment: ClusterEnvironment, nodes: float) -> Processes:
 def meet(group: Processes, seconds: float) -> None:
     """Connect to the store of all processes; from then on only the first one logs to the terminal.
 
-    Args:
-        group: the processes; nothing happens if they have met, or are one.
-        seconds: to wait for the others.
+    Nothing happens if they have met, or are one.
 
     Raises:
-        UserError: when they do not come.
+        UserError: when the others do not come within so many seconds.
     """
     if group.world_size == 1 or group.store is not None:
         return
@@ -247,12 +234,8 @@ def _answers(host: str, port: int, seconds: float) -> bool:
 def connected(group: Processes, log_path: Path) -> Iterator[None]:
     """Around a run that the processes train together: torch.distributed is ready, and a failure of one ends all.
 
-    Args:
-        group: the processes, which have met.
-        log_path: the file that holds the traceback.
-
     Raises:
-        GroupFailed: when this process or another one failed.
+        GroupFailed: when this process or another one failed; the file `log_path` holds the traceback.
     """
     if group.store is None:
         yield

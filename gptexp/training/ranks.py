@@ -26,11 +26,7 @@ def several() -> bool:
 
 
 def end_together(status: int, problems: list[str]) -> GroupFailed:
-    """End the other processes of this command, if there are any, before this one ends.
-
-    Args:
-        status: to exit with.
-        problems: what to say, a line each.
+    """End the other processes of this command, if there are any, with a status and problems, before this one ends.
 
     Returns:
         what ended the command first, in this process or in another one.

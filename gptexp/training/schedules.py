@@ -6,14 +6,9 @@ from gptexp.training.settings import CosineConfig, LinearConfig, ScheduleConfig,
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """The learning rate of a step as a fraction of the peak.
+    """The learning rate of a step, from 0 on, as a fraction of the peak.
 
     Warmup climbs in a straight line and reaches the peak at step `warmup_steps`: (step + 1) / (warmup_steps + 1).
-
-    Args:
-        config: the schedule.
-        step: optimizer steps already done; the first step is 0.
-        max_steps: steps of the whole run.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

@@ -20,11 +20,9 @@ from gptexp.training.checkpoint import INDEX, REST
 
 
 def read_sharded(path: Path, weights: bool = True) -> dict[str, Any]:
-    """A checkpoint's content, as that of a single file; the optimizer's state is left out.
+    """The content of a sharded checkpoint, as that of a single file; the optimizer's state is left out.
 
-    Args:
-        path: of the directory.
-        weights: read `state_dict`; without, it is empty.
+    Without weights, `state_dict` is empty.
 
     Raises:
         pickle.UnpicklingError: when it holds more than tensors and plain values.

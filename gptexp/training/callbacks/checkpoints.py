@@ -39,14 +39,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def save_durably(trainer: Trainer, path: Path) -> None:
-    """Save a checkpoint so that a crash at any moment leaves the old one or the new one.
+    """Save a checkpoint so that a crash at any moment leaves the old one or the new one; every rank calls this.
 
     A model that is shared out among processes becomes a directory, to which each of them writes its part; path is then
     a link to it, which is put in place once all of it is on the disk.
-
-    Args:
-        trainer: whose state it is; every rank calls this.
-        path: of the checkpoint.
     """
     if not isinstance(trainer.strategy, FSDPStrategy):  # `DurableCheckpointIO` does so
         trainer.save_checkpoint(path)
@@ -58,11 +54,9 @@ def save_durably(trainer: Trainer, path: Path) -> None:
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Make a link to a directory beside it, in place of the one that is there, and remove the directories before it.
+    """Make a link to a directory beside it, and remove the directories before it.
 
-    Args:
-        folder: the directory.
-        path: of the link, or of a checkpoint that is no link, to be replaced.
+    The link takes the place of the one that is there, or of a directory, as in a copy of a run.
     """
     for file in folder.iterdir():
         with file.open("rb") as content:
@@ -81,17 +75,11 @@ def publish(folder: Path, path: Path) -> None:
 class RunCheckpoints(ModelCheckpoint):
     """Keeps best.ckpt, the lowest validation loss, and last.ckpt, from which a run is resumed.
 
-    `best` is replaced before `last`. A run killed between the two resumes from the older `last`, comes to the same
-    evaluation and writes the same `best` again. The untrained model is saved, too, so a run has both checkpoints from
-    its first evaluation on, and run.json says so: one that is missing later is lost. Each holds the length of the run's
-    growing files, which are cut back to it when the run is resumed, so that they end as an unbroken run's would.
-
-    Args:
-        run: whose checkpoints they are.
-        record: of its metrics.csv.
-        fingerprint: of the configuration that they belong to.
-        monitor: the metric whose lowest value is the best.
-        interval: optimizer steps between two `last`.
+    `best` is replaced before `last`, which is saved every `interval` steps. A run killed between the two resumes from
+    the older `last`, comes to the same evaluation and writes the same `best` again. The untrained model is saved, too,
+    so a run has both checkpoints from its first evaluation on, and run.json says so: one that is missing later is lost.
+    Each holds the fingerprint of its configuration, and the length of the run's growing files, which are cut back to it
+    when the run is resumed, so that they end as an unbroken run's would.
     """
 
     def __init__(self, run: Run, record: MetricsCSV, fingerprint: str, monitor: str, interval: int) -> None:

@@ -53,10 +53,6 @@ class Diagnostics(Callback):
 
     Training goes on exactly as it would without: the model is hooked for one forward pass, and the hooks draw no
     random number and change nothing. Comes before `Throughput`, which then counts the time of this as training.
-
-    Args:
-        run: where diagnostics.csv is.
-        interval: steps between measurements.
     """
 
     def __init__(self, run: Run, interval: int) -> None:
@@ -111,12 +107,9 @@ class Diagnostics(Callback):
 
 
 def watch(model: nn.Module, mask: Tensor | None, values: Values) -> list[RemovableHandle]:
-    """Hook a model so that its forward passes are measured, until the hooks are removed.
+    """Hook a model so that its forward passes are measured into `values`, until the hooks are removed.
 
-    Args:
-        model: any of gptexp.models.
-        mask: None, or (N, L) bool that is False at the padding of the batch to come.
-        values: where what is measured goes.
+    The mask, if any, is (N, L) bool, False at the padding of the batch to come.
     """
     hooks: list[RemovableHandle] = []
 
@@ -177,11 +170,7 @@ def attention(
 ) -> dict[str, Tensor]:
     """attention_entropy and max_attention_logit of the layer's input x (N, L, C), in the precision of its weights.
 
-    Args:
-        layer: to be measured.
-        real: picks the positions that are not padding: (N, L, H) to (positions, H).
-        x: its input.
-        rope: its other input.
+    The function `real` picks the positions that are not padding: (N, L, H) to (positions, H).
     """
     L, x = x.shape[1], x.to(layer.qkv.weight.dtype)
     entropy, largest = [], []

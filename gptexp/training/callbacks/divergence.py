@@ -15,11 +15,8 @@ class Divergence(Callback):
     """Raises `Diverged`, before anything of that step is saved.
 
     On the CPU the gradient's norm is looked at after every step. Elsewhere a look waits for the device, so there it
-    comes with the rows of metrics and with checkpoints. Every rank sees the same norm, so all stop together.
-
-    Args:
-        monitor: the validation metric.
-        interval: steps between checkpoints.
+    comes with the rows of metrics and with checkpoints, every `interval` steps. Every rank sees the same norm, so all
+    stop together.
     """
 
     def __init__(self, monitor: str, interval: int) -> None:

@@ -22,12 +22,7 @@ class Evaluations(Callback):
 
 
 def evaluation_due(trainer: Trainer, step: int | None = None) -> bool:
-    """Whether the Trainer evaluates after an optimizer step.
-
-    Args:
-        trainer: that trains.
-        step: the number of the step, from 1 on; None is the last one done.
-    """
+    """Whether the Trainer evaluates after an optimizer step, counted from 1 on; None is the last one done."""
     interval, step = trainer.val_check_batch, trainer.global_step if step is None else step
     if not trainer.enable_validation or interval is None or math.isinf(interval):
         return False

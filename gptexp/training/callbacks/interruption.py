@@ -16,14 +16,10 @@ from gptexp.training.callbacks.throughput import log_step
 
 
 class Interruption(Checkpoint):
-    """Lets Ctrl-C and SIGTERM finish the current step, saves it, and raises `Stopped`.
+    """Lets Ctrl-C, SIGTERM and more signals finish the current step, saves it, and raises `Stopped`.
 
     A second Ctrl-C stops at once, without saving. A `Checkpoint`, so that Lightning calls it after all other callbacks
     and after `RunCheckpoints`.
-
-    Args:
-        checkpoints: saves the run.
-        more: signals that are taken as SIGTERM is.
 
     Attributes:
         signal: the number of the signal that came, or None.

@@ -15,11 +15,8 @@ log = logging.getLogger("gptexp")
 class ProgressReport(ProgressBar):
     """Shows step, loss, val loss, tokens per second and the time left; each evaluation leaves a line.
 
-    Args:
-        name: the run's name.
-        monitor: the validation metric to show.
-        loss: what the training loss is called.
-        console: where to; a bar is drawn if it is a terminal.
+    A bar is drawn if the console is a terminal. The validation loss is the metric `monitor`; `loss` is what the
+    training loss is called.
     """
 
     def __init__(self, name: str, monitor: str, loss: str, console: Console) -> None:

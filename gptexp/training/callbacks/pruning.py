@@ -10,11 +10,7 @@ Watch = Callable[[int, float], bool]
 
 
 class Pruning(Callback):
-    """Reports each evaluation, and stops the run where that says so.
-
-    Args:
-        watch: what evaluations are reported to.
-        monitor: the metric.
+    """Reports each evaluation of a metric to `watch`, and stops the run where that says so.
 
     Attributes:
         pruned: whether it stopped the run.

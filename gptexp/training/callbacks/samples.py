@@ -11,12 +11,7 @@ from gptexp.training.module import GPTModule
 
 
 class Samples(Callback):
-    """Adds a text to samples.txt and to the loggers at each evaluation.
-
-    Args:
-        run: whose samples.txt it is.
-        sample: a text from the model as it is now.
-    """
+    """Adds a text from the model as it is now to samples.txt and to the loggers at each evaluation."""
 
     def __init__(self, run: Run, sample: Callable[[GPTModule], str]) -> None:
         self.run, self.sample = run, sample
