@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -90,7 +91,6 @@ class _Check:
         shown: they are only shown.
         problems: gets a line for each mistake.
         multirun: whether several values of a setting make several jobs.
-        declared: the groups that the primary configuration has, with what it chooses.
     """
 
     def __init__(
@@ -101,7 +101,11 @@ class _Check:
             o.key_or_group == "hydra.mode" and str(o.value()).upper() == RunMode.MULTIRUN.name for o in overrides
         )
         self.groups, self.known = composer.groups, known_keys()
-        self.declared: Tree = dict(composer.whole([]).hydra.runtime.choices)
+
+    @cached_property
+    def declared(self) -> Tree:
+        """The groups that the primary configuration has, with what it chooses."""
+        return dict(self.composer.whole([]).hydra.runtime.choices)
 
     def run(self) -> None:
         """Check everything."""
@@ -138,10 +142,10 @@ class _Check:
     def mistakes(self, override: Override) -> list[str]:
         """A line for each problem of an override that does not depend on the others."""
         key, line, swept = override.key_or_group, str(override.input_line), override.is_sweep_override()
-        typed = self.declared.get(key) is not None or (key in self.known and key.partition(".")[0] not in FREE)
         options = self.groups.options(key) if key in self.groups else []
         instead = f"allowed: {', '.join(options)}" if options else f"write {key}=VALUE"
         dropped = override.is_delete() or (bool(options) and override.value() is None)
+        typed = key in self.known and key.partition(".")[0] not in FREE
         rules = {
             "needs --multirun (-m)": OF_SWEEPS.match(key) and not self.multirun and not self.shown,
             "a sweep goes on when its command is given again; leave it out": key == "resume" and self.multirun,
@@ -151,7 +155,7 @@ class _Check:
                 (override.is_add() or override.is_force_add()) and key in self.declared,
             "must be a run directory, or auto for the newest unfinished run of this configuration":
                 key == "resume" and str(override.value()).lower() in ("true", "false", "latest", "last"),
-            f"cannot be left out; {instead}": typed and dropped,
+            f"cannot be left out; {instead}": dropped and (typed or self.declared.get(key) is not None),
         }  # fmt: skip
         reasons = [reason for reason, applies in rules.items() if applies][:1]
         if reasons or not self.chooses(override):

@@ -67,7 +67,7 @@ class Throughput(Callback):
         self.tokens += round(batch.tokens * trainer.world_size * trainer.accumulate_grad_batches)
         self._tick()
         evaluates = evaluation_due(trainer)
-        if not evaluates and self._step % trainer.log_every_n_steps:
+        if trainer.fast_dev_run or (not evaluates and self._step % trainer.log_every_n_steps):
             return
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
         self._logged, rate = (self.tokens, self.seconds), tokens / max(seconds, 1e-9)
