@@ -28,7 +28,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gptexp.data.datamodule import Batch
+from gptexp.data.batches import Batch
 from gptexp.models.attention import CausalSelfAttention
 from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
