@@ -2,8 +2,7 @@
 
 Every norm is built as `Norm(settings, shape)` and called as `norm(x, mask)`, where mask is None or a boolean (N, L)
 that is False at padding, and returns a tensor of x's shape. Only norms whose statistics cross positions or
-sequences, which are in `batchnorms.py` and `powernorm.py`, use the mask. The initial values of a norm's parameters
-are constants.
+sequences, which are in `batchnorms.py`, use the mask. The initial values of a norm's parameters are constants.
 """
 
 import math
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.reduction import upcast
 from gptexp.models.registry import (
     NORMS,
     DynamicTanhSettings,
@@ -30,6 +28,11 @@ from gptexp.models.registry import (
 
 class Positional(nn.Module):
     """A norm to which it matters which positions x has: called as norm(x, mask, positions=positions)."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Identity(nn.Module):
