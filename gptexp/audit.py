@@ -91,8 +91,7 @@ def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any
     import torch
 
     from gptexp.data.datamodule import CharDataModule
-    from gptexp.models.discrepancy import between_modes
-    from gptexp.models.influence import measure
+    from gptexp.models.audits import between_modes, measure
     from gptexp.models.settings import build_model
 
     if run is None:

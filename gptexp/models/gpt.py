@@ -139,7 +139,7 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngram = NGrams(config) if config.ngram > 1 else None
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
@@ -211,7 +211,7 @@ class GPT(LanguageModel):
         elif self.config.position == "rope":
             cos, sin = self.get_buffer("rope_cos")[positions], self.get_buffer("rope_sin")[positions]
             rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])  # (L, D) or (N, 1, 1, D)
-        x = dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rope, positions, cache)
         logits: Tensor = self.head(_normalized(self.norm_f, x, mask, positions))
