@@ -148,19 +148,9 @@ class GPTConfig(_Normed):
         return -(-self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
 
     @property
-    def has_qkv_bias(self) -> bool:
-        """Whether the query, key and value projections have a bias."""
-        return self.bias if self.qkv_bias is None else self.qkv_bias
-
-    @property
     def place(self) -> Placement:
         """Where the norms stand."""
         return PLACEMENTS[self.placement]
-
-    @property
-    def has_final_norm(self) -> bool:
-        """Whether a norm stands before the head."""
-        return self.place.final if self.final_norm is None else self.final_norm
 
     @property
     def used_norms(self) -> dict[str, NormShape]:
