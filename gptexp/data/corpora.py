@@ -158,14 +158,12 @@ def _downloaded(source: Source, path: Path) -> tuple[Path | None, list[str]]:
 def _holds(path: Path, sha256: str) -> bool:
     """Whether the file is there with the right bytes; wrong bytes are worth a line on the way to the next source."""
     try:
-        if not path.is_file():
-            return False
-        found = _sha256(path)
+        found = _sha256(path) if path.is_file() else ""
+        problem = f"wrong SHA-256 {found[:12]}... instead of {sha256[:12]}..." if found not in ("", sha256) else ""
     except OSError as error:
-        log.warning("%s: cannot be read (%s); trying the next source", path, error.strerror)
-        return False
-    if found != sha256:
-        log.warning("%s: wrong SHA-256 %s... instead of %s...; trying the next source", path, found[:12], sha256[:12])
+        found, problem = "", f"cannot be read ({error.strerror})"
+    if problem:
+        log.warning("%s: %s; trying the next source", path, problem)
     return found == sha256
 
 

@@ -27,14 +27,8 @@ class CharTokenizer:
             raise ValueError("the vocabulary must be distinct characters in order of code point")
         if len(terminator) != 1 or (terminator != "\n" and (terminator not in symbols or "\n" in symbols)):
             raise ValueError("the terminator must be one character, in the vocabulary in place of the newline")
-        self.symbols = symbols
-        self.terminator = terminator
+        self.symbols, self.terminator, self.vocab_size = symbols, terminator, len(symbols)
         self._codes = code_points(symbols)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct characters."""
-        return len(self.symbols)
 
     def encode(self, text: str, what: str = "prompt") -> Ids:
         """The ids of `text`, (n,) int64.

@@ -56,9 +56,10 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
         self.per_head = config.qk_norm == "head"
         shape = NormShape(config.head_dim if self.per_head else config.n_embd, config.block_size)
-        normed, settings = config.qk_norm != "none", config.norm_settings("rmsnorm")
-        self.q_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
-        self.k_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
+        self.q_norm, self.k_norm = (
+            None if config.qk_norm == "none" else build_norm("rmsnorm", config.norm_settings("rmsnorm"), shape)
+            for _ in range(2)
+        )
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias) if config.projection else None
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -145,13 +145,15 @@ class BatchNorm(_Running):
         ValueError: in training, when every statistic would be taken over fewer than two values.
     """
 
+    one_kernel = True
+
     def __init__(self, settings: BatchNormSettings, shape: NormShape) -> None:
         super().__init__(settings, shape, per_position="time" not in settings.stats)
 
     def normalise(self, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         """As its base; in one kernel where nothing is padded and this process holds the whole batch."""
         rows = x.flatten(1) if self.per_position else x.flatten(0, 1)
-        if mask is not None or ranks() > 1 or len(rows) < 2:
+        if mask is not None or ranks() > 1 or len(rows) < 2 or not self.one_kernel:
             return super().normalise(x, mask, mean, var)
         y = F.batch_norm(rows, mean.view(-1), var.view(-1), None, None, True, self.momentum, self.eps)
         return y.view_as(x)
@@ -173,6 +175,7 @@ class RegularizedBatchNorm(BatchNorm):
     Source: Wang, Wu, Huang 2022, "Understanding the Failure of Batch Normalization for Transformers in NLP".
     """
 
+    one_kernel = False  # which would keep the statistics to itself
     penalty: Tensor | None = None
 
     def __init__(self, settings: RegularizedBatchNormSettings, shape: NormShape) -> None:
@@ -182,10 +185,6 @@ class RegularizedBatchNorm(BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Without the penalty of the last batch: copy.deepcopy takes no tensor that has a gradient function."""
         return {**self.__dict__, "penalty": None}
-
-    def normalise(self, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
-        """Never in one kernel, which would keep the statistics to itself."""
-        return _Running.normalise(self, x, mask, mean, var)
 
     def compare(self, used_mean: Tensor, used_var: Tensor, mean: Tensor, var: Tensor) -> None:
         """Set the penalty of this batch."""

@@ -29,11 +29,6 @@ def next_token_logits(model: Any, rows: Sequence[Sequence[int]], **options: Any)
     return logits
 
 
-def sliding_window_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits (N, V) of the token after each row, recomputed from its last `block_size` tokens."""
-    return next_token_logits(model, [row[-model.config.block_size :] for row in rows])
-
-
 class CachedDecoder:
     """Next-token logits of N growing rows with a KV cache: a prefill of each row, then one token per step.
 
@@ -147,9 +142,7 @@ def sample_tokens(
     Args:
         logits: (N, V).
         uniform: (N,), random numbers in [0, 1), one for each row.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the fewest likeliest tokens whose probabilities reach p.
+        temperature, top_k, top_p: see `LanguageModel.stream`.
 
     Returns:
         token ids (N,).

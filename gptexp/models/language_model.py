@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptexp.models.generation import Decoder, sample_tokens, sliding_window_logits
+from gptexp.models.generation import Decoder, next_token_logits, sample_tokens
 
 
 class LanguageModel(nn.Module):
@@ -45,8 +44,8 @@ class LanguageModel(nn.Module):
         return 6.0 * sum(m.weight.numel() for m in linear)
 
     def decoder(self, n_rows: int) -> Decoder:
-        """Computes the next-token logits of `n_rows` growing rows."""
-        return partial(sliding_window_logits, self)
+        """Computes the next-token logits of `n_rows` growing rows, each time anew from their last tokens."""
+        return lambda rows: next_token_logits(self, [row[-self.config.block_size :] for row in rows])
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
         """Continue every prompt; see `stream` for the options. Returns the new ids of each row, without its prompt."""
@@ -94,8 +93,7 @@ class LanguageModel(nn.Module):
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]
                 for i, row in enumerate(rows):
                     row.append(tokens[i])
-                    tail = row[max(starts[i], len(row) - len(stop)):] if stop else []
-                    done[i] = done[i] or (bool(stop) and tail == list(stop))
+                    done[i] |= bool(stop) and row[starts[i] :][-len(stop) :] == list(stop)
                 if all(done):
                     return
         finally:

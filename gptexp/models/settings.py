@@ -231,10 +231,9 @@ class MLPConfig(_Normed):
 
     def problems(self) -> list[str]:
         """Problems between settings that are each valid alone; one line a problem."""
-        problems = super().problems()
-        if self.residual and self.n_layer == 1:
-            problems.append("model.residual=true: has no effect with model.n_layer=1")
-        return problems
+        alone = self.residual and self.n_layer == 1
+        own = ["model.residual=true: has no effect with model.n_layer=1"] if alone else []
+        return super().problems() + own
 
 
 ModelConfig = GPTConfig | BigramConfig | MLPConfig
