@@ -111,25 +111,21 @@ def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]
         std: the standard deviation of a weight, by the parameter's name; its mean is 0, and biases are 0. None for the
             distributions that torch's layers have: normal embeddings; uniform linear layers, their biases included.
     """
-    drawn: set[nn.Parameter] = set()  # a tied parameter once, under its first name
-    for prefix, module in model.named_modules():
+    for name, p in model.named_parameters():  # a tied parameter once, under its first name
+        module = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        for name, p in module.named_parameters(prefix, recurse=False):
-            if p in drawn:
-                continue
-            drawn.add(p)
-            generator = _generator(seed, name)
-            if std is None and isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                nn.init.uniform_(p, -bound, bound, generator=generator)
-            elif std is None:
-                nn.init.normal_(p, generator=generator)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-            else:
-                with torch.no_grad():
-                    p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
+        generator = _generator(seed, name)
+        if std is None and isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            nn.init.uniform_(p, -bound, bound, generator=generator)
+        elif std is None:
+            nn.init.normal_(p, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            with torch.no_grad():
+                p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
