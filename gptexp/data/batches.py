@@ -24,16 +24,16 @@ Indices = NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """Rows for the model: arrays of numpy here, tensors of torch when the data module has been through with them.
+    """Rows for the model: arrays of numpy here, tensors of torch from the data module.
 
     Attributes:
         x: (rows, L) int64; 0 where padded.
         y: (rows, L) int64, what follows x; -1 where padded.
         mask: (rows, L) bool, y >= 0; None where nothing is padded.
         tokens: in evaluation, number of targets in these rows. In training, that of the whole batch of the step,
-            whichever rows of it these are; the data module divides it by processes * micro-batches. Then dividing the
-            sum of this batch's losses by it makes the mean over processes and micro-batches, which are Lightning's
-            to take, the mean over all targets of the step.
+            whichever rows of it these are; from the data module, over processes * micro-batches. So where the sum of a
+            batch's losses is divided by it, the mean over processes and micro-batches, which is Lightning's to take,
+            is the mean over all targets of the step.
         whole: False in an evaluation that sees only some windows of the validation split.
     """
 

@@ -169,7 +169,6 @@ class EvalBatches:
         together = data.eval_batch_size * world
         for begin in range(0, len(self._indices), together):
             indices = self._indices[begin : begin + together]
-            share = -(-len(indices) // world)
-            padded = np.pad(indices, (0, share * world - len(indices)), constant_values=-1)
-            batch = data.val.rows(padded[rank * share : (rank + 1) * share])
+            padded = np.pad(indices, (0, -len(indices) % world), constant_values=-1)
+            batch = data.val.rows(padded.reshape(world, -1)[rank])
             yield data.tensors(batch._replace(whole=self._whole))

@@ -101,4 +101,4 @@ class CausalSelfAttention(nn.Module):
             is_causal=x.shape[1] > 1,  # a single query may attend to all keys
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(x.shape)
-        return F.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)
+        return torch.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)

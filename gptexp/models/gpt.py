@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, L, C)."""
         h = self.act(self.fc(x)) if self.gate is None else self.act(self.gate(x)) * self.fc(x)  # (N, L, 4C)
-        return F.dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
+        return torch.dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
 
 
 class Residual(nn.Module):
@@ -210,7 +210,7 @@ class GPT(LanguageModel):
         elif self.config.position == "rope":
             cos, sin = self.get_buffer("rope")[:, positions]
             rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])  # (L, D) or (N, 1, 1, D)
-        x = F.dropout(x, self.dropout, self.training)
+        x = torch.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rope, positions, cache)
         logits: Tensor = self.head(_normalized(self.norm_f, x, mask, positions))
