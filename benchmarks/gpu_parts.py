@@ -496,7 +496,7 @@ def command_overhead(stage: Stage) -> Iterator[Figures]:
         return stage.tokens / tokens_per_second(stage, stage.folder / f"{next(count)}", steps, settings) * 1000
 
     def bare() -> float:
-        return overhead.loop(settings, f"--steps={steps}", "--held")
+        return overhead.loop(settings, f"--steps={steps}")
 
     for rounds in rounds_in_time(stage, {"command": command, "bare loop": bare}):
         yield compared(rounds, "command", "bare loop", "ms per step")

@@ -26,18 +26,12 @@ from gptexp.overrides import compose_config
 SKIPPED = 20  # steps at the start
 
 
-def bare(config: Config, held: bool = False) -> float:
-    """Milliseconds of a step of a loop with nothing in it but the training.
-
-    Args:
-        config: a run's.
-        held: cut the batches out of ids that are held on the device, as a run does on a GPU.
-    """
+def bare(config: Config) -> float:
+    """Milliseconds of a step of a loop with nothing in it but the training, by the configuration of a run."""
     perf.prepare()
     perf.mkl_kernels.choose(config.hardware.fast_mkl)
     import torch
 
-    from gptexp.data.datamodule import HeldWindows
     from gptexp.models.settings import build_model
     from gptexp.training.hardware import accelerator, precision, thread_count
     from gptexp.training.metrics import summed_loss
@@ -54,7 +48,6 @@ def bare(config: Config, held: bool = False) -> float:
     optimizer = build_optimizer(config.optimizer, list(model.named_parameters()),
                                 {n for n, p in model.named_parameters() if p.ndim >= 2},
                                 model.hidden_matrices)  # fmt: skip
-    windows = HeldWindows(train, device) if held else None  # type: ignore[arg-type]
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision(config.hardware) == "bf16-mixed")
 
     def now() -> float:
@@ -66,14 +59,12 @@ def bare(config: Config, held: bool = False) -> float:
     for step in range(config.max_steps):
         if step == SKIPPED:
             begin = now()
-        if windows:
-            batch = windows.train_batch(config.seed, step, config.batch_size, slice(None), 1)
-            x, y, tokens = batch.x, batch.y, batch.tokens
-        else:
-            rows = train.train_batch(config.seed, step, config.batch_size)
-            x, y, tokens = torch.from_numpy(rows.x).to(device), torch.from_numpy(rows.y).to(device), rows.tokens
+        batch = train.train_batch(config.seed, step, config.batch_size)
+        x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
+        if device.type == "cuda":
+            x, y = (part.pin_memory().to(device, non_blocking=True) for part in (x, y))
         with half:
-            loss = summed_loss(model(x), y) / tokens
+            loss = summed_loss(model(x), y) / batch.tokens
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -93,10 +84,9 @@ def main() -> None:
     arguments = parser(__doc__, "overhead")
     arguments.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     arguments.add_argument("--bare", action="store_true", help="run the bare loop once, and print its milliseconds")
-    arguments.add_argument("--held", action="store_true", help="with --bare: batches as on a GPU")
     asked = arguments.parse_args()
     if asked.bare:
-        print(bare(compose_config([*asked.settings, f"max_steps={asked.steps}"]), asked.held))
+        print(bare(compose_config([*asked.settings, f"max_steps={asked.steps}"])))
         return
     settings = ["experiment=nanogpt_cpu", CPU, *asked.settings]
 

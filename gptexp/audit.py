@@ -12,7 +12,7 @@ train mode and eval mode lie apart. Leaves a table, audit.json and audit.png, fo
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,6 @@ def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
         raise UserError(problems)
     if "run" in own:
         run = Run.open(own["run"])
-        if not run.checkpoint(checkpoint).exists():  # type: ignore[arg-type]
-            raise UserError(f"run={run.path}: holds no checkpoint {checkpoint}.ckpt")
         return run.config, run, checkpoint, Path(own.get("audit_dir", run.path))
     config = compose_config(others)
     folder = Path(own.get("audit_dir", Path(config.output_dir) / "audits" / config.variant))
@@ -91,8 +89,7 @@ def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any
     import torch
 
     from gptexp.data.datamodule import CharDataModule
-    from gptexp.models.discrepancy import between_modes
-    from gptexp.models.influence import measure
+    from gptexp.models.audits import between_modes, measure
     from gptexp.models.settings import build_model
 
     if run is None:
@@ -137,17 +134,18 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("", "train mode", "eval mode", title=f"{report['model']}: what a prediction depends on")
-    modes = report["modes"]
 
-    def row(title: str, words: Any) -> None:
-        table.add_row(title, *(m["impossible"] if "impossible" in m else words(m) for m in modes.values()))
+    def row(title: str, found: dict[str, Any], words: Callable[[Any], str]) -> None:  # or why the mode is impossible
+        table.add_row(title, *(value if isinstance(value, str) else words(value) for value in found.values()))
 
-    row("later tokens", lambda m: f"YES, {m['future']:.2%} of the gradient" if m["looks_ahead"] else "no (causal)")
-    row("other sequences", lambda m: f"YES, {m['others']:.2%} of the gradient" if m["couples"] else "no")
-    row("layers that do", lambda m: f"{len(m['layers'])}: {_span(m['layers'])}" if m["layers"] else "none")
-    loss, text = report["loss"], report["generation"]
-    table.add_row("loss, nats a token", *(_number(loss[mode]) for mode in modes))
-    table.add_row("greedy text alone and in a batch", *(_same(text[mode]) for mode in modes))
+    modes = {mode: found.get("impossible", found) for mode, found in report["modes"].items()}
+    row("later tokens", modes,
+        lambda m: f"YES, {m['future']:.2%} of the gradient" if m["looks_ahead"] else "no (causal)")  # fmt: skip
+    row("other sequences", modes, lambda m: f"YES, {m['others']:.2%} of the gradient" if m["couples"] else "no")
+    row("layers that do", modes, lambda m: f"{len(m['layers'])}: {_span(m['layers'])}" if m["layers"] else "none")
+    row("loss, nats a token", report["loss"], "{:.4f}".format)
+    row("greedy text alone and in a batch", report["generation"],
+        lambda first: "the same" if first is None else f"differ from token {first + 1}")  # fmt: skip
     if report["discrepancy"] and report["run"]:  # the running averages of a new model are not of anything yet
         worst = max(report["discrepancy"], key=lambda d: max(d.get("mean_drift", 0.0), d["std_drift"]))
         mean = f"mean {worst['mean_drift']:.3f}, " if "mean_drift" in worst else ""
@@ -159,14 +157,6 @@ def _show(report: dict[str, Any]) -> None:
 def _span(layers: list[dict[str, Any]]) -> str:
     names = [layer["part"] for layer in layers]
     return ", ".join(names) if len(names) < 3 else f"{names[0]} ... {names[-1]}"
-
-
-def _number(loss: float | str) -> str:
-    return loss if isinstance(loss, str) else f"{loss:.4f}"
-
-
-def _same(first: int | str | None) -> str:
-    return first if isinstance(first, str) else "the same" if first is None else f"differ from token {first + 1}"
 
 
 if __name__ == "__main__":

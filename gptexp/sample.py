@@ -106,43 +106,32 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
     opening = tokenizer.encode("\n").tolist() if documents else []
     texts = list(prompts) or ([""] if documents else ["\n"])
     rows = [[*opening, *tokenizer.encode(text, what="prompt").tolist()] for text in texts]
-    for text, row in zip(texts, rows, strict=True):
-        if not row:
-            raise UserError(f"prompt={text}: is empty; give at least one character")
+    if [] in rows:
+        raise UserError("prompt=: is empty; give at least one character")
     stop = tokenizer.encode(config.stop, what="stop").tolist() if config.stop else opening
-    path = run.checkpoint(config.checkpoint)
-    if not path.exists():
-        raise UserError(f"run={config.run}: holds no checkpoint {path.name}; has it come to its first evaluation?")
-
     model = load_model(run, config.checkpoint, tokenizer.vocab_size)
-    repeated = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(config.num_samples)]
-    live = len(repeated) == 1 and sys.stdout.isatty()
-    if live:
+    texts = [text for text in texts for _ in range(config.num_samples)]
+    rows = [row for row in rows for _ in range(config.num_samples)]
+    options = {key: getattr(config, key) for key in ("temperature", "top_k", "top_p", "seed")} | {"stop": stop}
+    if len(rows) == 1 and sys.stdout.isatty():
         print(texts[0].lstrip("\n"), end="", flush=True)
-    new: list[list[int]] = [[] for _ in repeated]
-    stream = model.stream(
-        [row for _, row in repeated], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, stop=stop, seed=config.seed,
-    )  # fmt: skip
-    shown = 0
-    for tokens in stream:
-        for row, token in zip(new, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-        if live and not (text := tokenizer.decode(new[0][shown:])).endswith("\ufffd"):
-            print(text, end="", flush=True)  # a character of several bytes is shown once it is complete
-            shown = len(new[0])
-    if live:
+        waiting: list[int] = []
+        for tokens in model.stream(rows, config.max_new_tokens, **options):
+            waiting += tokens
+            if not (text := tokenizer.decode(waiting)).endswith("\ufffd"):  # the character is complete
+                print(text, end="", flush=True)
+                waiting.clear()
         print()
         return
-    for i, ((text, _), row) in enumerate(zip(repeated, new, strict=True)):
+    for i, (text, row) in enumerate(zip(texts, model.generate(rows, config.max_new_tokens, **options), strict=True), 1):
         ended = bool(documents and stop and row[-len(stop) :] == stop)
         body = text + tokenizer.decode(row[: -len(stop)] if ended else row)
         if documents:
             print(body)
+        elif len(rows) > 1:
+            print(f"--- sample {i} of {len(rows)} ---\n{body.lstrip(chr(10))}\n")
         else:
-            heading = f"--- sample {i + 1} of {len(new)} ---\n" if len(new) > 1 else ""
-            print(f"{heading}{body.lstrip(chr(10))}\n" if heading else body.lstrip("\n"))
+            print(body.lstrip("\n"))
 
 
 def load_model(run: Any, checkpoint: Literal["best", "last"], vocab_size: int) -> Any:

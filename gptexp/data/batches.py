@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gptexp.data.encoded import Encoded
 from gptexp.data.settings import DataConfig
-from gptexp.data.tokenizer import ByteTokenizer
+from gptexp.data.tokenizer import ByteTokenizer, Tokenizer
 from gptexp.errors import UserError
 
 BATCH_STREAM = 0  # rows of the training batches
@@ -23,21 +23,25 @@ SCAN = 2**24  # ids looked at in one go where all of them have to be
 Indices = NDArray[np.int64]
 
 
-class Rows(NamedTuple):
-    """Rows for the model.
+class Batch(NamedTuple):
+    """Rows for the model: arrays of numpy here, tensors of torch from the data module.
 
     Attributes:
         x: (rows, L) int64; 0 where padded.
-        y: (rows, L) int64; -1 where padded.
+        y: (rows, L) int64, what follows x; -1 where padded.
         mask: (rows, L) bool, y >= 0; None where nothing is padded.
-        tokens: number of targets: of the whole batch of the step, whichever rows of it these are; of
-            these rows where there is no such batch, in evaluation.
+        tokens: in evaluation, number of targets in these rows. In training, that of the whole batch of the step,
+            whichever rows of it these are; from the data module, over processes * micro-batches. So where the sum of a
+            batch's losses is divided by it, the mean over processes and micro-batches, which is Lightning's to take,
+            is the mean over all targets of the step.
+        whole: False in an evaluation that sees only some windows of the validation split.
     """
 
-    x: NDArray[np.int64]
-    y: NDArray[np.int64]
-    mask: NDArray[np.bool_] | None
+    x: Any
+    y: Any
+    mask: Any
     tokens: float
+    whole: bool = True
 
 
 def draw(seed: int, step: int, count: int, n: int, stream: int = BATCH_STREAM) -> Indices:
@@ -63,58 +67,48 @@ class Split(ABC):
     Args:
         ids: of the whole corpus.
         width: L, the number of positions in a row.
-        bytes_of_utf8: whether ids are bytes rather than characters.
 
     Attributes:
         n_rows: number of rows that hold each target of the split exactly once.
         n_tokens: number of targets in those rows.
+        masked: whether a batch has a mask even if nothing in it is padded.
     """
 
     n_rows: int
     n_tokens: int
+    masked = False
 
-    def __init__(self, ids: NDArray[Any], width: int, bytes_of_utf8: bool) -> None:
+    def __init__(self, ids: NDArray[Any], width: int) -> None:
         self._ids = ids.view(np.ndarray)  # a plain view of the map is quicker to index
-        self.width, self._bytes_of_utf8 = width, bytes_of_utf8
+        self.width = width
 
     @abstractmethod
-    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
         """The rows `rows` of the batch of `batch_size` rows, drawn at random, that (seed, step) stand for."""
 
     @abstractmethod
     def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
         """Where in the ids some rows begin, and how many targets each has."""
 
-    def rows(self, indices: ArrayLike) -> Rows:
+    def rows(self, indices: ArrayLike) -> Batch:
         """Rows by number, 0 .. n_rows - 1; the number -1 gives a row of nothing but padding."""
         numbers = np.asarray(indices, np.int64)
         starts, lengths = self._find(np.maximum(numbers, 0))
         return self._cut(starts, np.where(numbers < 0, 0, lengths))
 
-    def _cut(self, starts: Indices, lengths: Indices) -> Rows:
+    def _cut(self, starts: Indices, lengths: Indices) -> Batch:
         window = self._window(starts, lengths)
         x, y = window[:, :-1].copy(), window[:, 1:].copy()  # copies, as padding one must not touch the other
         mask = None
-        if (lengths < self.width).any():
+        if self.masked or (lengths < self.width).any():
             mask = np.arange(self.width) < lengths[:, None]
             x[~mask], y[~mask] = 0, IGNORED
-        return Rows(x, y, mask, float(lengths.sum()))
+        return Batch(x, y, mask, float(lengths.sum()))
 
     def _window(self, starts: Indices, lengths: Indices) -> Indices:
         """The ids of rows and the one that follows them: (rows, L + 1)."""
         at = starts[:, None] + np.arange(self.width + 1)
         return np.take(self._ids, at, mode="clip").astype(np.int64)
-
-    @property
-    def chars_per_token(self) -> float:
-        """Characters of text for each target; nats per target / ln 2 / this = bits per character."""
-        if not self._bytes_of_utf8:
-            return 1.0
-        characters = 0
-        for begin in range(0, self.n_rows, 2**13):
-            y = self.rows(np.arange(begin, min(begin + 2**13, self.n_rows))).y
-            characters += int(np.count_nonzero((y & 0xC0 != 0x80) & (y != IGNORED)))  # 10xxxxxx continues a character
-        return characters / self.n_tokens
 
 
 class Windows(Split):
@@ -124,25 +118,16 @@ class Windows(Split):
     padded. The first target's context is the id before the part; where there is none it is no target.
     """
 
-    def __init__(self, ids: NDArray[Any], start: int, stop: int, width: int, *, bytes_of_utf8: bool = False) -> None:
-        super().__init__(ids, width, bytes_of_utf8)
+    def __init__(self, ids: NDArray[Any], start: int, stop: int, width: int) -> None:
+        super().__init__(ids, width)
         self._start, self._stop = start, stop
         self._first_target = max(start, 1)
         self.n_tokens = stop - self._first_target
         self.n_rows = -(-self.n_tokens // width)
 
-    @property
-    def ids(self) -> NDArray[Any]:
-        """The ids of the part, a view of the corpus."""
-        return self._ids[self._start : self._stop]
-
-    def starts(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Indices:
-        """Where in `ids` the rows `rows` of a training batch begin: anywhere, so that they lie wholly inside."""
-        return draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
-
-    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
-        """Windows that begin at `starts`."""
-        starts = self._start + self.starts(seed, step, batch_size, rows)
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Windows that begin anywhere, so that they lie wholly inside the part."""
+        starts = self._start + draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
         return self._cut(starts, np.full_like(starts, self.width))._replace(tokens=float(batch_size * self.width))
 
     def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
@@ -159,27 +144,22 @@ class Documents(Split):
         lengths: (documents,) number of ids of each, without the terminator.
         width: L; at least the longest length + 1.
         terminator: the id that opens and closes a document.
-        bytes_of_utf8: whether ids are bytes rather than characters.
     """
 
+    masked = True
+
     def __init__(
-        self, ids: NDArray[Any], starts: Indices, lengths: Indices, *, width: int, terminator: int,
-        bytes_of_utf8: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(ids, width, bytes_of_utf8)
+        self, ids: NDArray[Any], starts: Indices, lengths: Indices, *, width: int, terminator: int
+    ) -> None:
+        super().__init__(ids, width)
         self._starts, self._lengths, self._terminator = starts - 1, lengths + 1, terminator  # the terminators included
         self.n_rows = len(starts)
         self.n_tokens = int(self._lengths.sum())
 
-    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Rows:
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
         """Documents drawn at random, with repetition."""
         numbers = draw(seed, step, batch_size, self.n_rows)
         return self.rows(numbers[rows])._replace(tokens=float(self._lengths[numbers].sum()))
-
-    def rows(self, indices: ArrayLike) -> Rows:
-        """Documents by number; -1 is a row of nothing but padding. The mask is always there."""
-        rows = super().rows(indices)
-        return rows._replace(mask=rows.y != IGNORED)
 
     def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
         return self._starts[numbers], self._lengths[numbers]
@@ -188,6 +168,17 @@ class Documents(Split):
         window = super()._window(starts, lengths)
         window[:, 0] = window[np.arange(len(lengths)), lengths] = self._terminator  # the ends of a file may lack it
         return window
+
+
+def chars_per_token(split: Split, tokenizer: Tokenizer) -> float:
+    """Characters of text for each target of a split; nats per target / ln 2 / this = bits per character."""
+    if not isinstance(tokenizer, ByteTokenizer):
+        return 1.0
+    characters = 0
+    for begin in range(0, split.n_rows, 2**13):
+        y = split.rows(np.arange(begin, min(begin + 2**13, split.n_rows))).y
+        characters += int(np.count_nonzero((y & 0xC0 != 0x80) & (y != IGNORED)))  # 10xxxxxx continues a character
+    return characters / split.n_tokens
 
 
 def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
@@ -215,11 +206,7 @@ def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple
             f"data.val_fraction={config.val_fraction}: leaves none of the {n} tokens for validation; "
             f"allowed: at least {1 / n:.2g}"
         )
-    in_bytes = isinstance(encoded.tokenizer, ByteTokenizer)
-    train, val = (
-        Windows(encoded.ids, *part, block_size, bytes_of_utf8=in_bytes) for part in ((0, n_train), (n_train, n))
-    )
-    return train, val
+    return Windows(encoded.ids, 0, n_train, block_size), Windows(encoded.ids, n_train, n, block_size)
 
 
 def _split_documents(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
@@ -241,9 +228,8 @@ def _split_documents(encoded: Encoded, config: DataConfig, block_size: int) -> t
             f"{width} tokens; allowed: at least {width}"
         )
     order = np.argsort(_raw(config.split_seed, 0, n, SPLIT_STREAM), kind="stable")
-    in_bytes = isinstance(encoded.tokenizer, ByteTokenizer)
     train, val = (
-        Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator, bytes_of_utf8=in_bytes)
+        Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
         for part in (order[:n_train], order[n_train:])
     )
     return train, val

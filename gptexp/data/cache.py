@@ -20,30 +20,24 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def writes_to_cache() -> Iterator[None]:
-    """Turn a failure to write inside the block into one line for the user.
+def locked(path: Path) -> Iterator[None]:
+    """Make the folder of `path`, and hold the one lock for `path` while the block writes there.
 
     Raises:
         UserError: naming GPTEXP_CACHE, for a full disk, a folder without write access, a place without locks.
     """
+    from filelock import FileLock  # here, because it is slow to import
+
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            yield
     except (OSError, NotImplementedError) as error:  # the second: filelock, on a file system without locks
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise UserError(
             f"GPTEXP_CACHE={cache_folder()}: cannot be written ({reason}); "
             "allowed: a folder with write access and enough free space"
         ) from error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make the folder of `path`, and hold the one lock for `path` while the block runs."""
-    from filelock import FileLock  # here, because it is slow to import
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        yield
 
 
 @contextmanager

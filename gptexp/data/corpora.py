@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptexp.data.cache import cache_folder, locked, replacing, writes_to_cache
+from gptexp.data.cache import cache_folder, locked, replacing
 from gptexp.data.settings import DataConfig
 from gptexp.errors import UserError
 
@@ -53,7 +53,6 @@ class Corpus:
     requested: str  # the corpus that was asked for; another one when the fallback had to step in
     path: Path  # the UTF-8 file
     sha256: str  # of the file's bytes, in hexadecimal
-    n_bytes: int  # the file's size
     documents: bool  # whether to read it as one document a line; the fallback is running text whatever was asked for
 
 
@@ -71,7 +70,7 @@ def find_corpus(config: DataConfig) -> Corpus:
     source = SOURCES[config.name]
     path, failures = _fetched(source)
     if path is not None:
-        return Corpus(config.name, config.name, path, source.sha256, path.stat().st_size, config.documents)
+        return Corpus(config.name, config.name, path, source.sha256, config.documents)
     if config.offline_fallback is None:
         raise UserError(
             f"data.name={config.name}: {source.file} could not be downloaded ({'; '.join(failures)}); "
@@ -91,15 +90,12 @@ def find_corpus(config: DataConfig) -> Corpus:
 def _file(config: DataConfig) -> Corpus:
     path = Path(config.path or "").expanduser().absolute()
     try:
-        problem = "" if path.is_file() else "not a file" if path.exists() else "no such file"
-        n_bytes = path.stat().st_size if not problem else 0
-        sha256 = _sha256(path) if n_bytes else ""
+        if path.is_file() and path.stat().st_size:
+            return Corpus("file", "file", path, _sha256(path), config.documents)
+        problem = "empty" if path.is_file() else "not a file" if path.exists() else "no such file"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-    if problem or not n_bytes:
-        problem = problem or "empty"
-        raise UserError(f"data.path={config.path}: {problem}; allowed: a UTF-8 text file that is not empty")
-    return Corpus("file", "file", path, sha256, n_bytes, config.documents)
+    raise UserError(f"data.path={config.path}: {problem}; allowed: a UTF-8 text file that is not empty")
 
 
 def _pydocs(requested: str, documents: bool) -> Corpus:
@@ -114,9 +110,9 @@ def _pydocs(requested: str, documents: bool) -> Corpus:
     # The text differs between versions of Python, which may share one cache: so its hash is in its name.
     path = cache_folder() / f"pydocs-{sha256[:12]}.txt"
     if not _holds(path, sha256):
-        with writes_to_cache(), locked(path), replacing(path) as file:
+        with locked(path), replacing(path) as file:
             file.write(text)
-    return Corpus("pydocs", requested, path, sha256, len(text), documents)
+    return Corpus("pydocs", requested, path, sha256, documents)
 
 
 def _fetched(source: Source) -> tuple[Path | None, list[str]]:
@@ -131,7 +127,7 @@ def _fetched(source: Source) -> tuple[Path | None, list[str]]:
             log.warning("GPTEXP_DATA=%s: no such folder; going on without it", given)
         elif _holds(folder / source.file, source.sha256):
             return folder / source.file, []
-    with writes_to_cache(), locked(cached):  # pooch sees whether another process fetched it while this one waited
+    with locked(cached):  # pooch sees whether another process fetched it while this one waited
         return _downloaded(source, cached)
 
 
@@ -162,14 +158,12 @@ def _downloaded(source: Source, path: Path) -> tuple[Path | None, list[str]]:
 def _holds(path: Path, sha256: str) -> bool:
     """Whether the file is there with the right bytes; wrong bytes are worth a line on the way to the next source."""
     try:
-        if not path.is_file():
-            return False
-        found = _sha256(path)
+        found = _sha256(path) if path.is_file() else ""
+        problem = f"wrong SHA-256 {found[:12]}... instead of {sha256[:12]}..." if found not in ("", sha256) else ""
     except OSError as error:
-        log.warning("%s: cannot be read (%s); trying the next source", path, error.strerror)
-        return False
-    if found != sha256:
-        log.warning("%s: wrong SHA-256 %s... instead of %s...; trying the next source", path, found[:12], sha256[:12])
+        found, problem = "", f"cannot be read ({error.strerror})"
+    if problem:
+        log.warning("%s: %s; trying the next source", path, problem)
     return found == sha256
 
 

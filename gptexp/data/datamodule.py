@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,34 +10,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gptexp.config import read_section
-from gptexp.data.batches import Indices, Rows, Split, Windows, split_corpus
+from gptexp.data.batches import Batch, Indices, Split, chars_per_token, split_corpus
 from gptexp.data.corpora import find_corpus
 from gptexp.data.encoded import Encoded, encode_corpus
 from gptexp.data.settings import DataConfig
 from gptexp.errors import UserError
-
-HELD = 2**28
-"""The most ids that are copied to a GPU as a whole, at four bytes each."""
-
-
-class Batch(NamedTuple):
-    """What the model gets.
-
-    Attributes:
-        x: (b, L) int64; 0 where padded.
-        y: (b, L) int64, what follows x; -1 where padded.
-        mask: (b, L) bool, y >= 0; None where nothing is padded.
-        tokens: in training, targets of the optimizer step / (processes * micro-batches): dividing the sum of
-            this batch's losses by it makes the mean over processes and micro-batches, which are Lightning's
-            to take, the mean over all targets of the step. In evaluation, targets in this very batch.
-        whole: False in an evaluation that sees only some windows of the validation split.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    mask: torch.Tensor | None
-    tokens: float
-    whole: bool = True
 
 
 class CharDataModule(LightningDataModule):
@@ -106,7 +83,7 @@ class CharDataModule(LightningDataModule):
     def chars_per_token(self) -> float:
         """Mean number of characters that a token of the validation split stands for; reads the corpus if need be."""
         self.setup()
-        return self.val.chars_per_token
+        return chars_per_token(self.val, self.encoded.tokenizer)
 
     def train_dataloader(self) -> "TrainBatches":
         """The micro-batches of this process from the trainer's current step on, without end.
@@ -141,19 +118,12 @@ class CharDataModule(LightningDataModule):
         """This process's rank and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def held_windows(self) -> "HeldWindows | None":
-        """The training part held on the GPU, or None: elsewhere, for documents, and where it is too large."""
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        fits = isinstance(self.train, Windows) and len(self.train.ids) <= HELD
-        return HeldWindows(self.train, device) if fits and device.type == "cuda" else None  # type: ignore[arg-type]
-
-    def tensors(self, rows: Rows, tokens: float, whole: bool = True) -> Batch:
-        """`rows` as tensors, in memory from which a GPU can copy on its own if there is one."""
-        arrays = [rows.x, rows.y] + ([] if rows.mask is None else [rows.mask])
-        tensors = [torch.from_numpy(array) for array in arrays]
+    def tensors(self, batch: Batch) -> Batch:
+        """The batch as tensors, in memory from which a GPU can copy on its own if there is one."""
+        x, y, mask = (None if part is None else torch.from_numpy(part) for part in batch[:3])
         if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, tokens, whole)
+            x, y, mask = (None if part is None else part.pin_memory() for part in (x, y, mask))
+        return batch._replace(x=x, y=y, mask=mask)
 
 
 class TrainBatches:
@@ -169,42 +139,14 @@ class TrainBatches:
         size = data.batch_size // (world * data.accumulate)
         # A trainer that is to overfit some batches wants these again in each epoch.
         step = 0 if trainer is None or trainer.overfit_batches else trainer.global_step
-        held = data.held_windows()
         while True:
             micro_batches = data.accumulate if trainer is None else trainer.accumulate_grad_batches
             shares = world * micro_batches
             for micro in range(micro_batches):
                 begin = (micro * world + rank) * size
-                place = data.seed, step, size * shares, slice(begin, begin + size)
-                if held is not None:
-                    yield held.train_batch(*place, shares)
-                    continue
-                rows = data.train.train_batch(*place)
-                yield data.tensors(rows, rows.tokens / shares)
+                batch = data.train.train_batch(data.seed, step, size * shares, slice(begin, begin + size))
+                yield data.tensors(batch._replace(tokens=batch.tokens / shares))
             step += 1
-
-
-class HeldWindows:
-    """The training part's ids on a device, which cuts the batches out of them by itself: a step sends it row starts.
-
-    Args:
-        windows: the training part.
-        device: where to hold its ids.
-    """
-
-    def __init__(self, windows: Windows, device: torch.device) -> None:
-        self._windows, self._device = windows, device
-        self._ids = torch.from_numpy(windows.ids.astype(np.int32)).to(device)
-        self._offsets = torch.arange(windows.width + 1, device=device)
-
-    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice, shares: int) -> Batch:
-        """The batch that `Windows.train_batch` gives, divided among `shares`."""
-        starts = torch.from_numpy(self._windows.starts(seed, step, batch_size, rows))
-        if self._device.type == "cuda":
-            starts = starts.pin_memory()
-        window = self._ids[starts.to(self._device, non_blocking=True)[:, None] + self._offsets].long()  # (b, L + 1)
-        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        return Batch(x, y, None, batch_size * self._windows.width / shares)
 
 
 class EvalBatches:
@@ -227,7 +169,6 @@ class EvalBatches:
         together = data.eval_batch_size * world
         for begin in range(0, len(self._indices), together):
             indices = self._indices[begin : begin + together]
-            share = -(-len(indices) // world)
-            padded = np.pad(indices, (0, share * world - len(indices)), constant_values=-1)
-            rows = data.val.rows(padded[rank * share : (rank + 1) * share])
-            yield data.tensors(rows, rows.tokens, self._whole)
+            padded = np.pad(indices, (0, -len(indices) % world), constant_values=-1)
+            batch = data.val.rows(padded.reshape(world, -1)[rank])
+            yield data.tensors(batch._replace(whole=self._whole))

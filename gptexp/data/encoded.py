@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptexp.data.cache import cache_folder, locked, replacing, writes_to_cache
+from gptexp.data.cache import cache_folder, locked, replacing
 from gptexp.data.corpora import Corpus
 from gptexp.data.settings import DataConfig
 from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, code_points, tokenizer_from_dict
@@ -53,7 +53,7 @@ def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUN
     folder = cache_folder() / "encoded" / key
     entry = _read(folder, key, corpus)  # without the lock, so that a cache one may only read will do
     if entry is None:
-        with writes_to_cache(), locked(folder):
+        with locked(folder):
             entry = _read(folder, key, corpus)  # another process made it while this one waited
             if entry is None:
                 folder.mkdir(exist_ok=True)
@@ -68,10 +68,13 @@ def _build(folder: Path, key: str, corpus: Corpus, kind: str, *, terminator: str
     """Write the entry, the ids first: so the description never speaks of ids that are not there."""
     tokenizer = ByteTokenizer() if kind == "byte" else _char_tokenizer(corpus, terminator, chunk_bytes)
     dtype = _id_dtype(tokenizer)
-    table = tokenizer.table(dtype) if isinstance(tokenizer, CharTokenizer) else None
+    table = None  # of the id of each code point
+    if isinstance(tokenizer, CharTokenizer):
+        table = np.zeros(ord(tokenizer.symbols[-1]) + 1, dtype)
+        table[code_points(tokenizer.symbols)] = np.arange(tokenizer.vocab_size)
     with replacing(folder / "ids.bin") as file:
         for text in _texts(corpus, chunk_bytes):
-            file.write(text.encode() if table is None else _char_ids(text, table))
+            file.write(text.encode() if table is None else _char_ids(text.replace("\n", tokenizer.terminator), table))
         n = file.tell() // dtype.itemsize
     description = {"key": key, "n": n, "tokenizer": tokenizer.to_dict()}
     with replacing(folder / "entry.json") as file:
@@ -82,15 +85,11 @@ def _read(folder: Path, key: str, corpus: Corpus) -> Encoded | None:
     """The entry, or None when it is missing, cut short or not what its name says: then it has to be made again."""
     try:
         entry = json.loads((folder / "entry.json").read_bytes())
-        if not isinstance(entry, dict) or entry.get("key") != key:
+        tokenizer = tokenizer_from_dict(entry["tokenizer"])
+        ids: NDArray[Any] = np.memmap(folder / "ids.bin", _id_dtype(tokenizer), mode="r")
+        if (entry["key"], entry["n"]) != (key, len(ids)):
             return None
-        tokenizer = tokenizer_from_dict(entry.get("tokenizer"))
-        dtype = _id_dtype(tokenizer)
-        size = (folder / "ids.bin").stat().st_size
-        if size == 0 or size != entry.get("n", 0) * dtype.itemsize:
-            return None
-        ids: NDArray[Any] = np.memmap(folder / "ids.bin", dtype, mode="r")
-    except (OSError, ValueError, TypeError, UserError):
+    except (OSError, ValueError, TypeError, KeyError, UserError):
         return None
     fingerprint = _sha256_of(corpus=corpus.sha256, tokenizer=tokenizer.to_dict(), documents=corpus.documents)
     return Encoded(ids, tokenizer, fingerprint, corpus.documents)

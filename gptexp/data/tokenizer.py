@@ -27,26 +27,8 @@ class CharTokenizer:
             raise ValueError("the vocabulary must be distinct characters in order of code point")
         if len(terminator) != 1 or (terminator != "\n" and (terminator not in symbols or "\n" in symbols)):
             raise ValueError("the terminator must be one character, in the vocabulary in place of the newline")
-        self.symbols = symbols
-        self.terminator = terminator
+        self.symbols, self.terminator, self.vocab_size = symbols, terminator, len(symbols)
         self._codes = code_points(symbols)
-        self._table = self.table(np.dtype(np.int32), unknown=-1)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct characters."""
-        return len(self.symbols)
-
-    def table(self, dtype: np.dtype[Any], unknown: int = 0) -> NDArray[Any]:
-        """The id of every code point up to the last one in use, or the newline, then one more entry, of `dtype`.
-
-        Code points outside the vocabulary, and the one more entry, hold `unknown`.
-        """
-        table = np.full(max(int(self._codes[-1]), ord("\n")) + 2, unknown, dtype)
-        table[self._codes] = np.arange(self.vocab_size)
-        if self.terminator != "\n":
-            table[ord("\n")] = self.symbols.index(self.terminator)
-        return table
 
     def encode(self, text: str, what: str = "prompt") -> Ids:
         """The ids of `text`, (n,) int64.
@@ -54,15 +36,16 @@ class CharTokenizer:
         Raises:
             UserError: naming the first character that is not in the vocabulary, and its position.
         """
-        codes = code_points(text)
-        ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        if (ids < 0).any():
-            where = int(np.argmax(ids < 0))
+        codes = code_points(text.replace("\n", self.terminator))
+        ids = np.searchsorted(self._codes, codes)
+        unknown = np.flatnonzero(np.take(self._codes, ids, mode="clip") != codes)
+        if len(unknown):
+            where = int(unknown[0])
             raise UserError(
                 f"{what} character {text[where]!r} (U+{ord(text[where]):04X}) at position {where} "
                 f"is not in the vocabulary of {self.vocab_size} characters"
             )
-        return ids.astype(np.int64)
+        return ids.astype(np.int64, copy=False)
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of `ids`, any shape, read row by row. ValueError for an id outside the vocabulary."""

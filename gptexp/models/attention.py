@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.generation import KVCache
+from gptexp.models.generation import CachedDecoder
 from gptexp.models.norms import build_norm
 from gptexp.models.registry import NormShape
 from gptexp.models.settings import GPTConfig
@@ -41,11 +41,6 @@ def _angles(length: int, channels: int) -> Tensor:
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()  # (L, channels/2)
 
 
-def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """x after dropout. Where there is none, x itself: each call of torch would slow down decoding."""
-    return F.dropout(x, rate) if rate and training else x
-
-
 class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D), causal) v for H heads of size D = C / H, then a projection back to C.
 
@@ -57,12 +52,14 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.scale = config.head_dim**-0.5 if config.attention_scale else 1.0
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
         self.per_head = config.qk_norm == "head"
         shape = NormShape(config.head_dim if self.per_head else config.n_embd, config.block_size)
-        normed, settings = config.qk_norm != "none", config.norm_settings("rmsnorm")
-        self.q_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
-        self.k_norm: nn.Module | None = build_norm("rmsnorm", settings, shape) if normed else None
+        self.q_norm, self.k_norm = (
+            None if config.qk_norm == "none" else build_norm("rmsnorm", config.norm_settings("rmsnorm"), shape)
+            for _ in range(2)
+        )
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias) if config.projection else None
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +83,7 @@ class CausalSelfAttention(nn.Module):
         return (q @ k.transpose(-2, -1) * self.scale).masked_fill(later, -math.inf)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: CachedDecoder | None = None
     ) -> Tensor:
         """(N, L, C) to (N, L, C).
 
@@ -104,4 +101,4 @@ class CausalSelfAttention(nn.Module):
             is_causal=x.shape[1] > 1,  # a single query may attend to all keys
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(x.shape)
-        return dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)
+        return torch.dropout(y if self.proj is None else self.proj(y), self.dropout, self.training)

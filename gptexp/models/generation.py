@@ -29,20 +29,20 @@ def next_token_logits(model: Any, rows: Sequence[Sequence[int]], **options: Any)
     return logits
 
 
-def sliding_window_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits (N, V) of the token after each row, recomputed from its last `block_size` tokens."""
-    return next_token_logits(model, [row[-model.config.block_size :] for row in rows])
+class CachedDecoder:
+    """Next-token logits of N growing rows with a KV cache: a prefill of each row, then one token per step.
 
+    A row's context begins with its last `block_size` tokens and grows with each token. Once it holds `block_size`, the
+    next token drops its older half, and the rest is prefilled again, at the first positions.
 
-class KVCache:
-    """The keys and values of all attention layers, and the positions of the tokens in the next forward pass.
+    Each forward pass gets the decoder as its `cache`.
 
     Args:
-        n_rows: N, the number of sequences.
-        max_length: P, the most positions of a sequence.
+        model: a GPT.
+        n_rows: N.
 
     Attributes:
-        positions: of the tokens in the next forward pass.
+        positions: of the tokens in this forward pass.
         preceding: the tokens before them that belong to their n-grams, (N, n - 1); None where they are the first.
         attn_mask: which positions each row may attend to, (N, 1, 1, positions); None for all.
     """
@@ -51,75 +51,15 @@ class KVCache:
     preceding: Tensor | None
     attn_mask: Tensor | None
 
-    def __init__(self, n_rows: int, max_length: int) -> None:
-        self.n_rows, self.max_length = n_rows, max_length
-        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # each (N, H, P, D)
-        self._rows: list[int] | slice | Tensor = slice(None)  # that the next forward pass computes
-        self._length = 0  # positions after that pass
-
-    def prefill(self, rows: list[int], length: int) -> None:
-        """Prepare a forward pass over the first `length` positions of some rows."""
-        self._rows, self._length = rows, length
-        self.positions, self.preceding, self.attn_mask = slice(length), None, None
-
-    def decode(self, positions: Sequence[int], preceding: Tensor) -> None:
-        """Prepare a forward pass over one token of every row, each at its own position.
-
-        Args:
-            positions: N of them.
-            preceding: see the class.
-        """
-        first, last, device = min(positions), max(positions), preceding.device
-        self._rows, self._length, self.preceding = slice(None), last + 1, preceding
-        self.positions, self.attn_mask = slice(last, last + 1), None
-        if first < last:
-            self._rows, at = torch.arange(self.n_rows, device=device), torch.tensor(positions, device=device)
-            self.positions = at[:, None]
-            self.attn_mask = (torch.arange(self._length, device=device) <= self.positions)[:, None, None]
-
-    def update(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of this forward pass.
-
-        Args:
-            layer: the attention layer that they belong to.
-            k: keys (n, H, L, D).
-            v: values (n, H, L, D).
-
-        Returns:
-            the keys and values of all positions so far.
-        """
-        if layer not in self._layers:
-            size = (self.n_rows, k.shape[1], self.max_length, k.shape[3])
-            self._layers[layer] = k.new_zeros(size), v.new_zeros(size)
-        keys, values = self._layers[layer]
-        rows, at = self._rows, self.positions
-        if isinstance(at, slice):
-            keys[rows, :, at], values[rows, :, at] = k, v
-        else:
-            keys[rows, :, at[:, 0]], values[rows, :, at[:, 0]] = k[:, :, 0], v[:, :, 0]
-        if k.shape[2] == self._length:
-            return k, v
-        return keys[:, :, : self._length], values[:, :, : self._length]
-
-
-class CachedDecoder:
-    """Next-token logits of N growing rows with a KV cache: a prefill of each row, then one token per step.
-
-    A row's context begins with its last `block_size` tokens and grows with each token. Once it holds `block_size`, the
-    next token drops its older half, and the rest is prefilled again, at the first positions.
-
-    Args:
-        model: a GPT.
-        n_rows: N.
-    """
-
     def __init__(self, model: Any, n_rows: int) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config, self.n_rows = model, model.config, n_rows
         self.device = next(model.parameters()).device
-        self.cache = KVCache(n_rows, self.config.block_size)
         self.start, self.length = [0] * n_rows, [0] * n_rows  # a row's context is row[start : start + length]
         # A forward pass takes one multiplication for 6 operations of a training step.
         self.one_thread = n_rows * model.flops_per_token() / 6 <= ONE_THREAD_LIMIT
+        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # keys and values, each (N, H, block_size, D)
+        self._computed: list[int] | slice | Tensor = slice(None)  # the rows of this forward pass
+        self._longest = 0  # positions after it
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The logits (N, V) of the token after each row."""
@@ -137,17 +77,42 @@ class CachedDecoder:
             return logits
 
     def _prefill(self, rows: Sequence[Sequence[int]], which: list[int]) -> Tensor:
-        self.cache.prefill(which, max(self.length[i] for i in which))
-        return next_token_logits(self.model, [rows[i][self.start[i] :] for i in which], cache=self.cache)
+        self._computed, self._longest = which, max(self.length[i] for i in which)
+        self.positions, self.preceding, self.attn_mask = slice(self._longest), None, None
+        return next_token_logits(self.model, [rows[i][self.start[i] :] for i in which], cache=self)
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """All rows: part of the cache would be a copy of it. Rows that begin again are prefilled after that."""
         n, absent = self.config.ngram, self.config.vocab_size
         last = [row[max(start, len(row) - n) :] for row, start in zip(rows, self.start, strict=True)]
         ids = torch.tensor([[absent] * (n - len(tokens)) + list(tokens) for tokens in last], device=self.device)
-        self.cache.decode([length - 1 for length in self.length], ids[:, :-1])
-        logits: Tensor = self.model(ids[:, -1:], cache=self.cache)
+        self._computed, self._longest, self.preceding = slice(None), max(self.length), ids[:, :-1]
+        self.positions, self.attn_mask = slice(self._longest - 1, self._longest), None
+        if min(self.length) < self._longest:
+            self._computed = torch.arange(self.n_rows, device=self.device)
+            self.positions = torch.tensor(self.length, device=self.device)[:, None] - 1
+            self.attn_mask = (torch.arange(self._longest, device=self.device) <= self.positions)[:, None, None]
+        logits: Tensor = self.model(ids[:, -1:], cache=self)
         return logits.squeeze(1)
+
+    def update(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (n, H, L, D) of an attention layer in this forward pass.
+
+        Returns:
+            the layer's keys and values of all positions so far.
+        """
+        if layer not in self._layers:
+            size = (self.n_rows, k.shape[1], self.config.block_size, k.shape[3])
+            self._layers[layer] = k.new_zeros(size), v.new_zeros(size)
+        keys, values = self._layers[layer]
+        rows, at = self._computed, self.positions
+        if isinstance(at, slice):
+            keys[rows, :, at], values[rows, :, at] = k, v
+        else:
+            keys[rows, :, at[:, 0]], values[rows, :, at[:, 0]] = k[:, :, 0], v[:, :, 0]
+        if k.shape[2] == self._longest:
+            return k, v
+        return keys[:, :, : self._longest], values[:, :, : self._longest]
 
 
 ONE_THREAD_LIMIT = 2**23
@@ -177,9 +142,7 @@ def sample_tokens(
     Args:
         logits: (N, V).
         uniform: (N,), random numbers in [0, 1), one for each row.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the fewest likeliest tokens whose probabilities reach p.
+        temperature, top_k, top_p: see `LanguageModel.stream`.
 
     Returns:
         token ids (N,).

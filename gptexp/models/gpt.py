@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.attention import CausalSelfAttention, dropout, rope_table, sinusoidal_table
-from gptexp.models.generation import CachedDecoder, KVCache, Positions
+from gptexp.models.attention import CausalSelfAttention, rope_table, sinusoidal_table
+from gptexp.models.generation import CachedDecoder, Positions
 from gptexp.models.language_model import LanguageModel, initialise
 from gptexp.models.norms import Positional, build_norm
 from gptexp.models.settings import GPTConfig
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, L, C)."""
         h = self.act(self.fc(x)) if self.gate is None else self.act(self.gate(x)) * self.fc(x)  # (N, L, 4C)
-        return dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
+        return torch.dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
 
 
 class Residual(nn.Module):
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, positions: Positions | None = None,
-        cache: KVCache | None = None,
+        cache: CachedDecoder | None = None,
     ) -> Tensor:  # fmt: skip
         """(N, L, C) to (N, L, C); see `CausalSelfAttention` for rope and cache."""
         x = self.residual1(x, lambda h: self.attn(h, rope, cache=cache), mask, positions)
@@ -139,18 +139,17 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngram = NGrams(config) if config.ngram > 1 else None
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         if config.position == "rope":
-            tables = rope_table(config.block_size, config.head_dim)
-            for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
-                self.register_buffer(name, table, persistent=False)
+            self.register_buffer("rope", torch.stack(rope_table(config.block_size, config.head_dim)), persistent=False)
         elif config.position == "sinusoidal":
             self.register_buffer("sinusoidal", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = _norm(config) if config.has_final_norm else None
+        final = config.place.final if config.final_norm is None else config.final_norm
+        self.norm_f = _norm(config) if final else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias and not config.tie_weights)
         if config.tie_weights:
             self.head.weight = self.wte.weight
@@ -189,7 +188,7 @@ class GPT(LanguageModel):
         """Computes the next-token logits of `n_rows` growing rows with a KV cache."""
         return CachedDecoder(self, n_rows)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: CachedDecoder | None = None) -> Tensor:
         """Next-token logits at each position.
 
         Args:
@@ -209,9 +208,9 @@ class GPT(LanguageModel):
         elif self.config.position == "sinusoidal":
             x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[positions]
         elif self.config.position == "rope":
-            cos, sin = self.get_buffer("rope_cos")[positions], self.get_buffer("rope_sin")[positions]
+            cos, sin = self.get_buffer("rope")[:, positions]
             rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])  # (L, D) or (N, 1, 1, D)
-        x = dropout(x, self.config.dropout, self.training)
+        x = torch.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rope, positions, cache)
         logits: Tensor = self.head(_normalized(self.norm_f, x, mask, positions))
@@ -226,5 +225,4 @@ def _normalized(norm: nn.Module | None, x: Tensor, mask: Tensor | None, position
 
 
 def _norm(config: GPTConfig) -> nn.Module:
-    norm: nn.Module = build_norm(config.norm, config.norm_settings(config.norm), config.used_norms[config.norm])
-    return norm
+    return build_norm(config.norm, config.norm_settings(config.norm), config.used_norms[config.norm])

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptexp.models.generation import Decoder, sample_tokens, sliding_window_logits
+from gptexp.models.generation import Decoder, next_token_logits, sample_tokens
 
 
 class LanguageModel(nn.Module):
@@ -45,8 +44,8 @@ class LanguageModel(nn.Module):
         return 6.0 * sum(m.weight.numel() for m in linear)
 
     def decoder(self, n_rows: int) -> Decoder:
-        """Computes the next-token logits of `n_rows` growing rows."""
-        return partial(sliding_window_logits, self)
+        """Computes the next-token logits of `n_rows` growing rows, each time anew from their last tokens."""
+        return lambda rows: next_token_logits(self, [row[-self.config.block_size :] for row in rows])
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
         """Continue every prompt; see `stream` for the options. Returns the new ids of each row, without its prompt."""
@@ -94,8 +93,7 @@ class LanguageModel(nn.Module):
                 yield [None if done[i] else tokens[i] for i in range(len(rows))]
                 for i, row in enumerate(rows):
                     row.append(tokens[i])
-                    tail = row[max(starts[i], len(row) - len(stop)):] if stop else []
-                    done[i] = done[i] or (bool(stop) and tail == list(stop))
+                    done[i] |= bool(stop) and row[starts[i] :][-len(stop) :] == list(stop)
                 if all(done):
                     return
         finally:
@@ -113,25 +111,21 @@ def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]
         std: the standard deviation of a weight, by the parameter's name; its mean is 0, and biases are 0. None for the
             distributions that torch's layers have: normal embeddings; uniform linear layers, their biases included.
     """
-    drawn: set[nn.Parameter] = set()  # a tied parameter once, under its first name
-    for prefix, module in model.named_modules():
+    for name, p in model.named_parameters():  # a tied parameter once, under its first name
+        module = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        for name, p in module.named_parameters(prefix, recurse=False):
-            if p in drawn:
-                continue
-            drawn.add(p)
-            generator = _generator(seed, name)
-            if std is None and isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                nn.init.uniform_(p, -bound, bound, generator=generator)
-            elif std is None:
-                nn.init.normal_(p, generator=generator)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-            else:
-                with torch.no_grad():
-                    p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
+        generator = _generator(seed, name)
+        if std is None and isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            nn.init.uniform_(p, -bound, bound, generator=generator)
+        elif std is None:
+            nn.init.normal_(p, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            with torch.no_grad():
+                p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

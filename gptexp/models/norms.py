@@ -2,19 +2,16 @@
 
 Every norm is built as `Norm(settings, shape)` and called as `norm(x, mask)`, where mask is None or a boolean (N, L)
 that is False at padding, and returns a tensor of x's shape. Only norms whose statistics cross positions or
-sequences, which are in `batchnorms.py` and `powernorm.py`, use the mask. The initial values of a norm's parameters
-are constants.
+sequences, which are in `batchnorms.py`, use the mask. The initial values of a norm's parameters are constants.
 """
 
 import math
 from pkgutil import resolve_name
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.reduction import upcast
 from gptexp.models.registry import (
     NORMS,
     DynamicTanhSettings,
@@ -30,6 +27,11 @@ from gptexp.models.registry import (
 
 class Positional(nn.Module):
     """A norm to which it matters which positions x has: called as norm(x, mask, positions=positions)."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Identity(nn.Module):
@@ -78,17 +80,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(upcast(x), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-class PartialRMSNorm(nn.Module):
+class PartialRMSNorm(RMSNorm):
     """y = x / sqrt(mean(x_1^2 .. x_k^2) + eps) * weight, with k = ceil(fraction C): the first channels stand for all.
 
     Source: pRMSNorm in Zhang, Sennrich 2019, "Root Mean Square Layer Normalization", section 3.2.
     """
 
     def __init__(self, settings: PartialRMSNormSettings, shape: NormShape) -> None:
-        super().__init__()
-        self.eps = settings.eps
+        super().__init__(settings, shape)
         self.k = max(1, math.ceil(settings.fraction * shape.channels - 1e-6))  # 0.07 * 100 is a little more than 7
-        self.weight = nn.Parameter(torch.ones(shape.channels))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L, C) to (N, L, C)."""
@@ -147,6 +147,7 @@ class GroupNorm(nn.Module):
         return F.group_norm(x.flatten(0, 1), self.groups, self.weight, self.bias, self.eps).view_as(x)
 
 
-def build_norm(name: str, settings: NormSettings, shape: NormShape) -> Any:
+def build_norm(name: str, settings: NormSettings, shape: NormShape) -> nn.Module:
     """A new layer of the norm `name`."""
-    return resolve_name(NORMS[name].target)(settings, shape)
+    layer: nn.Module = resolve_name(NORMS[name].target)(settings, shape)
+    return layer

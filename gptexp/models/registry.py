@@ -157,7 +157,7 @@ NORMS: dict[str, Norm] = {
     "batchnorm": Norm("gptexp.models.batchnorms:BatchNorm", BatchNormSettings),
     "rbn": Norm("gptexp.models.batchnorms:RegularizedBatchNorm", RegularizedBatchNormSettings),
     "causal_batchnorm": Norm("gptexp.models.batchnorms:CausalBatchNorm", RunningSettings),
-    "powernorm": Norm("gptexp.models.powernorm:PowerNorm", PowerNormSettings),
+    "powernorm": Norm("gptexp.models.batchnorms:PowerNorm", PowerNormSettings),
     "none": Norm("gptexp.models.norms:Identity"),
 }
 

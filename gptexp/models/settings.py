@@ -148,19 +148,9 @@ class GPTConfig(_Normed):
         return -(-self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
 
     @property
-    def has_qkv_bias(self) -> bool:
-        """Whether the query, key and value projections have a bias."""
-        return self.bias if self.qkv_bias is None else self.qkv_bias
-
-    @property
     def place(self) -> Placement:
         """Where the norms stand."""
         return PLACEMENTS[self.placement]
-
-    @property
-    def has_final_norm(self) -> bool:
-        """Whether a norm stands before the head."""
-        return self.place.final if self.final_norm is None else self.final_norm
 
     @property
     def used_norms(self) -> dict[str, NormShape]:
@@ -241,10 +231,9 @@ class MLPConfig(_Normed):
 
     def problems(self) -> list[str]:
         """Problems between settings that are each valid alone; one line a problem."""
-        problems = super().problems()
-        if self.residual and self.n_layer == 1:
-            problems.append("model.residual=true: has no effect with model.n_layer=1")
-        return problems
+        alone = self.residual and self.n_layer == 1
+        own = ["model.residual=true: has no effect with model.n_layer=1"] if alone else []
+        return super().problems() + own
 
 
 ModelConfig = GPTConfig | BigramConfig | MLPConfig

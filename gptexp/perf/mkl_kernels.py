@@ -25,20 +25,28 @@ CALLS_AND_ANSWER = b"gptexp_calls_and_answer"
 
 
 @dataclass
-class _Library:
-    """The loaded library."""
+class Library:
+    """The loaded library, which Python never unloads."""
 
-    handle: ctypes.CDLL  # keeps it loaded
     data: ctypes.Array[ctypes.c_uint32]  # calls and answer, in the library's own memory
     chosen: bool | None = None  # what the runs of this process asked for; None before the first
 
 
-def prepare() -> None:
+@cache  # loaded once in a process; a later call changes nothing
+def prepare() -> Library | None:
     """Load the library, if torch is not loaded yet and this processor gains by it.
 
     Until `choose` is called it gives MKL's own answer, and nothing changes.
     """
-    _library()
+    if "torch" in sys.modules or not gains(first_processor()):
+        return None
+    with suppress(OSError, AttributeError, ValueError):  # no code but that of files may run, or Python lacks the call
+        file = os.memfd_create("mkl_kernels")
+        os.write(file, shared_library(QUESTION, CALLS_AND_ANSWER))
+        # The file stays open, for the linker knows the library by this name.
+        library = ctypes.CDLL(f"/proc/self/fd/{file}", ctypes.RTLD_GLOBAL)
+        return Library((ctypes.c_uint32 * 2).in_dll(library, CALLS_AND_ANSWER.decode()))
+    return None
 
 
 def choose(wanted: bool) -> str | None:
@@ -50,7 +58,7 @@ def choose(wanted: bool) -> str | None:
     Returns:
         the problem, if an earlier run of this process chose otherwise and MKL keeps to that; else None.
     """
-    library = _library()
+    library = prepare()
     if library is None:
         return None
     calls, _ = library.data
@@ -65,7 +73,7 @@ def choose(wanted: bool) -> str | None:
 
 def active() -> bool:
     """Whether MKL has asked, and was answered that this is Intel's processor. Makes it ask by a small product."""
-    library = _library()
+    library = prepare()
     if library is None:
         return False
     import torch
@@ -74,19 +82,6 @@ def active() -> bool:
     torch.mm(product, product)
     calls, answer = library.data
     return bool(calls and answer)
-
-
-@cache  # loaded once in a process; a later `prepare` changes nothing
-def _library() -> _Library | None:
-    if "torch" in sys.modules or not gains(first_processor()):
-        return None
-    with suppress(OSError, AttributeError, ValueError):  # no code but that of files may run, or Python lacks the call
-        file = os.memfd_create("mkl_kernels")
-        os.write(file, shared_library(QUESTION, CALLS_AND_ANSWER))
-        # The file stays open, for the linker knows the library by this name.
-        handle = ctypes.CDLL(f"/proc/self/fd/{file}", ctypes.RTLD_GLOBAL)
-        return _Library(handle, (ctypes.c_uint32 * 2).in_dll(handle, CALLS_AND_ANSWER.decode()))
-    return None
 
 
 def first_processor() -> str:

@@ -22,7 +22,7 @@ from gptexp.data.datamodule import CharDataModule
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
-from gptexp.models.influence import Share, train_mode
+from gptexp.models.audits import Share, train_mode
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels
 from gptexp.runs import Run, Status

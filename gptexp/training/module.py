@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gptexp.config import read_section
-from gptexp.data.batches import draw
-from gptexp.data.datamodule import Batch
+from gptexp.data.batches import Batch, draw
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import ModelConfig, build_model
 from gptexp.training.callbacks.evaluations import evaluation_due

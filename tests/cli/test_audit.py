@@ -81,7 +81,7 @@ def test_a_causal_run_says_nothing_of_it(tiny: Callable[..., Run], capfd: pytest
 
 def test_a_batch_of_one_cannot_be_normalised_over_sequences(report: Callable[..., dict]) -> None:  # type: ignore[type-arg]
     found = report("norm=batchnorm", "model.norms.batchnorm.stats=[batch]")
-    assert "fewer than two sequences" in found["generation"]["train"]
+    assert "fewer than two values" in found["generation"]["train"]
     assert found["generation"]["eval"] is None
 
 

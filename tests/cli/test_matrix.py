@@ -11,7 +11,7 @@ import torch
 from gptexp import sample
 from gptexp.config import load_config, read_config
 from gptexp.errors import RunFailed
-from gptexp.models.influence import measure
+from gptexp.models.audits import measure
 from gptexp.models.registry import PLACEMENTS
 from gptexp.overrides import compose_config
 from gptexp.runs import Run

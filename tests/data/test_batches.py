@@ -3,7 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptexp.data.batches import BATCH_STREAM, SPLIT_STREAM, Documents, Split, Windows, draw, split_corpus
+from gptexp.data.batches import (
+    BATCH_STREAM,
+    SPLIT_STREAM,
+    Documents,
+    Split,
+    Windows,
+    chars_per_token,
+    draw,
+    split_corpus,
+)
 from gptexp.data.encoded import Encoded
 from gptexp.data.settings import DataConfig
 from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer
@@ -73,7 +82,7 @@ def test_draws_are_uniform():
 def test_training_windows_stay_in_the_training_split(n, block_size, fraction, seed, step):
     train, val = split_corpus(text_of(np.arange(n)), DataConfig(val_fraction=fraction), min(block_size, 3))
     n_train = n - val.n_tokens  # ids are their own positions, so anything from the validation split shows
-    x, y, mask, tokens = train.train_batch(seed, step, 32)
+    x, y, mask, tokens, _ = train.train_batch(seed, step, 32)
     assert x.dtype == y.dtype == np.int64
     assert x.shape == y.shape == (32, train.width)
     assert (x >= 0).all()
@@ -88,7 +97,7 @@ def test_training_windows_stay_in_the_training_split(n, block_size, fraction, se
 
 def test_training_windows_reach_both_ends():
     train, _ = split_corpus(text_of(np.arange(20)), DataConfig(val_fraction=0.5), 4)
-    x, y, _, _ = train.train_batch(0, 0, 1000)
+    x, y, *_ = train.train_batch(0, 0, 1000)
     assert (x.min(), y.max()) == (0, 9)
     assert sorted(set(x[:, 0].tolist())) == [0, 1, 2, 3, 4, 5]
 
@@ -101,7 +110,7 @@ def test_windows_cover_every_target_once(n, block_size, fraction, batch, of_trai
     split = Windows(np.arange(n), start, stop, block_size)
     targets = []
     for begin in range(0, split.n_rows, batch):
-        x, y, mask, tokens = split.rows(np.arange(begin, min(begin + batch, split.n_rows)))
+        x, y, mask, tokens, _ = split.rows(np.arange(begin, min(begin + batch, split.n_rows)))
         real = y >= 0
         assert x.shape == y.shape == (len(x), block_size)
         assert (x[real] == y[real] - 1).all()
@@ -117,7 +126,7 @@ def test_windows_cover_every_target_once(n, block_size, fraction, batch, of_trai
 @pytest.mark.parametrize("split", [Windows(np.arange(9), 4, 9, 3), None])
 def test_filler_rows(split):
     split = split or split_corpus(documents_of(["a", "bcd"]), DataConfig(val_fraction=0.5), 9)[0]
-    x, y, mask, tokens = split.rows([-1, 0])
+    x, y, mask, tokens, _ = split.rows([-1, 0])
     assert not x[0].any()
     assert (y[0] == -1).all()
     assert not mask[0].any()
@@ -130,7 +139,7 @@ def test_nanogpt_sizes(n):
     train, val = split_corpus(text_of(np.zeros(n, np.uint8)), DataConfig(), 8)
     assert val.n_tokens == n - int(n * 0.9)
     assert train.n_tokens + 1 + val.n_tokens == n
-    assert val.chars_per_token == 1.0
+    assert chars_per_token(val, CharTokenizer("ab")) == 1.0
 
 
 def test_the_share_for_validation_is_not_lost_to_rounding():
@@ -208,9 +217,9 @@ def test_characters_per_byte():
     text = "aé中😀\nbé\n" * 8
     ids = np.frombuffer(text.encode(), np.uint8)
     val = split_corpus(Encoded(ids, ByteTokenizer(), "", False), DataConfig(val_fraction=0.5), 5)[1]
-    assert val.chars_per_token == pytest.approx(len(text) / len(text.encode()))
+    assert chars_per_token(val, ByteTokenizer()) == pytest.approx(len(text) / len(text.encode()))
     documents = split_corpus(Encoded(ids, ByteTokenizer(), "", True), DataConfig(documents=True, val_fraction=0.5), 20)
-    n_characters = sum(split.chars_per_token * split.n_tokens for split in documents)
+    n_characters = sum(chars_per_token(split, ByteTokenizer()) * split.n_tokens for split in documents)
     assert n_characters == pytest.approx(len(text))  # each document's newline is its terminator
     rows = documents[0].rows([0])
     assert rows.x[0, 0] == ord("\n")

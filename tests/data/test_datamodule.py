@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gptexp.data.batches import Windows, split_corpus
-from gptexp.data.datamodule import Batch, CharDataModule, HeldWindows
+from gptexp.data.batches import Batch, Windows, split_corpus
+from gptexp.data.datamodule import CharDataModule
 from gptexp.data.encoded import Encoded
 from gptexp.data.settings import DataConfig
 from gptexp.data.tokenizer import CharTokenizer
@@ -68,35 +68,6 @@ def test_iteration_begins_at_the_step_of_the_trainer_and_can_be_repeated():
     assert all(torch.equal(a.x, b.x) for a, b in zip(first, islice(loader, 10), strict=True))
     resumed = list(islice(module(accumulate=2, step=3).train_dataloader(), 4))
     assert all(torch.equal(a.x, b.x) for a, b in zip(first[6:], resumed, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64])
-def test_windows_cut_on_the_device_are_the_same(dtype):
-    ids = np.random.default_rng(0).integers(0, 200, 500).astype(dtype)
-    train = Windows(ids, 7, 300, 4)
-    held = HeldWindows(train, torch.device("cpu"))
-    for step in range(20):
-        for rows in (slice(None), slice(3, 9)):
-            batch, same = held.train_batch(5, step, 12, rows, 3), train.train_batch(5, step, 12, rows)
-            assert batch.x.dtype == torch.int64
-            assert batch.x.is_contiguous()
-            assert batch.mask is None
-            assert batch.tokens == same.tokens / 3
-            assert np.array_equal(batch.x, same.x)
-            assert np.array_equal(batch.y, same.y)
-
-
-def test_only_a_gpu_holds_the_windows(monkeypatch):
-    gpu = module()
-    gpu.trainer.strategy.root_device = torch.device("cuda")
-    monkeypatch.setattr("gptexp.data.datamodule.HeldWindows", lambda windows, device: (windows, device.type))
-    assert gpu.held_windows() == (TRAIN, "cuda")
-    assert module().held_windows() is None
-    gpu.train = documents()[0]
-    assert gpu.held_windows() is None
-    gpu.train = TRAIN
-    monkeypatch.setattr("gptexp.data.datamodule.HELD", 299)
-    assert gpu.held_windows() is None
 
 
 def test_batch_that_cannot_be_shared():

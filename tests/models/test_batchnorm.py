@@ -212,9 +212,9 @@ def test_a_shorter_batch_uses_the_first_positions(name: str, stats: list[str]) -
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_sequence_has_no_variance(name: str, masked: bool) -> None:
     """An error before anything is computed, so that the running statistics stay finite."""
-    for stats, shape, word in ((BATCH, (1, L), "sequences"), (BATCH_TIME, (1, 1), "positions")):
+    for stats, shape in ((BATCH, (1, L)), (BATCH_TIME, (1, 1))):
         norm, mask = batchnorm(stats, name=name), torch.ones(shape, dtype=torch.bool) if masked else None
-        with pytest.raises(ValueError, match=rf"no variance over fewer than two .*{word}: use a larger batch_size"):
+        with pytest.raises(ValueError, match="no variance over fewer than two values: use a larger batch_size"):
             norm(random(*shape, C), mask)
         assert bool((norm.running_mean == 0).all())
         assert bool((norm.running_var == 1).all())

@@ -92,4 +92,4 @@ def test_two_processes_are_as_one(ranks: list[dict], case: tuple[str, dict, bool
 
 
 def test_too_few_sequences_in_all_is_an_error_on_every_rank(ranks: list[dict]) -> None:
-    assert all("fewer than two sequences" in rank["error"] for rank in ranks)
+    assert all("fewer than two values" in rank["error"] for rank in ranks)

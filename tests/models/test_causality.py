@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptexp.models.attention import CausalSelfAttention
+from gptexp.models.batchnorms import PowerNorm
 from gptexp.models.gpt import GPT, FeedForward
-from gptexp.models.powernorm import PowerNorm
 from gptexp.models.registry import NORMS, PLACEMENTS
 from gptexp.models.settings import ACTIVATIONS, POSITIONS, GPTConfig
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gptexp.models.audits import measure, train_mode
 from gptexp.models.gpt import GPT, NGrams
-from gptexp.models.influence import measure, train_mode
 from gptexp.models.settings import GPTConfig
 
 V = 11

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptexp.models.powernorm import PowerNorm
+from gptexp.models.batchnorms import PowerNorm
 from gptexp.models.registry import NormShape, PowerNormSettings
 
 N, L, C = 4, 5, 6

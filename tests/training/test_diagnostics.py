@@ -98,7 +98,7 @@ def test_every_quantity_of_a_gpt(overrides: str, slope: Callable[[Tensor], Tenso
     expected: dict[tuple[str, str], float] = {}
     x = torch.from_numpy(rows.x)[:3]  # the first micro-batch
     h = model.wte(x) + (0 if model.wpe is None else model.wpe.weight[: x.shape[1]])
-    rope = (model.rope_cos, model.rope_sin) if run.config.model.position == "rope" else None
+    rope = tuple(model.rope) if run.config.model.position == "rope" else None
     expected["embedding", "activation_rms"] = float(h.detach().pow(2).mean().sqrt())
     for i, block in enumerate(model.blocks):
         normed = h if block.residual1.before is None else block.residual1.before(h)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gptexp.data.datamodule import Batch
+from gptexp.data.batches import Batch
 from gptexp.errors import UserError
 from gptexp.models.settings import build_model
 from gptexp.training.module import GPTModule

@@ -28,11 +28,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gptexp.data.datamodule import Batch
+from gptexp.data.batches import Batch
 from gptexp.models.attention import CausalSelfAttention
+from gptexp.models.audits import named_layers
 from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
-from gptexp.models.influence import named_layers
 from gptexp.models.norms import DynamicTanh
 from gptexp.records import Measurement, Table
 from gptexp.runs import Run

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from gptexp.data.datamodule import Batch
+from gptexp.data.batches import Batch
 from gptexp.loggers.metrics_csv import MetricsCSV
 from gptexp.training.callbacks.evaluations import evaluation_due
 from gptexp.training.module import GPTModule

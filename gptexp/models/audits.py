@@ -1,7 +1,7 @@
-"""What a model's output depends on, measured by gradients through the model itself in float64.
+"""What a model's output depends on, and how far train mode and eval mode lie apart, by the model itself in float64.
 
-Two questions of any variant: does the output at position t depend on a later token (then a training loss that is
-computed so sees what it is to predict), and does it depend on another sequence of the batch?
+Two questions of any variant, answered by gradients: does the output at position t depend on a later token (then a
+training loss that is computed so sees what it is to predict), and does it depend on another sequence of the batch?
 """
 
 import copy
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from gptexp.models.gpt import Block, Residual
 from gptexp.models.language_model import LanguageModel
@@ -19,6 +20,8 @@ from gptexp.models.settings import build_model
 
 NEGLIGIBLE = 1e-9
 """A share of the gradient below this is rounding."""
+
+NEW_TOKENS = 16  # that are compared between a row alone and the same row in a batch
 
 _CONTAINERS = (LanguageModel, nn.ModuleList, Block, Residual)
 
@@ -97,8 +100,6 @@ def prepared(model: LanguageModel, training: bool) -> Any:
             module.exact_gradient = True  # type: ignore[assignment]
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0  # type: ignore[assignment]
-    if hasattr(model.config, "dropout"):
-        model.config = replace(model.config, dropout=0.0)
     return model
 
 
@@ -141,3 +142,78 @@ def _share(name: str, x: Tensor, y: Tensor) -> Share:
     (grad,) = torch.autograd.grad((y[0, :half] * direction.to(y.device)).sum(), x, retain_graph=True)
     total = grad.norm().clamp(min=1e-300)
     return Share(name, float(grad[0, half:].norm() / total), float(grad[1:].norm() / total))
+
+
+@torch.no_grad()
+def between_modes(
+    model: LanguageModel, batches: list[tuple[Tensor, Tensor, Tensor | None]], prompt: Tensor
+) -> dict[str, Any]:
+    """Loss, generation and statistics of both modes, without dropout; the model stays as it is.
+
+    Only norms with statistics of a batch make them differ.
+
+    Args:
+        model: to be measured.
+        batches: of ids (N, L) int64, targets (N, L), -1 at padding, and mask, None or (N, L).
+        prompt: (N, L) int64; its first row is continued alone and together with the others.
+
+    Returns:
+        loss: by mode, nats a token over the batches.
+        generation: by mode, the first of 16 greedy tokens at which the row continued alone and the same row continued
+            in the batch differ; None where they do not.
+        discrepancy: for each norm with running statistics, their distance from the first batch's: `layer`,
+            `mean_drift` and `std_drift`.
+
+        Where a mode is impossible, as some statistics of a batch of one are, the reason stands in place of the number.
+    """
+    losses, generation = {}, {}
+    for mode in ("train", "eval"):
+        losses[mode] = _or_reason(_loss, prepared(model, mode == "train"), batches)
+        generation[mode] = _or_reason(_first_difference, model, mode == "train", prompt)
+    return {"loss": losses, "generation": generation, "discrepancy": _discrepancies(model, batches[0])}
+
+
+def _or_reason(measure: Any, *arguments: Any) -> Any:
+    try:
+        return measure(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def _loss(model: LanguageModel, batches: list[tuple[Tensor, Tensor, Tensor | None]]) -> float:
+    total, count = 0.0, 0
+    for ids, targets, mask in batches:
+        logits = model(ids, mask if model.training else None)
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"))
+        count += int((targets >= 0).sum())
+    return total / count
+
+
+def _first_difference(model: LanguageModel, training: bool, prompt: Tensor) -> int | None:
+    alone = _greedy(prepared(model, training), prompt[:1])[0]
+    together = _greedy(prepared(model, training), prompt)[0]
+    different = (alone != together).nonzero()
+    return int(different[0]) if len(different) else None
+
+
+def _greedy(model: LanguageModel, ids: Tensor) -> Tensor:
+    """The next 16 tokens of each row (N, L): (N, 16), in the mode that the model is in."""
+    for _ in range(NEW_TOKENS):
+        logits = model(ids[:, -model.config.block_size :])[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[:, -NEW_TOKENS:]
+
+
+def _discrepancies(model: LanguageModel, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[dict[str, Any]]:
+    model = prepared(model, training=True)
+    found: list[dict[str, Any]] = []
+    for name, layer in named_layers(model):
+        if hasattr(layer, "discrepancy"):  # before the batch moves the running averages
+            layer.register_forward_pre_hook(
+                lambda norm, args, name=name: found.append({"layer": name, **norm.discrepancy(*args)})
+            )
+    try:
+        model(batch[0], batch[2])
+    except ValueError:  # a batch too small for its norm
+        return []
+    return found
