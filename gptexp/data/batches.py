@@ -62,11 +62,7 @@ def _raw(seed: int, step: int, count: int, stream: int) -> NDArray[np.uint64]:
 
 
 class Split(ABC):
-    """The training or the validation part of a corpus: rows that are cut out of its ids.
-
-    Args:
-        ids: of the whole corpus.
-        width: L, the number of positions in a row.
+    """The training or the validation part of a corpus: rows of `width` positions that are cut out of its ids.
 
     Attributes:
         n_rows: number of rows that hold each target of the split exactly once.
@@ -184,10 +180,7 @@ def chars_per_token(split: Split, tokenizer: Tokenizer) -> float:
 def split_corpus(encoded: Encoded, config: DataConfig, block_size: int) -> tuple[Split, Split]:
     """The training and the validation part: the last `val_fraction` of the text, or of the shuffled documents.
 
-    Args:
-        encoded: the corpus.
-        config: its val_fraction and, for documents, its split_seed are used.
-        block_size: most positions the model can see. Windows are that wide; documents must fit.
+    Windows are `block_size` wide; documents must fit.
 
     Raises:
         UserError: too little text for these settings.

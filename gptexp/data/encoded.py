@@ -39,10 +39,7 @@ class Encoded:
 def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUNK) -> Encoded:
     """The ids of `corpus`, from the cache, or encoded into it. Line ends are kept as they are.
 
-    Args:
-        corpus: as `find_corpus` returned it.
-        config: its tokenizer and, for documents, its terminator are used.
-        chunk_bytes: how much of the file is in memory at a time; no effect on the result.
+    So many bytes of the file are in memory at a time, to the same result.
 
     Raises:
         UserError: text that is not UTF-8, empty, or in use of the terminator; a cache that cannot be written.

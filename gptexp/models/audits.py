@@ -56,14 +56,10 @@ class Influence:
 
 
 def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:
-    """Measure a model in train mode or in eval mode, without dropout; the model itself stays as it is.
+    """Measure a model in train mode or in eval mode, without dropout, by ids (N, L) int64, N at least 2.
 
-    |J| of each Jacobian J is estimated by one random direction v of the logits: |v J|^2 has the mean |J|^2.
-
-    Args:
-        model: on any device, in any precision.
-        ids: (N, L) int64, N at least 2.
-        training: measure train mode.
+    |J| of each Jacobian J is estimated by one random direction v of the logits: |v J|^2 has the mean |J|^2. The model
+    itself, on any device and in any precision, stays as it is.
 
     Raises:
         ValueError: when the model cannot be trained on such a batch.

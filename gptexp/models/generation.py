@@ -16,12 +16,9 @@ Decoder = Callable[[Sequence[Sequence[int]]], Tensor]
 
 
 def next_token_logits(model: Any, rows: Sequence[Sequence[int]], **options: Any) -> Tensor:
-    """The logits (N, V) of the token after each row, from one forward pass over all their tokens.
+    """The logits (N, V) of the token after each row of one token or more, from one forward pass over all their tokens.
 
-    Args:
-        model: a language model.
-        rows: N rows of one token or more. They are padded on the right, where causal attention does not look.
-        options: further arguments of the forward pass.
+    Rows are padded on the right, where causal attention does not look. The pass gets the options.
     """
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(next(model.parameters()).device)
     last = torch.tensor([len(row) - 1 for row in rows])
@@ -33,13 +30,8 @@ class CachedDecoder:
     """Next-token logits of N growing rows with a KV cache: a prefill of each row, then one token per step.
 
     A row's context begins with its last `block_size` tokens and grows with each token. Once it holds `block_size`, the
-    next token drops its older half, and the rest is prefilled again, at the first positions.
-
-    Each forward pass gets the decoder as its `cache`.
-
-    Args:
-        model: a GPT.
-        n_rows: N.
+    next token drops its older half, and the rest is prefilled again, at the first positions. Each forward pass gets the
+    decoder as its `cache`.
 
     Attributes:
         positions: of the tokens in this forward pass.

@@ -50,10 +50,7 @@ def prepare() -> Library | None:
 
 
 def choose(wanted: bool) -> str | None:
-    """Choose the kernels of this process, before its first product of matrices.
-
-    Args:
-        wanted: the setting `hardware.fast_mkl`.
+    """Choose the kernels of this process, by the setting `hardware.fast_mkl`, before its first product of matrices.
 
     Returns:
         the problem, if an earlier run of this process chose otherwise and MKL keeps to that; else None.
