@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 from gptexp.config import flatten
 from gptexp.errors import UserError
-from gptexp.records import read_evaluations
+from gptexp.records import METRICS, read_metrics
 from gptexp.runs import Run
 from gptexp.validation import show
 
 AXES = ("step", "tokens", "seconds")
 NUMBERS = ("parameters", "tokens_per_second", "seconds")  # of result.json, that a table has
-
-Curve = dict[str, npt.NDArray[np.float64]]
-
 
 @dataclass(frozen=True)
 class Record:
@@ -42,19 +39,19 @@ class Record:
     order: tuple[Any, ...]
     info: dict[str, Any] = field(repr=False)  # run.json
     # the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token
-    curve: Curve = field(repr=False)
-    windows: Curve = field(repr=False)  # those of some of its windows, likewise; empty unless the run made them
+    curve: pd.DataFrame = field(repr=False)
+    windows: pd.DataFrame = field(repr=False)  # those of some of its windows, likewise; empty unless the run made them
     result: dict[str, Any] = field(repr=False)  # result.json, empty while there is none
 
     @property
     def best(self) -> float:
         """The lowest validation loss; nan if there is none."""
-        return float(self.curve["loss"].min()) if len(self.curve["loss"]) else math.nan
+        return float(self.curve["loss"].min())
 
     @property
     def final(self) -> float:
         """The last validation loss; nan if there is none."""
-        return float(self.curve["loss"][-1]) if len(self.curve["loss"]) else math.nan
+        return math.nan if self.curve.empty else float(self.curve["loss"].iloc[-1])
 
     @property
     def complete(self) -> bool:
@@ -165,8 +162,8 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
-    curve, windows = _curves(run)
-    if info["status"] == "done" and not len(curve["loss"]):
+    curve, windows = (evaluations(run.metrics_path, loss) for loss in ("val/loss", "val/loss_windows"))
+    if info["status"] == "done" and curve.empty:
         raise UserError("metrics.csv holds no losses")
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
@@ -176,12 +173,14 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     )  # fmt: skip
 
 
-def _curves(run: Run) -> list[Curve]:
-    """The evaluations of the whole validation split, and those of some of its windows."""
-    losses = ("val/loss", "val/loss_windows")
-    found = read_evaluations(run.metrics_path, losses) if run.metrics_path.exists() else [[], []]
-    tables = (np.array(points, dtype=np.float64).reshape(-1, 4).T for points in found)
-    return [dict(zip((*AXES, "loss"), columns, strict=True)) for columns in tables]
+def evaluations(path: Path, loss: str) -> pd.DataFrame:
+    """The rows of a metrics.csv that have a loss that is finite: step, tokens, seconds of training and loss.
+
+    An evaluation that stands between two rows of training has the seconds of the first.
+    """
+    rows = pd.DataFrame(read_metrics(path), columns=METRICS, dtype=float).rename(columns={loss: "loss"})
+    rows["seconds"] = rows["seconds"].ffill().fillna(0.0)
+    return rows.loc[np.isfinite(rows["loss"]), [*AXES, "loss"]].reset_index(drop=True)
 
 
 def _reason(path: Path, error: Exception) -> str:

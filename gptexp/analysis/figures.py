@@ -90,7 +90,7 @@ def curves(study: Study, axis: str) -> Figure:
     figure, axes = _figure(4.1)
     shown = chosen(study)
     runs = [run for v in shown for run in v.runs.values()]
-    windows = all(len(run.windows["loss"]) > len(run.curve["loss"]) for run in runs)
+    windows = all(len(run.windows) > len(run.curve) for run in runs)
     for variant, colour in colours(shown):
         x, mean, low, high = band(variant, axis, windows)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -117,7 +117,7 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
         points: at most.
     """
     tables = [run.windows if windows else run.curve for run in variant.runs.values()]
-    runs = [(table[axis], table["loss"]) for table in tables]
+    runs = [(table[axis].to_numpy(), table["loss"].to_numpy()) for table in tables]
     x = runs[0][0]
     if len(x) > points or any(len(other) != len(x) or (other != x).any() for other, _ in runs):
         ends = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)

@@ -196,7 +196,7 @@ def _mixtures(records: Sequence[Record]) -> list[str]:
     }  # fmt: skip
     notes = [note.format(len(found), ", ".join(f"{n} {value}" for value, n in found.items()))
              for note, found in mixtures.items() if len(found) > 1]  # fmt: skip
-    looks = {len(r.curve["loss"]) for r in records if r.complete}
+    looks = {len(r.curve) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
                      "metric=final does not favour them")  # fmt: skip

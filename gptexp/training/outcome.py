@@ -33,7 +33,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     step, callbacks = trainer.global_step, trainer.callbacks
     (counts,) = (callback for callback in callbacks if isinstance(callback, Throughput))
     stopped = any(isinstance(callback, EarlyStopping) and callback.exhausted for callback in callbacks)
-    rows = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
+    rows = read_metrics(run.metrics_path)
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
     best = min(evaluations, key=lambda r: r["val/loss"], default={})

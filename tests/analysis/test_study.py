@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gptexp.analysis import collect as collecting
@@ -264,15 +265,15 @@ def test_a_run_without_metrics_yet(write: Write, study: Build) -> None:
 def test_a_run_that_is_deleted_while_it_is_read(write: Write, study: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     write(2.0, 1)
     doomed = write(2.0, 2).path
-    read = collecting._curves
+    read = collecting.evaluations
 
-    def delete_first(run):  # type: ignore[no-untyped-def]
-        if run.path == doomed:
+    def delete_first(path: Path, loss: str) -> pd.DataFrame:
+        if path.parent == doomed:
             shutil.rmtree(doomed, ignore_errors=True)
             raise FileNotFoundError(doomed)
-        return read(run)
+        return read(path, loss)
 
-    monkeypatch.setattr(collecting, "_curves", delete_first)
+    monkeypatch.setattr(collecting, "evaluations", delete_first)
     found = study()
     assert len(found.records) == 1
     assert found.unreadable[0].reason == "was deleted meanwhile"
