@@ -30,7 +30,7 @@ def test_evaluations_are_those_of_all_rows(kinds: list[tuple[bool, str]]) -> Non
             for losses, key in zip(expected, ("val/loss", "val/loss_windows"), strict=True):
                 if key in row:
                     losses.append((row["step"], row["tokens"], seconds, row[key]))
-        found = [evaluations(path, loss) for loss in ("val/loss", "val/loss_windows")]
+        found = [evaluations(read_metrics(path), loss) for loss in ("val/loss", "val/loss_windows")]
         assert [list(table.itertuples(index=False, name=None)) for table in found] == expected
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -162,7 +162,8 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     number = jobs.get(name, jobs.get(path.name, len(jobs)))
-    curve, windows = (evaluations(run.metrics_path, loss) for loss in ("val/loss", "val/loss_windows"))
+    rows = read_metrics(run.metrics_path)
+    curve, windows = (evaluations(rows, loss) for loss in ("val/loss", "val/loss_windows"))
     if info["status"] == "done" and curve.empty:
         raise UserError("metrics.csv holds no losses")
     return Record(
@@ -173,14 +174,14 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     )  # fmt: skip
 
 
-def evaluations(path: Path, loss: str) -> pd.DataFrame:
+def evaluations(rows: Sequence[Mapping[str, float]], loss: str) -> pd.DataFrame:
     """The rows of a metrics.csv that have a loss that is finite: step, tokens, seconds of training and loss.
 
     An evaluation that stands between two rows of training has the seconds of the first.
     """
-    rows = pd.DataFrame(read_metrics(path), columns=METRICS, dtype=float).rename(columns={loss: "loss"})
-    rows["seconds"] = rows["seconds"].ffill().fillna(0.0)
-    return rows.loc[np.isfinite(rows["loss"]), [*AXES, "loss"]].reset_index(drop=True)
+    table = pd.DataFrame(rows, columns=METRICS, dtype=float).rename(columns={loss: "loss"})
+    table["seconds"] = table["seconds"].ffill().fillna(0.0)
+    return table.loc[np.isfinite(table["loss"]), [*AXES, "loss"]].reset_index(drop=True)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from gptexp.analysis import collect as collecting
@@ -14,6 +13,7 @@ from gptexp.analysis.collect import collect, without_seed
 from gptexp.analysis.conclusion import commands, counts, further_seeds, headline, next_command
 from gptexp.analysis.study import Study
 from gptexp.errors import UserError
+from gptexp.records import read_metrics
 from tests.analysis.conftest import Write
 
 Build = Callable[..., Study]
@@ -265,15 +265,13 @@ def test_a_run_without_metrics_yet(write: Write, study: Build) -> None:
 def test_a_run_that_is_deleted_while_it_is_read(write: Write, study: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     write(2.0, 1)
     doomed = write(2.0, 2).path
-    read = collecting.evaluations
-
-    def delete_first(path: Path, loss: str) -> pd.DataFrame:
+    def delete_first(path: Path) -> list[dict[str, float]]:
         if path.parent == doomed:
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(doomed)
             raise FileNotFoundError(doomed)
-        return read(path, loss)
+        return read_metrics(path)
 
-    monkeypatch.setattr(collecting, "evaluations", delete_first)
+    monkeypatch.setattr(collecting, "read_metrics", delete_first)
     found = study()
     assert len(found.records) == 1
     assert found.unreadable[0].reason == "was deleted meanwhile"
