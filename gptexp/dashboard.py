@@ -133,7 +133,7 @@ def sections() -> dict[str, list[Any]]:
     """The panels by the names of their sections. Lines are means of a group's runs in the range of these."""
     from wandb_workspaces.reports import v2 as wr
 
-    from gptexp.analysis.layers import UNITS
+    from gptexp.analysis.plots import UNITS
 
     def line(y: str, x: str = STEP, **more: Any) -> Any:
         return wr.LinePlot(title=f"{y} by {'step' if x == STEP else x}", x=x, y=[y], groupby_aggfunc="mean",

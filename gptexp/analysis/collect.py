@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from gptexp.config import flatten
 from gptexp.errors import UserError
-from gptexp.records import METRICS, read_metrics
+from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.validation import show
 
@@ -179,9 +178,12 @@ def evaluations(rows: Sequence[Mapping[str, float]], loss: str) -> pd.DataFrame:
 
     An evaluation that stands between two rows of training has the seconds of the first.
     """
-    table = pd.DataFrame(rows, columns=METRICS, dtype=float).rename(columns={loss: "loss"})
-    table["seconds"] = table["seconds"].ffill().fillna(0.0)
-    return table.loc[np.isfinite(table["loss"]), [*AXES, "loss"]].reset_index(drop=True)
+    found, seconds = [], 0.0
+    for row in rows:
+        seconds = row.get("seconds", seconds)
+        if math.isfinite(row.get(loss, math.nan)):
+            found.append((row["step"], row["tokens"], seconds, row[loss]))
+    return pd.DataFrame(found, columns=[*AXES, "loss"], dtype=float)
 
 
 def _reason(path: Path, error: Exception) -> str:

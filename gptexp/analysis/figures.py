@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import Factor, is_numeric
 from gptexp.analysis.inside import last_diagnostics
-from gptexp.analysis.layers import UNITS
+from gptexp.analysis.plots import UNITS
 from gptexp.analysis.study import Comparison, Study, Variant, losses
 from gptexp.analysis.tables import speed_table, variants_table
 

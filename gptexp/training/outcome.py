@@ -87,8 +87,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
 def _draw(run: Run, rows: list[dict[str, float]]) -> list[Path]:
     """Draw the curves, and the measurements of layers if there are any; returns the pictures."""
     try:
-        from gptexp.analysis.layers import plot_diagnostics  # here, because matplotlib is slow to import
-        from gptexp.analysis.plots import plot_curves
+        from gptexp.analysis.plots import plot_curves, plot_diagnostics  # here, because matplotlib is slow to import
 
         plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
         if run.config.diagnostics_interval:
