@@ -3,22 +3,22 @@
 import io
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import Factor, is_numeric
-from gptexp.analysis.inside import last_diagnostics
 from gptexp.analysis.plots import UNITS
 from gptexp.analysis.study import Comparison, Study, Variant, losses
 from gptexp.analysis.tables import speed_table, variants_table
+from gptexp.records import Measurement, read_diagnostics
+from gptexp.runs import Run
 
 INK = "#1b1b1f"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
@@ -57,18 +57,15 @@ def draw(study: Study) -> dict[str, Figure]:
 
 def svg(figure: Figure, name: str) -> bytes:
     """A figure as SVG, transparent: the same bytes for the same figure, its ids unlike those of any other name."""
-    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
-        patch.set_alpha(0)
+    file = io.BytesIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
-        file = io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
 
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG, on white."""
     file = io.BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
 
@@ -240,11 +237,22 @@ def pareto(study: Study) -> Figure:
     return figure
 
 
+def last_diagnostics(variants: Sequence[Variant]) -> pd.DataFrame:
+    """The last measurement of every layer, mean over the seeds: variant, quantity, layer, value."""
+    measured = [pd.DataFrame(columns=["variant", *Measurement._fields]).astype({"value": float})]
+    for variant, record in ((v, r) for v in variants for r in v.runs.values()):
+        with suppress(OSError, ValueError):  # the comparison stands without it
+            rows = pd.DataFrame(read_diagnostics(Run(record.path).diagnostics_path), columns=Measurement._fields)
+            measured.append(rows[rows["step"] == rows["step"].max()].assign(variant=variant.label))
+    keys = ["variant", "quantity", "layer"]
+    return pd.concat(measured).groupby(keys, sort=False, as_index=False)["value"].mean()
+
+
 def diagnostics(measured: pd.DataFrame, colour_of: dict[str, str]) -> Figure:
     """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
 
     Args:
-        measured: see `gptexp.analysis.inside.last_diagnostics`.
+        measured: see `last_diagnostics`.
         colour_of: the variants' colours.
     """
     quantities = [q for q in UNITS if (measured["quantity"] == q).any()]

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gptexp.analysis import conclusion
 from gptexp.analysis.figures import INK, chosen, colours, draw, png, svg
-from gptexp.analysis.inside import last_samples
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import ENDS, all_tables, latex, markdown, ranking_table, readable
-from gptexp.runs import write_atomically
+from gptexp.records import read_samples
+from gptexp.runs import Run, write_atomically
 
 MOST_LOST = 60  # runs without a result that the page names; the table has all
 
@@ -82,6 +83,20 @@ def _rows(table: pd.DataFrame) -> list[dict[str, str]]:
     text = readable(table).rename(columns=lambda c: c.replace(" ", "_")).replace("^-", "−", regex=True)
     rows: list[dict[str, str]] = text.to_dict("records")
     return rows
+
+
+def last_samples(study: Study, most: int = 12, characters: int = 600) -> tuple[int | None, dict[str, str]]:
+    """The last text of each variant's run with the seed that most of them have; the seed, and the texts by variant."""
+    ranked = study.ranked()[:most]
+    seeds = [seed for v in ranked for seed in v.runs]
+    seed = max(sorted(set(seeds)), key=seeds.count, default=None)
+    texts = {}
+    for variant, record in ((v, r) for v in ranked for s, r in v.runs.items() if s == seed):
+        with suppress(OSError, ValueError):
+            for _, body in read_samples(Run(record.path).samples_path)[-1:]:
+                text = body.strip("\n")
+                texts[variant.label] = text[:characters] + ("…" if len(text) > characters else "")
+    return seed, texts
 
 
 def _audit(study: Study) -> list[dict[str, Any]]:
