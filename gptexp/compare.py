@@ -121,9 +121,9 @@ def show(study: "Study") -> None:
     interval = f"{percent(1 - study.alpha)} interval"
     wanted = ("seeds", "loss", "sd", "difference", interval, "p", "verdict", "seeds needed")
     effects = comparisons_table(study).query("kind == 'factor'")
-    effects["variant"] = effects["factor"] + ": " + effects["this"] + " against " + effects["that"]
-    for found, name in ((ranking_table(study), "variant"), (effects, "on average over the others")):
-        rows = readable(found)
+    effects = effects.assign(variant=effects["factor"] + ": " + effects["this"] + " against " + effects["that"])
+    tables = {"variant": ranking_table(study), "on average over the others": effects}
+    for name, rows in ((name, readable(table)) for name, table in tables.items() if study.baseline and len(table)):
         rows[interval] = (rows["low"] + " to " + rows["high"]).replace("– to –", "–")
         columns = [column for column in wanted if column in rows]
         table = Table(name, *(Column(c, justify="right") for c in columns), title=title if name == "variant" else None)
@@ -133,8 +133,7 @@ def show(study: "Study") -> None:
             label.append(f" ({lost})" if lost else "", style="yellow")
             row["verdict"] = Text(VERDICTS.get(row["verdict"], row["verdict"]), VERDICT_STYLES.get(row["verdict"], ""))
             table.add_row(label, *(row[column] for column in columns))
-        if study.baseline and len(rows):
-            console.print(table)
+        console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
     notes = [f"{plural(more, 'further seed')} would probably decide all that is open."] if more else []
