@@ -26,11 +26,11 @@ STALE = 60  # seconds without a sign before this process began, after which a jo
 
 
 class Progress(NamedTuple):
-    """How far a job under way has come: steps done, steps in all, and the last training loss, nats per token."""
+    """How far a job under way has come."""
 
-    step: float
-    steps: int
-    loss: float
+    step: float  # steps done
+    steps: int  # in all
+    loss: float  # the last training loss, nats per token
 
 
 class Scoreboard:
@@ -48,24 +48,22 @@ class Scoreboard:
         self.standings = {name: sweep.standing(name) for name in names}
         self._running: dict[str, Progress] = {}
         self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
-        self._began, self._start = time.time(), time.perf_counter()
+        self._began = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True)  # shows nothing but in a terminal
 
     def __enter__(self) -> "Scoreboard":
         if self._ended_before:
             self._print(f"{self.sweep.folder}: {len(self._ended_before)} of {self.total} jobs are done already")
-        if self.console.is_terminal:
-            self._live.start()
+        self._live.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if self.console.is_terminal:
-            self._live.stop()
+        self._live.stop()
         self._poll()
 
     def add(self, names: Sequence[str]) -> None:
@@ -75,6 +73,7 @@ class Scoreboard:
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             self._poll()
+            self._live.update(self.render(), refresh=True)
 
     def _poll(self) -> None:
         running: dict[str, Progress] = {}
@@ -125,7 +124,7 @@ class Scoreboard:
         done, waiting = len(ended - self._ended_before) + under_way, self.total - len(ended) - under_way
         if done < 0.1 or waiting <= 0:
             return ""
-        return f"{timedelta(seconds=round((time.perf_counter() - self._start) / done * waiting))} left"
+        return f"{timedelta(seconds=round((time.time() - self._began) / done * waiting))} left"
 
     def render(self) -> Group:
         """The table: counts, the jobs that run, the best so far."""
