@@ -106,11 +106,15 @@ class GridSweeper(Sweeper):
         if endless := [o for o in overrides if not each(o)]:
             raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
                             for o in endless)  # fmt: skip
-        varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
-        varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
+        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
+        varied = list(dict.fromkeys([*sweep.info.get("varied", []), *swept]))
         jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
         sound = [job for job in jobs if job.error is None]
-        begin(sweep, sound, varied)
+        if trees := [flatten(job.config.tree()) for job in sound if job.config]:
+            keys = dict.fromkeys(key for tree in trees for key in tree)
+            fixed = {k: trees[0].get(k) for k in keys if all(tree.get(k) == trees[0].get(k) for tree in trees)}
+            differing = [k for k in keys if k not in fixed]
+            sweep.join(fixed, differing, varied, {job.name: job.config for job in sound}, sys.argv)
         with show(sweep, [job.name for job in sound]):
             todo = [job for job in sound if not sweep.is_final(job.name)]
             while todo:
@@ -161,24 +165,6 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
         if names[job.name] > 1 and job.config:
             job.name += f"-{job.config.fingerprint()[:6]}"
     return list(kept.values())
-
-
-def begin(sweep: Sweep, jobs: Sequence[Job], varied: Sequence[str]) -> None:
-    """Begin the sweep with these jobs, or go on with it if it is the same one.
-
-    Args:
-        sweep: the sweep.
-        jobs: whose configurations it has.
-        varied: the overrides that make them differ.
-
-    Raises:
-        UserError: when what the directory holds was made by another configuration.
-    """
-    flat = [flatten(job.config.tree()) for job in jobs if job.config]
-    if flat:
-        keys = dict.fromkeys(key for tree in flat for key in tree)
-        fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
-        sweep.join(fixed, [k for k in keys if k not in fixed], varied, {j.name: j.config for j in jobs}, sys.argv)
 
 
 @contextmanager

@@ -29,8 +29,6 @@ TARGET = {"_target_": "hydra_plugins.hydra_gptexp.optuna.OptunaSweeper", "params
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=TARGET | asdict(search.SearchConfig()),
                              provider="gptexp")  # fmt: skip
 
-PATIENCE = 100  # trials in a row that repeat an earlier one before the space counts as used up
-
 
 class OptunaSweeper(GridSweeper):
     """Asks Optuna for trials and tells it their losses, until there are `n_trials`."""
@@ -60,7 +58,7 @@ class OptunaSweeper(GridSweeper):
         settings = flatten(base.config.tree())
         sweep.join(settings, [], [], {}, sys.argv)
         found = search.open_search(sweep.folder, self.settings, base.config)
-        found.check_space(space, {o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept})
+        found.check_space({o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept})
         wanted = min(self.settings.n_trials, search.combinations(space))
         jobs: dict[str, Job] = {}
         with show(sweep, [], wanted) as board:
@@ -104,16 +102,14 @@ class OptunaSweeper(GridSweeper):
                 drop_half_asked(found, space)
                 open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
                 taken = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
-                repeats = 0
-                while len(taken) < self.settings.n_jobs and len(found.counted()) < wanted and repeats < PATIENCE:
+                while len(taken) < self.settings.n_jobs and len(found.counted()) < wanted:
                     trial = study.ask(space)
                     if any(t.params == trial.params for t in found.counted() if t.number != trial.number):
-                        found.void(trial.number)
-                        repeats += 1
+                        study.tell(trial.number, state=TrialState.FAIL)
                         study.sampler = RandomSampler(seed=trial.number)  # the other one would insist
                     else:
                         taken.append(next(t for t in found.counted() if t.number == trial.number))
-                        repeats, study.sampler = 0, sampler
+                        study.sampler = sampler
             if taken or not open_:
                 return taken
             time.sleep(1)
@@ -142,5 +138,5 @@ def drop_half_asked(found: search.Search, space: dict[str, Any]) -> None:
     known: list[dict[str, Any]] = []
     for trial in found.counted():
         if trial.state == TrialState.RUNNING and (trial.params.keys() != space.keys() or trial.params in known):
-            found.void(trial.number)
+            found.study.tell(trial.number, state=TrialState.FAIL)
         known.append(trial.params)
