@@ -1,7 +1,6 @@
 """Weights & Biases without questions: online where an API key is configured, else offline. Imports no torch."""
 
 import logging
-import math
 import netrc
 import os
 import re
@@ -154,10 +153,11 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     )  # fmt: skip
     verdict = " ".join(headline(study))
     tables = {"variants": variants_table(study), "comparisons": comparisons_table(study)}
+    cells = {name: table.astype(object).where(table.notna(), None) for name, table in tables.items() if len(table)}
     figures = sorted((page.parent / "figures").glob("*.png"))
     run.log({
         "report": wandb.Html(page, inject=False),
-        **{name: wandb.Table(list(table), _cells(table)) for name, table in tables.items() if len(table)},
+        **{name: wandb.Table(list(table), table.to_numpy().tolist()) for name, table in cells.items()},
         **{f"figures/{path.stem}": wandb.Image(str(path)) for path in figures},
     })  # fmt: skip
     label = re.sub(r"[^\w.-]+", "_", f"{group}-report", flags=re.ASCII)[-128:]  # as W&B takes it
@@ -168,9 +168,3 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     best = next((variant.label for variant in study.ranked()), None)
     run.summary.update({"headline": verdict, "best_variant": best, "runs": len(study.records)})
     close_wandb(run, succeeded=True)
-
-
-def _cells(table: Any) -> list[list[Any]]:
-    """The rows of a data frame, None where there is no number."""
-    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
-    return [[None if isinstance(x, float) and not math.isfinite(x) else x for x in row] for row in rows]

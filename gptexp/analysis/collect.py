@@ -99,8 +99,7 @@ def collect(folders: Iterable[Path]) -> Collection:
     unreadable: list[Unreadable] = []
     problems: list[str] = []
     paths: dict[Path, tuple[int, Path]] = {}  # by where a run really is: the folder's number, and the path there
-    present: set[tuple[Path, str]] = set()  # of which sweep, which job
-    expected: dict[tuple[Path, str], None] = {}
+    expected: dict[tuple[Path, str], None] = {}  # of which sweep, which job
     jobs = cache(_jobs)
     for number, folder in enumerate(folders):
         found = _runs(folder)
@@ -115,14 +114,11 @@ def collect(folders: Iterable[Path]) -> Collection:
     if problems:
         raise UserError(problems)
     for number, path in paths.values():
-        sweep = path.parent.resolve()
-        present.add((sweep, path.name))
         try:
-            record = _read(path, number, jobs(path.parent))
-            present.add((sweep, record.name))
-            records.append(record)
+            records.append(_read(path, number, jobs(path.parent)))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             unreadable.append(Unreadable(path, _reason(path, error)))
+    present = {(path.parent.resolve(), path.name) for _, path in paths.values()}
     missing = [job for sweep, job in expected if (sweep, job) not in present]
     return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
 
@@ -160,7 +156,6 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
-    number = jobs.get(name, jobs.get(path.name, len(jobs)))
     rows = read_metrics(run.metrics_path)
     curve, windows = (evaluations(rows, loss) for loss in ("val/loss", "val/loss_windows"))
     if info["status"] == "done" and curve.empty:
@@ -168,7 +163,7 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
-        order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
+        order=(folder, str(path.parent), jobs.get(path.name, len(jobs)), str(info["started"]), str(path)), info=info,
         curve=curve, windows=windows, result=result,
     )  # fmt: skip
 
