@@ -19,19 +19,12 @@ TIMES = METRICS[-3:]
 
 
 class Measurement(NamedTuple):
-    """A row of diagnostics.csv.
+    """A row of diagnostics.csv."""
 
-    Attributes:
-        step: optimizer steps done before.
-        layer: name of the module in the model, "embedding" for what enters the first layer.
-        quantity: what was measured; see `gptexp.training.callbacks.diagnostics`.
-        value: of it.
-    """
-
-    step: int
-    layer: str
-    quantity: str
-    value: float
+    step: int  # optimizer steps done before
+    layer: str  # name of the module in the model, "embedding" for what enters the first layer
+    quantity: str  # what was measured; see `gptexp.training.callbacks.diagnostics`
+    value: float  # of it
 
 
 class Table:

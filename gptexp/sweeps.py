@@ -53,14 +53,10 @@ class Busy(Exception):
 
 
 class Sweep:
-    """A sweep's directory.
-
-    Attributes:
-        folder: the directory; its name is the sweep's.
-    """
+    """A sweep's directory."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder  # its name is the sweep's
 
     @property
     def info(self) -> dict[str, Any]:

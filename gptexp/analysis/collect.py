@@ -18,7 +18,7 @@ from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.validation import show
 
-AXES = ("step", "tokens", "seconds")
+AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
 NUMBERS = ("parameters", "tokens_per_second", "seconds")  # of result.json, that a table has
 
 @dataclass(frozen=True)
@@ -71,17 +71,11 @@ class Unreadable(NamedTuple):
 
 
 class Collection(NamedTuple):
-    """What was found in a set of directories.
+    """What was found in a set of directories."""
 
-    Attributes:
-        records: the runs, in order.
-        unreadable: directories that could not be read.
-        missing: names of a sweep's jobs that have no directory: not begun yet, or failed before.
-    """
-
-    records: tuple[Record, ...]
-    unreadable: tuple[Unreadable, ...] = ()
-    missing: tuple[str, ...] = ()
+    records: tuple[Record, ...]  # the runs, in order
+    unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
+    missing: tuple[str, ...] = ()  # names of a sweep's jobs that have no directory: not begun yet, or failed before
 
 
 def without_seed(name: str) -> str:

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +26,6 @@ VERDICT_COLOURS = {"better": "#228833", "worse": "#d1495b", "equal": "#4477aa", 
 MOST_LINES = len(COLOURS)
 MOST_ROWS = 60  # of the forest plot
 WIDTH = 5.6  # inches: a phone shows it at nine tenths of its size, a screen at one and a half
-AXES_LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 _STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
           "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
           "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
@@ -51,22 +50,18 @@ def draw(study: Study) -> dict[str, Figure]:
             figures["pareto"] = pareto(study)
         measured = last_diagnostics(chosen(study))
         if len(measured):
-            figures["diagnostics"] = diagnostics(measured, {v.label: c for v, c in colours(chosen(study))})
+            figures["diagnostics"] = diagnostics(measured, colours(study))
     return figures
 
 
-def svg(figure: Figure, name: str) -> bytes:
-    """A figure as SVG, transparent: the same bytes for the same figure, its ids unlike those of any other name."""
-    file = io.BytesIO()
+def rendered(figure: Figure, form: Literal["png", "svg"], name: str) -> bytes:
+    """A figure as PNG, on white, or as SVG, transparent, with ids unlike those of any other name.
+
+    The same figure gives the same bytes.
+    """
+    file, metadata = io.BytesIO(), {"png": {"Software": None}, "svg": {"Date": None}}[form]
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG, on white."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+        figure.savefig(file, format=form, dpi=200, transparent=form == "svg", metadata=metadata)
     return file.getvalue()
 
 
@@ -77,23 +72,22 @@ def chosen(study: Study) -> list[Variant]:
     return [v for v in ranked if v in best or v is study.base]
 
 
-def colours(variants: Sequence[Variant]) -> list[tuple[Variant, str]]:
-    """Each variant with its colour, the same in every figure."""
-    return list(zip(variants, COLOURS, strict=False))
+def colours(study: Study) -> dict[str, str]:
+    """The colour of each chosen variant by its label, the same in every figure."""
+    return dict(zip((v.label for v in chosen(study)), COLOURS, strict=False))
 
 
 def curves(study: Study, axis: str) -> Figure:
     """Validation loss: the mean of each variant's seeds, and the range of them as a band."""
     figure, axes = _figure(4.1)
     shown = chosen(study)
-    runs = [run for v in shown for run in v.runs.values()]
-    windows = all(len(run.windows) > len(run.curve) for run in runs)
-    for variant, colour in colours(shown):
+    windows = all(len(run.windows) > len(run.curve) for variant in shown for run in variant.runs.values())
+    for variant, colour in zip(shown, COLOURS, strict=False):
         x, mean, low, high = band(variant, axis, windows)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
     every = len(study.ranked())
-    axes.set(xlabel=AXES_LABELS[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
+    axes.set(xlabel=AXES[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
     if every > len(shown):
         axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
     heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
@@ -226,7 +220,7 @@ def pareto(study: Study) -> Figure:
     table = speed_table(study)
     front = table[table["pareto_front"]].sort_values(["seconds", "loss"])
     axes.plot(front["seconds"], front["loss"], color=INK, linewidth=0.8, zorder=1)
-    colour_of = {v.label: colour for v, colour in colours(chosen(study))}
+    colour_of = colours(study)
     for row in table.to_dict("records"):
         colour, size = colour_of.get(row["variant"], VERDICT_COLOURS["undecided"]), 7 if row["pareto_front"] else 5
         name = row["variant"] if row["variant"] in colour_of else None

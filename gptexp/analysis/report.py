@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gptexp.analysis import conclusion
-from gptexp.analysis.figures import INK, chosen, colours, draw, png, svg
+from gptexp.analysis.figures import INK, colours, draw, rendered
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import ENDS, all_tables, latex, markdown, ranking_table, readable
 from gptexp.records import read_samples
@@ -43,8 +43,8 @@ def write_report(study: Study, folder: Path, title: str, command: str, target: f
         write_atomically(folder / "tables" / f"{name}.tex", latex(text).encode())
     images = {}
     for name, figure in figures.items():
-        write_atomically(folder / "figures" / f"{name}.png", png(figure))
-        images[name] = svg(figure, name)
+        write_atomically(folder / "figures" / f"{name}.png", rendered(figure, "png", name))
+        images[name] = rendered(figure, "svg", name)
         write_atomically(folder / "figures" / f"{name}.svg", images[name])
     page = folder / "report.html"
     write_atomically(page, html(study, tables, images, title, command).encode())
@@ -53,22 +53,19 @@ def write_report(study: Study, folder: Path, title: str, command: str, target: f
 
 def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes], title: str, command: str) -> str:
     """The page. It loads nothing: styles and figures are part of it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     seed, texts = last_samples(study)
-    colour = {v.label: c for v, c in colours(chosen(study))}
     return environment.get_template("report.html.j2").render(
-        title=title, study=study, conclusion=conclusion, command=command, seed=seed, samples=texts, colour=colour,
+        title=title, study=study, conclusion=conclusion, command=command, seed=seed, samples=texts, ends=ENDS,
         ranking=_rows(ranking_table(study)), effects=_rows(tables["comparisons"].query("kind == 'factor'")),
         speed=_rows(tables["speed"]), figures={name: inline(image) for name, image in images.items()},
-        audit=_audit(study), lost=_lost(study), origin=_origin(study), ends=ENDS,
+        audit=_audit(study), lost=_lost(study), origin=_origin(study), colour=colours(study),
     )  # fmt: skip
 
 
 def inline(image: bytes) -> str:
-    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
+    """A figure in SVG as an element of a page: ink of the surrounding text's colour, no size of its own."""
     text = image.decode()
     used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)

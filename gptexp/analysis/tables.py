@@ -41,7 +41,7 @@ def variants_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "variant": variant.label, **variant.levels, "seeds": len(variant.runs),
-            "loss": mean_loss(variant, study.metric), "sd": _sd(losses(variant, study.metric)),
+            "loss": mean_loss(variant, study.metric), "sd": pd.Series(losses(variant, study.metric)).std(),
             other: mean_loss(variant, other), "parameters": mean_result(variant, "parameters"),
             **{end: variant.counts.get(end, 0) for end in ENDS},
         }
@@ -154,7 +154,3 @@ def latex(table: pd.DataFrame) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
-
-
-def _sd(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
