@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from gptexp.config import Config
 from gptexp.errors import UserError
 from gptexp.runs import Run
-from gptexp.sweeps import Sweep, differences
+from gptexp.sweeps import Sweep
 from gptexp.training.ranks import several
 from gptexp.validation import read_fields
 
@@ -51,21 +51,17 @@ def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
     found: dict[str, BaseDistribution] = {}
     for override in overrides:
         value, key = override.value(), override.get_key_element()
-        if isinstance(value, IntervalSweep | RangeSweep):
-            log = "log" in value.tags
-            low: Any = value.start
-            high: Any
-            if isinstance(value, IntervalSweep):
-                high, step = value.end, None
-            else:  # as in Python's range, the end is not in it
-                step = cast(Any, value.step)
-                high = low + (math.ceil((value.stop - low) / step) - 1) * step
-            found[key] = (
-                IntDistribution(low, high, log=log, step=step or 1) if isinstance(low, int) and isinstance(high, int)
-                else FloatDistribution(low, high, log=log, step=step)
-            )  # fmt: skip
-        else:
+        if not isinstance(value, IntervalSweep | RangeSweep):
             found[key] = CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
+            continue
+        log, low, step = "log" in value.tags, cast(Any, value.start), cast(Any, getattr(value, "step", None))
+        high: Any = value.end if isinstance(value, IntervalSweep) else value.stop
+        if step:  # as in Python's range, the end is not in it
+            high = low + (math.ceil((high - low) / step) - 1) * step
+        if isinstance(low, int) and isinstance(high, int):
+            found[key] = IntDistribution(low, high, log=log, step=step or 1)
+        else:
+            found[key] = FloatDistribution(low, high, log=log, step=step)
     return found
 
 
@@ -116,24 +112,6 @@ class Search:
 
         trials = self.study.get_trials(deepcopy=False)
         return [t for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs]
-
-    def check_space(self, space: Mapping[str, str]) -> None:
-        """Refuse to go on with a search over other values.
-
-        Args:
-            space: what is asked for, by dotted key, as the user wrote it; the study keeps what it was begun with.
-
-        Raises:
-            UserError: when they differ.
-        """
-        known = self.study.user_attrs.get("space")
-        if known is None:
-            self.study.set_user_attr("space", dict(space))
-            return
-        old, new = (dict.fromkeys([*known, *space], "(nothing)") | dict(one) for one in (known, space))
-        if different := differences(old, new, "the search's"):
-            raise UserError(f"sweep.name={self.study.study_name}: {difference}; leave it as it was, or give the new "
-                            "search another name" for difference in different)  # fmt: skip
 
 
 def combinations(space: Mapping[str, "BaseDistribution"]) -> float:

@@ -14,8 +14,8 @@ from hydra.core.override_parser.types import Override
 
 from gptexp import search
 from gptexp.config import flatten
-from gptexp.errors import RunFailed
-from gptexp.sweeps import FINAL, Sweep
+from gptexp.errors import RunFailed, UserError
+from gptexp.sweeps import FINAL, Sweep, differences
 from hydra_plugins.hydra_gptexp.grid import GridSweeper, Job, report, show
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class OptunaSweeper(GridSweeper):
             the lowest validation loss of each trial.
 
         Raises:
-            UserError: when Optuna is missing, or the settings are wrong.
+            UserError: when Optuna is missing, the settings are wrong, or the search was begun over other values.
             RunFailed: when a job failed.
         """
         swept = [o for o in overrides if o.is_sweep_override()]
@@ -58,9 +58,15 @@ class OptunaSweeper(GridSweeper):
         settings = flatten(base.config.tree())
         sweep.join(settings, [], [], {}, sys.argv)
         found = search.open_search(sweep.folder, self.settings, base.config)
-        found.check_space({o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept})
+        words = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept}
+        known = found.study.user_attrs.get("space", words)
+        old, new = (dict.fromkeys([*known, *words], "(nothing)") | one for one in (known, words))
+        if different := differences(old, new, "the search's"):
+            raise UserError(f"sweep.name={sweep.folder.name}: {difference}; leave it as it was, or give the new search "
+                            "another name" for difference in different)  # fmt: skip
+        found.study.set_user_attr("space", words)
         wanted = min(self.settings.n_trials, search.combinations(space))
-        jobs: dict[str, Job] = {}
+        errors: dict[int, Exception] = {}
         with show(sweep, [], wanted) as board:
             while trials := self.ask(found, space, sweep, wanted):
                 batch = []
@@ -73,16 +79,17 @@ class OptunaSweeper(GridSweeper):
                 busy = self.send([job for job in batch if job.error is None])
                 for job, trial in zip(batch, trials, strict=True):
                     if job not in busy:
-                        jobs[job.name] = job
                         self.tell(found, trial, job, sweep)
-        for trial in found.counted():
-            name, error = search.trial_name(trial.number), trial.user_attrs.get("error")
-            jobs.setdefault(name, Job([], name, RunFailed(error) if error else None))
+                    if job.error:
+                        errors[trial.number] = job.error
+        told = {t.number: t.user_attrs.get("error") for t in found.counted()}
+        jobs = [Job([], search.trial_name(number), errors.get(number) or (RunFailed(error) if error else None))
+                for number, error in told.items()]  # fmt: skip
         if wanted < self.settings.n_trials:
             log.info("hydra.sweeper.n_trials=%d: there are no more than %d combinations", self.settings.n_trials,
                      wanted)  # fmt: skip
         try:
-            return report(sweep, [jobs[name] for name in sorted(jobs)])
+            return report(sweep, jobs)
         finally:
             log.info("%s", search.summary(found.study, sweep, base.config))
 
