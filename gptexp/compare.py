@@ -74,12 +74,11 @@ def compare(arguments: Sequence[str]) -> "Study":
     folder = Path(config.output) if config.output else folders[0] / "report"
     title = ", ".join(dict.fromkeys(f.resolve().name for f in folders[:5])) + (", …" if len(folders) > 5 else "")
     command = f"python -m gptexp.compare {shlex.join(arguments)}"
+    show(study)
     try:
         page = write_report(study, folder, title, command, config.target)
     except OSError as error:
-        show(study)
         raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
-    show(study)
     log.info("report: %s", page)
     if config.logger == "wandb":
         from gptexp.tracking import log_comparison

@@ -57,11 +57,6 @@ class Record:
         """Whether the run has come to its end with a loss that can be compared."""
         return self.status == "done" and math.isfinite(self.best)
 
-    @property
-    def family(self) -> str:
-        """The name without its seed: the jobs of one variant share it."""
-        return without_seed(self.name)
-
 
 class Unreadable(NamedTuple):
     """A directory that looks like a run and cannot be read; why, in a few words."""
@@ -79,7 +74,7 @@ class Collection(NamedTuple):
 
 
 def without_seed(name: str) -> str:
-    """A job's name without its seed: rmsnorm-pre-h4 for rmsnorm-pre-h4-s1337."""
+    """A job's name without its seed, which the jobs of a variant share: rmsnorm-pre-h4 for rmsnorm-pre-h4-s1337."""
     return re.sub(r"-s\d+(?=-|$)", "", name)
 
 

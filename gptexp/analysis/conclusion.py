@@ -92,8 +92,7 @@ def counts(study: Study) -> str:
     total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
     apart = sum(map(len, study.apart.values()))
     jobs = total.total() + apart + len(study.unreadable)
-    parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
-    parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
+    parts = [f"{total[end]} {ENDED.get(end, end)}" for end in {**ENDED, **total} if total[end]]
     parts += [f"{apart} put apart"] if apart else []
     parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
     return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import Factor, is_numeric
 from gptexp.analysis.plots import UNITS
-from gptexp.analysis.study import Comparison, Study, Variant, losses
+from gptexp.analysis.study import Study, Variant, losses
 from gptexp.analysis.tables import speed_table, variants_table
 from gptexp.records import Measurement, read_diagnostics
 from gptexp.runs import Run
@@ -134,7 +134,8 @@ def forest(study: Study) -> Figure:
     variants = sum(c.kind == "variant" for c in rows)
     if 0 < variants < len(rows):
         axes.axhline(variants - 0.5, color=INK, linewidth=0.6, linestyle=":")
-    axes.set_yticks(range(len(rows)), [_row_name(c) for c in rows])
+    names = [f"{c.factor}: {c.this} – {c.that}" if c.kind == "factor" else c.this for c in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -149,11 +150,6 @@ def forest(study: Study) -> Figure:
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
     return figure
-
-
-def _row_name(comparison: Comparison) -> str:
-    effect = f"{comparison.factor}: {comparison.this} – {comparison.that}"
-    return effect if comparison.kind == "factor" else comparison.this
 
 
 def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:

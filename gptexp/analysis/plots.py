@@ -47,8 +47,8 @@ def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
         runs: rows of metrics.csv by the run's name.
         path: of the PNG to write.
     """
-    style = {"marker": "o", "markersize": 3}
-    _draw("val/loss", path, [(rows, "val/loss", {"label": name, **style}) for name, rows in runs.items()])
+    _draw("val/loss", path, [(rows, "val/loss", {"label": name, "marker": "o", "markersize": 3})
+                             for name, rows in runs.items()])  # fmt: skip
 
 
 def _draw(title: str, path: Path, lines: Sequence[tuple[Rows, str, dict[str, Any]]]) -> None:

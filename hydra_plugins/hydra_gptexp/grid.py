@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -61,9 +60,7 @@ class GridSweeper(Sweeper):
         params: values by key, as on the command line, for a file of conf/ that describes a sweep.
     """
 
-    hydra_context: HydraContext
     config: DictConfig
-    launcher: Launcher
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
