@@ -60,11 +60,10 @@ def open_wandb(
     chosen: dict[str, Any] = {
         "console": "off", "silent": True, "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or 30),
         "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT") or patience), "finish_timeout_raises": True,
-    } | dict(settings or {})  # fmt: skip
-    options |= {  # `wandb sync`, too, puts the parts of a run that was resumed together by `resume`
-        "reinit": "finish_previous", "resume": "allow", "dir": str(folder.absolute()),
-        "settings": wandb.Settings(**chosen),
     }  # fmt: skip
+    options |= {"reinit": "finish_previous", "dir": str(folder.absolute()),
+                "resume": "allow",  # by which `wandb sync`, too, puts the parts of a resumed run together
+                "settings": wandb.Settings(**chosen | dict(settings or {}))}  # fmt: skip
     run: Any = None
     if wanted != "offline":
         try:

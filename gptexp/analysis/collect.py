@@ -19,7 +19,6 @@ from gptexp.runs import Run
 from gptexp.validation import show
 
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
-NUMBERS = ("parameters", "tokens_per_second", "seconds")  # of result.json, that a table has
 
 @dataclass(frozen=True)
 class Record:
@@ -140,8 +139,8 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         raise KeyError(f"fingerprints.{min(lacking)}")
     if not isinstance(info.get("data", {}), dict) or not all(isinstance(v, str) for v in info["fingerprints"].values()):
         raise TypeError("run.json is not as it was written")
-    result = run.result or {}
-    if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in NUMBERS):
+    result, numbers = run.result or {}, ("parameters", "tokens_per_second", "seconds")
+    if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in numbers):
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip

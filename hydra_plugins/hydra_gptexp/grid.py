@@ -113,12 +113,11 @@ class GridSweeper(Sweeper):
             differing = [k for k in keys if k not in fixed]
             sweep.join(fixed, differing, varied, {job.name: job.config for job in sound}, sys.argv)
         with show(sweep, [job.name for job in sound]):
-            todo = [job for job in sound if not sweep.is_final(job.name)]
-            while todo:
-                busy = self.send(todo)
-                while busy and all(sweep.is_busy(job.name) for job in busy):
+            todo = sound
+            while todo := [job for job in todo if not sweep.is_final(job.name)]:
+                todo = self.send(todo)
+                while todo and all(sweep.is_busy(job.name) for job in todo):
                     time.sleep(1)
-                todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
