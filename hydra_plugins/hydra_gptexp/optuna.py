@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from hydra.core.config_store import ConfigStore
@@ -17,10 +17,6 @@ from gptexp.config import flatten
 from gptexp.errors import RunFailed, UserError
 from gptexp.sweeps import FINAL, Sweep, differences
 from hydra_plugins.hydra_gptexp.grid import GridSweeper, Job, report, show
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
 
 log = logging.getLogger("gptexp")
 
@@ -70,18 +66,18 @@ class OptunaSweeper(GridSweeper):
         with show(sweep, [], wanted) as board:
             while trials := self.ask(found, space, sweep, wanted):
                 batch = []
-                for trial in trials:
-                    job = self.prepare([*fixed, *(f"{k}={v}" for k, v in trial.params.items())], [])
-                    job.name = search.trial_name(trial.number)
+                for number, values in trials.items():
+                    job = self.prepare([*fixed, *(f"{k}={v}" for k, v in values.items())], [])
+                    job.name = search.trial_name(number)
                     batch.append(job)
                 sweep.join(settings, list(space), [], {job.name: job.config for job in batch}, sys.argv)
                 board.add([job.name for job in batch])
                 busy = self.send([job for job in batch if job.error is None])
-                for job, trial in zip(batch, trials, strict=True):
+                for job, number in zip(batch, trials, strict=True):
                     if job not in busy:
-                        self.tell(found, trial, job, sweep)
+                        self.tell(found, number, job, sweep)
                     if job.error:
-                        errors[trial.number] = job.error
+                        errors[number] = job.error
         told = {t.number: t.user_attrs.get("error") for t in found.counted()}
         jobs = [Job([], search.trial_name(number), errors.get(number) or (RunFailed(error) if error else None))
                 for number, error in told.items()]  # fmt: skip
@@ -95,8 +91,9 @@ class OptunaSweeper(GridSweeper):
 
     def ask(
         self, found: search.Search, space: dict[str, Any], sweep: Sweep, wanted: int
-    ) -> "list[FrozenTrial]":
-        """The trials to work on now: those that a stopped process left, then new ones, `n_jobs` in all, up to `wanted`.
+    ) -> dict[int, dict[str, Any]]:
+        """The parameters of the trials to work on now, by number: those that a stopped process left, then new ones,
+        `n_jobs` in all, up to `wanted`.
 
         Waits for the trials of other processes before it says that there are none.
         """
@@ -106,44 +103,42 @@ class OptunaSweeper(GridSweeper):
         study, sampler = found.study, found.study.sampler
         while True:
             with FileLock(sweep.folder / ".locks" / ".search"):
-                drop_half_asked(found, space)
-                open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
-                taken = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
-                while len(taken) < self.settings.n_jobs and len(found.counted()) < wanted:
-                    trial = study.ask(space)
-                    if any(t.params == trial.params for t in found.counted() if t.number != trial.number):
+                known: list[dict[str, Any]] = []  # the parameters of all trials
+                for trial in found.counted():
+                    # Its process may have been killed before all of them were drawn, or found to be a repetition.
+                    half = trial.params.keys() != space.keys() or trial.params in known
+                    if half and trial.state == TrialState.RUNNING:
                         study.tell(trial.number, state=TrialState.FAIL)
-                        study.sampler = RandomSampler(seed=trial.number)  # the other one would insist
                     else:
-                        taken.append(next(t for t in found.counted() if t.number == trial.number))
+                        known.append(trial.params)
+                open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
+                free = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
+                taken = {t.number: t.params for t in free}
+                while len(taken) < self.settings.n_jobs and len(known) < wanted:
+                    asked = study.ask(space)
+                    if asked.params in known:
+                        study.tell(asked.number, state=TrialState.FAIL)
+                        study.sampler = RandomSampler(seed=asked.number)  # the other one would insist
+                    else:
+                        taken[asked.number] = asked.params
+                        known.append(asked.params)
                         study.sampler = sampler
             if taken or not open_:
                 return taken
             time.sleep(1)
 
-    def tell(self, found: search.Search, trial: "FrozenTrial", job: Job, sweep: Sweep) -> None:
+    def tell(self, found: search.Search, number: int, job: Job, sweep: Sweep) -> None:
         """Tell Optuna how a trial ended."""
         from optuna.trial import TrialState
 
         study, standing = found.study, sweep.standing(job.name)
         if job.error is not None or standing.state not in FINAL:
             if job.config and standing.attempts <= job.config.sweep.retries:
-                self.failed.add(trial.number)
+                self.failed.add(number)
                 return
-            found.trial(trial.number).set_user_attr("error", str(job.error or standing.error))
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            found.trial(number).set_user_attr("error", str(job.error or standing.error))
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         elif standing.state == "done" and math.isfinite(standing.loss):
-            study.tell(trial.number, standing.loss, skip_if_finished=True)
+            study.tell(number, standing.loss, skip_if_finished=True)
         else:
-            study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
-
-
-def drop_half_asked(found: search.Search, space: dict[str, Any]) -> None:
-    """Void the trials whose process was killed before all their parameters were drawn, or found to be a repetition."""
-    from optuna.trial import TrialState
-
-    known: list[dict[str, Any]] = []
-    for trial in found.counted():
-        if trial.state == TrialState.RUNNING and (trial.params.keys() != space.keys() or trial.params in known):
-            found.study.tell(trial.number, state=TrialState.FAIL)
-        known.append(trial.params)
+            study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
