@@ -26,14 +26,9 @@ from gptexp.errors import UserError
 
 log = logging.getLogger("gptexp")
 
-FACTORS = ("model.norm", "model.placement", "model.n_head")
-"""The settings that make a variant, as in a run's name."""
-
-STEP = "trainer/global_step"
-"""Optimizer steps done, as Lightning names them in W&B."""
-
-LOWEST = "val/loss.min"
-"""The lowest validation loss, as W&B's summary has it."""
+FACTORS = ("model.norm", "model.placement", "model.n_head")  # that make a variant, as in a run's name
+STEP = "trainer/global_step"  # optimizer steps done, as Lightning names them in W&B
+LOWEST = "val/loss.min"  # the lowest validation loss, as W&B's summary has it
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,12 @@ def forest(study: Study) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    spreads = [x for c in rows for x in (*c.differences.values(), study.delta, -study.delta)]
-    if max(map(abs, spreads)) > 20 * study.delta and len(rows) > 1:
+    largest = max(abs(x) for c in rows for x in c.differences.values())
+    if largest > 20 * study.delta and len(rows) > 1:
         # One variant that hardly learned must not hide the others.
         axes.set_xscale("symlog", linthresh=study.delta)
         axes.minorticks_off()
-        top = 10.0 ** math.floor(math.log10(max(map(abs, spreads))))
+        top = 10.0 ** math.floor(math.log10(largest))
         ticks = [-top, -study.delta, 0, study.delta, top]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
@@ -158,7 +158,7 @@ def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None 
     levels = panels.levels if panels else ("",)
     tables = [
         (means[means[panels.name] == level] if panels else means)
-        .pivot_table("loss", rows.name, columns.name).reindex(rows.levels).reindex(columns.levels, axis=1).to_numpy()
+        .pivot_table("loss", rows.name, columns.name).reindex(index=rows.levels, columns=columns.levels).to_numpy()
         for level in levels
     ]  # fmt: skip
     finite = np.concatenate([t[np.isfinite(t)] for t in tables])

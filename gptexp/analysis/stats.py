@@ -21,12 +21,8 @@ from scipy import stats
 Array = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "equal", "undecided"]
 
-RESAMPLES = 9999
-"""Of the bootstrap."""
-
-FLIPS = 2**16
-"""Choices of signs that the test counts; up to 16 differences, these are all there are."""
-
+RESAMPLES = 9999  # of the bootstrap
+FLIPS = 2**16  # choices of signs that the test counts; up to 16 differences, these are all there are
 MOST_SEEDS = 1000
 
 

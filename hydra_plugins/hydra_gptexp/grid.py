@@ -48,7 +48,7 @@ class Job:
     """A combination of values."""
 
     overrides: list[str]  # that make it
-    name: str = ""  # of its run and directory
+    name: str  # of its run and directory
     error: Exception | None = None  # what is wrong with it, or what ended it
     config: Config | None = None  # its configuration, unless that is what is wrong
 
@@ -122,17 +122,14 @@ class GridSweeper(Sweeper):
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
-        job = Job(overrides)
         shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
             config = read_config(plain(self.composer.compose(overrides)))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            job.error, job.name = error, " ".join(shown)
-        else:
-            if "seed" not in varied:
-                shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
-            job.name, job.config = job_name(config, "|".join(shown)), config
-        return job
+            return Job(overrides, " ".join(shown), error)
+        if "seed" not in varied:
+            shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
+        return Job(overrides, job_name(config, "|".join(shown)), config=config)
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
