@@ -68,10 +68,11 @@ def cut(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv; each holds the columns that have a value in it. None while there is no file."""
+def read_metrics(path: Path, columns: Sequence[str] = METRICS) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, none while there is no file; each holds those of the columns that it has a value in."""
     header, *rows = _read_table(path) if path.exists() else [[]]
-    return [{k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows]
+    wanted = [(place, name) for place, name in enumerate(header) if name in columns]
+    return [{name: float(row[place]) for place, name in wanted if row[place]} for row in rows]
 
 
 def last_row(path: Path) -> dict[str, float]:

@@ -144,8 +144,9 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
-    rows = read_metrics(run.metrics_path)
-    curve, windows = (evaluations(rows, loss) for loss in ("val/loss", "val/loss_windows"))
+    losses = ("val/loss", "val/loss_windows")
+    rows = read_metrics(run.metrics_path, [*AXES, *losses])
+    curve, windows = (evaluations(rows, loss) for loss in losses)
     if info["status"] == "done" and curve.empty:
         raise UserError("metrics.csv holds no losses")
     return Record(

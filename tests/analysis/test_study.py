@@ -265,11 +265,11 @@ def test_a_run_without_metrics_yet(write: Write, study: Build) -> None:
 def test_a_run_that_is_deleted_while_it_is_read(write: Write, study: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     write(2.0, 1)
     doomed = write(2.0, 2).path
-    def delete_first(path: Path) -> list[dict[str, float]]:
+    def delete_first(path: Path, columns: list[str]) -> list[dict[str, float]]:
         if path.parent == doomed:
             shutil.rmtree(doomed)
             raise FileNotFoundError(doomed)
-        return read_metrics(path)
+        return read_metrics(path, columns)
 
     monkeypatch.setattr(collecting, "read_metrics", delete_first)
     found = study()
