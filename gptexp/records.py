@@ -69,7 +69,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def read_metrics(path: Path, columns: Sequence[str] = METRICS) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, none while there is no file; each holds those of the columns that it has a value in."""
+    """The rows of a metrics.csv, none while there is no file; each holds those columns that it has a value in."""
     header, *rows = _read_table(path) if path.exists() else [[]]
     wanted = [(place, name) for place, name in enumerate(header) if name in columns]
     return [{name: float(row[place]) for place, name in wanted if row[place]} for row in rows]
