@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Lt
 
@@ -74,12 +74,11 @@ def compare(arguments: Sequence[str]) -> "Study":
     folder = Path(config.output) if config.output else folders[0] / "report"
     title = ", ".join(dict.fromkeys(f.resolve().name for f in folders[:5])) + (", …" if len(folders) > 5 else "")
     command = f"python -m gptexp.compare {shlex.join(arguments)}"
+    show(study)
     try:
         page = write_report(study, folder, title, command, config.target)
     except OSError as error:
-        show(study)
         raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
-    show(study)
     log.info("report: %s", page)
     if config.logger == "wandb":
         from gptexp.tracking import log_comparison
@@ -110,34 +109,29 @@ def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
 def show(study: "Study") -> None:
     """Print the ranked table, the verdict and what else must be known."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from gptexp.analysis.conclusion import VERDICTS, counts, further_seeds, headline, percent, plural
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
-    words: dict[str, str] = dict(VERDICTS)  # type: ignore[arg-type]
-    width = f"{percent(1 - study.alpha)} interval"
-    title = f"{study.metric} val/loss, nats a token; differences are from {study.baseline}"
-    table = Table("variant", "seeds", "loss", "sd", "difference", width, "p", "verdict", "seeds needed", title=title)
-    for column in table.columns[1:7]:
-        column.justify = "right"
-    for row in readable(ranking_table(study)).to_dict("records"):
-        lost = ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")
-        name = Text(str(row["variant"]), style="bold" if row["variant"] == study.baseline else "")
-        name.append(f" ({lost})" if lost else "", style="yellow")
-        verdict = Text(words.get(row["verdict"], row["verdict"]), style=VERDICT_STYLES.get(row["verdict"], ""))
-        numbers = (row[c] for c in ("seeds", "loss", "sd", "difference"))
-        table.add_row(name, *numbers, span(row), row["p"], verdict, row["seeds needed"])
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    if study.baseline:
-        console.print(table)
+    title = f"{study.metric} val/loss, nats a token; differences are from {study.baseline}"
+    interval = f"{percent(1 - study.alpha)} interval"
+    wanted = ("seeds", "loss", "sd", "difference", interval, "p", "verdict", "seeds needed")
     effects = comparisons_table(study).query("kind == 'factor'")
-    if len(effects):
-        table = Table("on average over the others", "seeds", "difference", width, "p", "verdict", "seeds needed")
-        for row in readable(effects).to_dict("records"):
-            table.add_row(f"{row['factor']}: {row['this']} against {row['that']}", row["seeds"], row["difference"],
-                          span(row), row["p"], words[row["verdict"]], row["seeds needed"])  # fmt: skip
+    effects = effects.assign(variant=effects["factor"] + ": " + effects["this"] + " against " + effects["that"])
+    tables = {"variant": ranking_table(study), "on average over the others": effects}
+    for name, rows in ((name, readable(table)) for name, table in tables.items() if study.baseline and len(table)):
+        rows[interval] = (rows["low"] + " to " + rows["high"]).replace("– to –", "–")
+        columns = [column for column in wanted if column in rows]
+        table = Table(name, *(Column(c, justify="right") for c in columns), title=title if name == "variant" else None)
+        for row in rows.to_dict("records"):
+            lost = ", ".join(f"{row[end]} {end}" for end in ENDS if row.get(end, "0") != "0")
+            label = Text(row["variant"], style="bold" if row["variant"] == study.baseline else "")
+            label.append(f" ({lost})" if lost else "", style="yellow")
+            row["verdict"] = Text(VERDICTS.get(row["verdict"], row["verdict"]), VERDICT_STYLES.get(row["verdict"], ""))
+            table.add_row(label, *(row[column] for column in columns))
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
@@ -146,11 +140,6 @@ def show(study: "Study") -> None:
     notes += [f"put apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
     notes += [f"unreadable: {path} ({reason})" for path, reason in study.unreadable]
     console.print(*notes, *(f"note: {note}" for note in study.notes), sep="\n", soft_wrap=True)
-
-
-def span(row: dict[Any, str]) -> str:
-    """The two ends of a row's interval."""
-    return "–" if row["low"] == "–" else f"{row['low']} to {row['high']}"
 
 
 if __name__ == "__main__":

@@ -26,14 +26,9 @@ from gptexp.errors import UserError
 
 log = logging.getLogger("gptexp")
 
-FACTORS = ("model.norm", "model.placement", "model.n_head")
-"""The settings that make a variant, as in a run's name."""
-
-STEP = "trainer/global_step"
-"""Optimizer steps done, as Lightning names them in W&B."""
-
-LOWEST = "val/loss.min"
-"""The lowest validation loss, as W&B's summary has it."""
+FACTORS = ("model.norm", "model.placement", "model.n_head")  # that make a variant, as in a run's name
+STEP = "trainer/global_step"  # optimizer steps done, as Lightning names them in W&B
+LOWEST = "val/loss.min"  # the lowest validation loss, as W&B's summary has it
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ def sections() -> dict[str, list[Any]]:
     """The panels by the names of their sections. Lines are means of a group's runs in the range of these."""
     from wandb_workspaces.reports import v2 as wr
 
-    from gptexp.analysis.layers import UNITS
+    from gptexp.analysis.plots import UNITS
 
     def line(y: str, x: str = STEP, **more: Any) -> Any:
         return wr.LinePlot(title=f"{y} by {'step' if x == STEP else x}", x=x, y=[y], groupby_aggfunc="mean",

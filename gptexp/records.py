@@ -1,7 +1,5 @@
 """The files of a run that grow while it trains: metrics.csv, diagnostics.csv and samples.txt."""
 
-import csv
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,19 +19,12 @@ TIMES = METRICS[-3:]
 
 
 class Measurement(NamedTuple):
-    """A row of diagnostics.csv.
+    """A row of diagnostics.csv."""
 
-    Attributes:
-        step: optimizer steps done before.
-        layer: name of the module in the model, "embedding" for what enters the first layer.
-        quantity: what was measured; see `gptexp.training.callbacks.diagnostics`.
-        value: of it.
-    """
-
-    step: int
-    layer: str
-    quantity: str
-    value: float
+    step: int  # optimizer steps done before
+    layer: str  # name of the module in the model, "embedding" for what enters the first layer
+    quantity: str  # what was measured; see `gptexp.training.callbacks.diagnostics`
+    value: float  # of it
 
 
 class Table:
@@ -77,58 +68,27 @@ def cut(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv; each holds the columns that have a value in it. A half-written row is left out."""
-    header, rows = _read_table(path)
-    return [{k: float(v) for k, v in zip(header, row, strict=True) if v} for row in rows]
+def read_metrics(path: Path, columns: Sequence[str] = METRICS) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, none while there is no file; each holds those columns that it has a value in."""
+    header, *rows = _read_table(path) if path.exists() else [[]]
+    wanted = [(place, name) for place, name in enumerate(header) if name in columns]
+    return [{name: float(row[place]) for place, name in wanted if row[place]} for row in rows]
 
 
 def last_row(path: Path) -> dict[str, float]:
-    """The last row of a metrics.csv, as far as it is written; empty while there is none."""
-    try:
-        with path.open("rb") as file:
-            header = file.readline().decode().rstrip("\n").split(",")
-            file.seek(max(file.tell(), path.stat().st_size - 1000))
-            rows = file.read().decode().splitlines(keepends=True)
-    except OSError:
-        return {}
-    whole = [cells for row in rows if row.endswith("\n") and len(cells := row.rstrip("\n").split(",")) == len(header)]
-    return {k: float(v) for k, v in zip(header, whole[-1], strict=True) if v} if whole else {}
-
-
-Evaluations = list[tuple[float, float, float, float]]
-
-
-def read_evaluations(path: Path, losses: Sequence[str]) -> list[Evaluations]:
-    """Step, tokens, seconds of training and loss, for each loss of the rows of a metrics.csv that have it, if finite.
-
-    An evaluation that stands between two rows of training has the seconds of the first. A half-written row is left out.
-    Faster than `read_metrics`: only the numbers that are asked for are read.
-    """
-    found: list[Evaluations] = [[] for _ in losses]
-    header, rows = _read_table(path)
-    if not rows:
-        return found
-    step, tokens, time, *columns = map(header.index, ("step", "tokens", "seconds", *losses))
-    seconds = "0"
-    for row in rows:
-        seconds = row[time] or seconds
-        for evaluations, column in zip(found, columns, strict=True):
-            if row[column] and math.isfinite(loss := float(row[column])):
-                evaluations.append((float(row[step]), float(row[tokens]), float(seconds), loss))
-    return found
+    """The last row of a metrics.csv; empty while there is none."""
+    return (read_metrics(path) or [{}])[-1]
 
 
 def read_diagnostics(path: Path) -> list[Measurement]:
-    """The rows of a diagnostics.csv, oldest first. A half-written row is left out."""
-    return [Measurement(int(step), layer, name, float(value)) for step, layer, name, value in _read_table(path)[1]]
+    """The rows of a diagnostics.csv, oldest first."""
+    return [Measurement(int(step), layer, name, float(value)) for step, layer, name, value in _read_table(path)[1:]]
 
 
-def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    header = rows[0] if rows else []
-    return header, [row for row in rows[1:] if len(row) == len(header)]
+def _read_table(path: Path) -> list[list[str]]:
+    """The header of a table and its rows, but for one that is half written."""
+    rows = [line.split(",") for line in path.read_text(encoding="utf-8").split("\n")[:-1]] or [[]]
+    return [row for row in rows if len(row) == len(rows[0])]
 
 
 def append_sample(path: Path, step: int, text: str) -> None:

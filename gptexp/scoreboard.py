@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,14 +25,6 @@ BEST = 5  # jobs listed
 STALE = 60  # seconds without a sign before this process began, after which a job counts as killed
 
 
-class Progress(NamedTuple):
-    """How far a job under way has come: steps done, steps in all, and the last training loss, nats per token."""
-
-    step: float
-    steps: int
-    loss: float
-
-
 class Scoreboard:
     """Reads the sweep's directory once a second, so it also sees the jobs of other processes and machines.
 
@@ -46,26 +38,25 @@ class Scoreboard:
     def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
         self.standings = {name: sweep.standing(name) for name in names}
-        self._running: dict[str, Progress] = {}
+        self._running: dict[str, dict[str, float]] = {}  # the last row of metrics.csv of each, and its "steps" in all
         self._ended_before = {n for n, s in self.standings.items() if s.state in FINAL}
-        self._began, self._start = time.time(), time.perf_counter()
+        self._began = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True)  # shows nothing but in a terminal
 
     def __enter__(self) -> "Scoreboard":
         if self._ended_before:
-            self._print(f"{self.sweep.folder}: {len(self._ended_before)} of {self.total} jobs are done already")
-        if self.console.is_terminal:
-            self._live.start()
+            done = f"{len(self._ended_before)} of {self.total} jobs are done already"
+            self.console.print(f"{self.sweep.folder}: {done}", highlight=False, soft_wrap=True)
+        self._live.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if self.console.is_terminal:
-            self._live.stop()
+        self._live.stop()
         self._poll()
 
     def add(self, names: Sequence[str]) -> None:
@@ -75,9 +66,10 @@ class Scoreboard:
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             self._poll()
+            self._live.update(self.render(), refresh=True)
 
     def _poll(self) -> None:
-        running: dict[str, Progress] = {}
+        running: dict[str, dict[str, float]] = {}
         ended = []
         for name, before in list(self.standings.items()):
             if before.state in FINAL:
@@ -86,24 +78,17 @@ class Scoreboard:
             if now.state == "running":
                 # A directory that has gone, or is not yet whole, is no reason for the board to stop.
                 with suppress(OSError, ValueError, KeyError, UserError):
-                    running |= self._progress(name)
+                    run = Run(self.sweep.folder / name)
+                    times = [p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists()]
+                    at = {"step": 0.0, **last_row(run.metrics_path), "steps": run.config.max_steps}
+                    if max(times) >= self._began - STALE:  # else a killed process left it
+                        running[name] = at
             if now.state != before.state and now.state in ENDED:
                 ended.append(now)
         self._running = running
         if not self.console.is_terminal:
             for job in ended:
-                self._print(self._line(job))
-
-    def _progress(self, name: str) -> dict[str, Progress]:
-        """How far a job has come; nothing where a killed process left it, which calls itself "running", too."""
-        run = Run(self.sweep.folder / name)
-        row = last_row(run.metrics_path)
-        moved = max(p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists())
-        progress = Progress(row.get("step", 0), run.config.max_steps, row.get("train/loss", math.nan))
-        return {name: progress} if moved >= self._began - STALE else {}
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+                self.console.print(self._line(job), highlight=False, soft_wrap=True)
 
     def _ended(self) -> set[str]:
         return {name for name, job in self.standings.items() if job.state in ENDED}
@@ -121,11 +106,11 @@ class Scoreboard:
     def _left(self) -> str:
         """The time left, from what has been done since this process began."""
         ended = self._ended()
-        under_way = sum(at.step / at.steps for at in self._running.values())
+        under_way = sum(at["step"] / at["steps"] for at in self._running.values())
         done, waiting = len(ended - self._ended_before) + under_way, self.total - len(ended) - under_way
         if done < 0.1 or waiting <= 0:
             return ""
-        return f"{timedelta(seconds=round((time.perf_counter() - self._start) / done * waiting))} left"
+        return f"{timedelta(seconds=round((time.time() - self._began) / done * waiting))} left"
 
     def render(self) -> Group:
         """The table: counts, the jobs that run, the best so far."""
@@ -135,8 +120,8 @@ class Scoreboard:
         words = [f"{self.sweep.folder.name}: {self.total} jobs", *words, self._left()]
         table = Table(box=None, padding=(0, 1), show_header=False)
         for name, at in self._running.items():
-            table.add_row(name, ProgressBar(at.steps, at.step, width=20), f"step {at.step:.0f}/{at.steps}",
-                          "" if math.isnan(at.loss) else f"loss {at.loss:.4f}")  # fmt: skip
+            table.add_row(name, ProgressBar(at["steps"], at["step"], width=20), f"step {at['step']:.0f}/{at['steps']}",
+                          f"loss {at['train/loss']:.4f}" if "train/loss" in at else "")  # fmt: skip
         for place, standing in enumerate(self._ranked()[:BEST], 1):
             table.add_row(standing.name, f"{place}.", standing.state, f"val/loss {standing.loss:.4f}")
         return Group(Text(" · ".join(filter(None, words))), table)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,21 +51,17 @@ def space(overrides: Sequence[Override]) -> dict[str, "BaseDistribution"]:
     found: dict[str, BaseDistribution] = {}
     for override in overrides:
         value, key = override.value(), override.get_key_element()
-        if isinstance(value, IntervalSweep | RangeSweep):
-            log = "log" in value.tags
-            low: Any = value.start
-            high: Any
-            if isinstance(value, IntervalSweep):
-                high, step = value.end, None
-            else:  # as in Python's range, the end is not in it
-                step = cast(Any, value.step)
-                high = low + (math.ceil((value.stop - low) / step) - 1) * step
-            found[key] = (
-                IntDistribution(low, high, log=log, step=step or 1) if isinstance(low, int) and isinstance(high, int)
-                else FloatDistribution(low, high, log=log, step=step)
-            )  # fmt: skip
+        if not isinstance(value, IntervalSweep | RangeSweep):
+            found[key] = CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
+            continue
+        log, low, step = "log" in value.tags, cast(Any, value.start), cast(Any, getattr(value, "step", None))
+        high: Any = value.end if isinstance(value, IntervalSweep) else value.stop
+        if step:  # as in Python's range, the end is not in it
+            high = low + (math.ceil((high - low) / step) - 1) * step
+        if isinstance(low, int) and isinstance(high, int):
+            found[key] = IntDistribution(low, high, log=log, step=step or 1)
         else:
-            found[key] = CategoricalDistribution(list(override.sweep_string_iterator()))
+            found[key] = FloatDistribution(low, high, log=log, step=step)
     return found
 
 
@@ -109,42 +106,12 @@ class Search:
         study = self.storage.get_study_id_from_name(self.study.study_name)
         return Trial(self.study, self.storage.get_trial_id_from_study_id_trial_number(study, number))
 
-    def void(self, number: int) -> None:
-        """Count a trial no more."""
+    def counted(self) -> "list[FrozenTrial]":
+        """The trials but for those that are void, which are never run: they have failed without an error."""
         from optuna.trial import TrialState
 
-        self.trial(number).set_user_attr("repeats", True)
-        self.study.tell(number, state=TrialState.FAIL)
-
-    def counted(self) -> "list[FrozenTrial]":
-        """The trials but for those that are void, which are never run."""
-        return [t for t in self.study.get_trials(deepcopy=False) if "repeats" not in t.user_attrs]
-
-    def check_space(self, space: Mapping[str, "BaseDistribution"], words: Mapping[str, str]) -> None:
-        """Refuse to go on with a search over other values.
-
-        Args:
-            space: the distributions asked for, by dotted key; the study keeps those that it was begun with.
-            words: the same as the user wrote them.
-
-        Raises:
-            UserError: when they differ from those of the study.
-        """
-        from optuna.distributions import distribution_to_json
-
-        asked = {key: [words[key], distribution_to_json(value)] for key, value in space.items()}
-        known = self.study.user_attrs.get("space")
-        if known is None:
-            self.study.set_user_attr("space", asked)
-            return
-        nothing = ["(nothing)", ""]
-        different = [k for k in asked | known if known.get(k, nothing)[1] != asked.get(k, nothing)[1]]
-        if different:
-            raise UserError(
-                f"sweep.name={self.study.study_name}: {k}={asked.get(k, nothing)[0]} differs from the search's "
-                f"{k}={known.get(k, nothing)[0]}; leave it as it was, or give the new search another name"
-                for k in different
-            )
+        trials = self.study.get_trials(deepcopy=False)
+        return [t for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs]
 
 
 def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
@@ -210,10 +177,9 @@ def summary(study: "Study", sweep: Sweep, config: Config) -> str:
     """The best trial, and what pruning saved of the steps."""
     from optuna.trial import TrialState
 
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    lines, best = [], min((t for t in trials if t.value is not None and t.state == TrialState.COMPLETE),
-                          key=lambda t: t.value or 0.0, default=None)  # fmt: skip
-    if best:
+    trials, lines = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)), []
+    with suppress(ValueError):  # no trial has come to its end
+        best = study.best_trial
         words = " ".join(f"{key}={value}" for key, value in best.params.items())
         lines.append(f"best: val/loss {best.value:.4f} with {words}")
     pruned = [t for t in trials if t.state == TrialState.PRUNED]

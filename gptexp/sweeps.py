@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from gptexp.config import Config, flatten
-from gptexp.errors import GroupFailed, UserError
+from gptexp.errors import GroupFailed, RunFailed, UserError
 from gptexp.orphans import at_work
 from gptexp.runs import Run, now, write_atomically
 from gptexp.validation import show
@@ -53,14 +53,10 @@ class Busy(Exception):
 
 
 class Sweep:
-    """A sweep's directory.
-
-    Attributes:
-        folder: the directory; its name is the sweep's.
-    """
+    """A sweep's directory."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder  # its name is the sweep's
 
     @property
     def info(self) -> dict[str, Any]:
@@ -106,20 +102,26 @@ class Sweep:
                     "settings": info.get("settings", dict(settings)), "swept": _union(info.get("swept", []), swept),
                     "varied": _union(info.get("varied", []), varied), "jobs": _union(info.get("jobs", []), list(jobs)),
                 }  # fmt: skip
-                self._check(merged["settings"], settings, merged["swept"])
-                self._check_runs(jobs)
+                self._check(merged["settings"], settings, merged["swept"], jobs)
                 write_atomically(self.folder / "sweep.json", (json.dumps(merged, indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"output_dir: cannot write {self.folder} ({error.strerror})") from error
 
-    def _check(self, old: Mapping[str, Any], new: Mapping[str, Any], vary: Sequence[str]) -> None:
-        keys = sorted(k for k in old.keys() | new.keys()
-                      if not k.startswith(FREE) and k not in vary and old.get(k) != new.get(k))  # fmt: skip
-        if keys:
-            raise UserError(
-                f"sweep.name={self.folder.name}: {k}={show(new.get(k))} differs from the sweep's "
-                f"{k}={show(old.get(k))}; leave it out, or give the new sweep another name" for k in keys
-            )
+    def _check(
+        self, old: Mapping[str, Any], new: Mapping[str, Any], vary: Sequence[str], jobs: Mapping[str, Config | None]
+    ) -> None:
+        """Refuse settings that are not the sweep's, or jobs whose runs have others."""
+        old, new = ({k: v for k, v in tree.items() if not k.startswith(FREE) and k not in vary} for tree in (old, new))
+        problems = [f"sweep.name={self.folder.name}: {difference}; leave it out, or give the new sweep another name"
+                    for difference in differences(old, new, "the sweep's")]  # fmt: skip
+        for name, config in jobs.items() if not problems else ():
+            try:
+                if config and (self.folder / name / "run.json").exists():
+                    self.check(name, config)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
 
     def lock(self, name: str) -> AbstractContextManager[Any]:
         """Hold a job for this process, while the result is entered; the system frees it if the process dies.
@@ -160,17 +162,6 @@ class Sweep:
         """Whether nothing is left to do for the job."""
         return self.standing(name).state in FINAL
 
-    def _check_runs(self, jobs: Mapping[str, Config | None]) -> None:
-        problems = []
-        for name, config in jobs.items():
-            if config and (self.folder / name / "run.json").exists():
-                try:
-                    self.check(name, config)
-                except UserError as error:
-                    problems += error.problems
-        if problems:
-            raise UserError(problems)
-
     def check(self, name: str, config: Config) -> Run:
         """A job's run, which must be of this configuration. Threads may differ: they change the last bits alone.
 
@@ -178,30 +169,24 @@ class Sweep:
             UserError: when it is not, or cannot be read.
         """
         run = Run.open(self.folder / name, key="sweep job")
-        known = run.info.get("fingerprints", {}).get("config")
-        if known == config.fingerprint():
-            return run
-        own = run.config
+        own, known = run.config, run.info.get("fingerprints", {}).get("config")
         same = replace(config, hardware=replace(config.hardware, threads=own.hardware.threads))
-        if known != same.fingerprint():
-            old, new = flatten(own.essence()), flatten(same.essence())
-            keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-            raise UserError([
-                f"sweep job {run.path}: {k}={show(new.get(k))} differs from the run's {k}={show(old.get(k))}; "
-                "give the new sweep another sweep.name" for k in keys
-            ] or f"sweep job {run.path}: run.json does not belong to config.yaml")
+        if known not in (config.fingerprint(), same.fingerprint()):
+            found = differences(flatten(own.essence()), flatten(same.essence()), "the run's")
+            raise UserError([f"sweep job {run.path}: {d}; give the new sweep another sweep.name" for d in found]
+                            or f"sweep job {run.path}: run.json does not belong to config.yaml")  # fmt: skip
         return run
 
     def work(
-        self, name: str, config: Config, begin: Callable[[Path], float], resume: Callable[[Run], float]
+        self, name: str, config: Config, claim: Callable[[Path], Run], train: Callable[[Run], float]
     ) -> float:
         """Bring a job to its end, from wherever it stands.
 
         Args:
             name: the job's.
             config: its configuration.
-            begin: trains it in a new directory and returns the loss.
-            resume: goes on with the run and returns the loss.
+            claim: makes a new run in a directory.
+            train: trains a run, or goes on with it, and returns the loss.
 
         Returns:
             the lowest validation loss, nats a token; that of an earlier process if the job is at its end already.
@@ -209,31 +194,31 @@ class Sweep:
         Raises:
             Busy: when another process works on it.
             UserError: when its run has another configuration.
-            Exhausted: when it has failed more often than `sweep.retries` allows.
+            RunFailed: when it has failed more often than `sweep.retries` allows.
         """
-        path = self.folder / name
-        with self.lock(name):
+        path, run = self.folder / name, None
+        with self.lock(name), at_work():
             if path.is_dir() and not (path / "run.json").exists():
                 _remove_begun(path)
-            if not path.exists():
-                return self._attempt(name, lambda: begin(path))
-            run = self.check(name, config)
-            standing = self.standing(name)
-            if standing.state in FINAL:
-                return standing.loss
-            if standing.state == "failed" and standing.attempts > config.sweep.retries:
-                raise Exhausted(standing)
-            return self._attempt(name, lambda: resume(run))
+            if path.exists():
+                run, job = self.check(name, config), self.standing(name)
+                if job.state in FINAL:
+                    return job.loss
+                if job.state == "failed" and job.attempts > config.sweep.retries:
+                    raise RunFailed(f"failed {job.attempts} times and is not tried again (sweep.retries): {job.error}")
+            try:
+                return train(run or claim(path))
+            except (Exception, GroupFailed):
+                if (path / "run.json").exists():
+                    run = Run(path)
+                    run.update(attempts=int(run.info.get("attempts", 0)) + 1)
+                raise
 
-    def _attempt(self, name: str, work: Callable[[], float]) -> float:
-        try:
-            with at_work():
-                return work()
-        except (Exception, GroupFailed):
-            if (self.folder / name / "run.json").exists():
-                run = Run(self.folder / name)
-                run.update(attempts=int(run.info.get("attempts", 0)) + 1)
-            raise
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], whose: str) -> list[str]:
+    """What sets new settings apart from old ones, such as "seed=2 differs from the run's seed=1"."""
+    return [f"{k}={show(new.get(k))} differs from {whose} {k}={show(old.get(k))}"
+            for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]  # fmt: skip
 
 
 def summary(standings: Sequence[Standing]) -> str:
@@ -251,14 +236,14 @@ def draw(sweep: Sweep) -> None:
     from gptexp.analysis.plots import plot_runs
     from gptexp.records import read_metrics
 
-    names = [name for name in sweep.info.get("jobs", []) if Run(sweep.folder / name).metrics_path.exists()]
-    if names:
-        path = sweep.folder / "curves.png"
-        try:
-            plot_runs({name: read_metrics(Run(sweep.folder / name).metrics_path) for name in names}, path)
+    runs = {name: read_metrics(Run(sweep.folder / name).metrics_path) for name in sweep.info.get("jobs", [])}
+    path = sweep.folder / "curves.png"
+    try:
+        if any(runs.values()):
+            plot_runs(runs, path)
             log.info("picture: %s", path)
-        except OSError as error:
-            log.warning("no picture: cannot write %s (%s)", path, error.strerror)
+    except OSError as error:
+        log.warning("no picture: cannot write %s (%s)", path, error.strerror)
 
 
 def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
@@ -301,10 +286,3 @@ def _remove_begun(path: Path) -> None:
     if any(p.is_file() and p.name != "config.yaml" and not p.name.startswith(".") for p in path.rglob("*")):
         raise UserError(f"{path}: is in the way of a job, and is no run (it holds no run.json)")
     shutil.rmtree(path)
-
-
-class Exhausted(Exception):
-    """A job has failed as often as it may."""
-
-    def __init__(self, standing: Standing) -> None:
-        super().__init__(f"failed {standing.attempts} times and is not tried again (sweep.retries): {standing.error}")

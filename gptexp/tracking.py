@@ -1,7 +1,6 @@
 """Weights & Biases without questions: online where an API key is configured, else offline. Imports no torch."""
 
 import logging
-import math
 import netrc
 import os
 import re
@@ -61,11 +60,10 @@ def open_wandb(
     chosen: dict[str, Any] = {
         "console": "off", "silent": True, "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or 30),
         "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT") or patience), "finish_timeout_raises": True,
-    } | dict(settings or {})  # fmt: skip
-    options |= {  # `wandb sync`, too, puts the parts of a run that was resumed together by `resume`
-        "reinit": "finish_previous", "resume": "allow", "dir": str(folder.absolute()),
-        "settings": wandb.Settings(**chosen),
     }  # fmt: skip
+    options |= {"reinit": "finish_previous", "dir": str(folder.absolute()),
+                "resume": "allow",  # by which `wandb sync`, too, puts the parts of a resumed run together
+                "settings": wandb.Settings(**chosen | dict(settings or {}))}  # fmt: skip
     run: Any = None
     if wanted != "offline":
         try:
@@ -154,10 +152,11 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     )  # fmt: skip
     verdict = " ".join(headline(study))
     tables = {"variants": variants_table(study), "comparisons": comparisons_table(study)}
+    cells = {name: table.astype(object).where(table.notna(), None) for name, table in tables.items() if len(table)}
     figures = sorted((page.parent / "figures").glob("*.png"))
     run.log({
         "report": wandb.Html(page, inject=False),
-        **{name: wandb.Table(list(table), _cells(table)) for name, table in tables.items() if len(table)},
+        **{name: wandb.Table(list(table), table.to_numpy().tolist()) for name, table in cells.items()},
         **{f"figures/{path.stem}": wandb.Image(str(path)) for path in figures},
     })  # fmt: skip
     label = re.sub(r"[^\w.-]+", "_", f"{group}-report", flags=re.ASCII)[-128:]  # as W&B takes it
@@ -168,9 +167,3 @@ def log_comparison(study: "Study", page: Path, title: str, command: str) -> None
     best = next((variant.label for variant in study.ranked()), None)
     run.summary.update({"headline": verdict, "best_variant": best, "runs": len(study.records)})
     close_wandb(run, succeeded=True)
-
-
-def _cells(table: Any) -> list[list[Any]]:
-    """The rows of a data frame, None where there is no number."""
-    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
-    return [[None if isinstance(x, float) and not math.isfinite(x) else x for x in row] for row in rows]

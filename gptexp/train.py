@@ -137,9 +137,7 @@ def sweep_job(config: "Config", hydra: "HydraConf") -> float | None:
         sweep = Sweep(folder)
         command = sweep.info.get("command", sys.argv)  # a launcher starts this process with another one
         try:
-            return sweep.work(
-                name, config, lambda path: train(claim(config, path, name, folder.name, command)), train
-            )
+            return sweep.work(name, config, lambda path: claim(config, path, name, folder.name, command), train)
         except Busy:
             return None
 

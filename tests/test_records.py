@@ -6,7 +6,8 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptexp.records import METRICS, TIMES, Table, read_evaluations, read_metrics
+from gptexp.analysis.collect import evaluations
+from gptexp.records import METRICS, TIMES, Table, last_row, read_metrics
 
 
 @settings(deadline=None)
@@ -29,4 +30,16 @@ def test_evaluations_are_those_of_all_rows(kinds: list[tuple[bool, str]]) -> Non
             for losses, key in zip(expected, ("val/loss", "val/loss_windows"), strict=True):
                 if key in row:
                     losses.append((row["step"], row["tokens"], seconds, row[key]))
-        assert read_evaluations(path, ["val/loss", "val/loss_windows"]) == expected
+        found = [evaluations(read_metrics(path), loss) for loss in ("val/loss", "val/loss_windows")]
+        assert [list(table.itertuples(index=False, name=None)) for table in found] == expected
+
+
+def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    assert (last_row(path), read_metrics(path)) == ({}, [])
+    rows = ["", "step,tokens,mfu\n", "0,0,\n", "10,60,0.5\n", "20,120,0.25"]
+    told = [{}, {}, {"step": 0, "tokens": 0}, *[{"step": 10, "tokens": 60, "mfu": 0.5}] * 2]
+    for row, last in zip(rows, told, strict=True):
+        with path.open("a") as file:
+            file.write(row)
+        assert last_row(path) == last

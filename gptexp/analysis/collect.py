@@ -4,26 +4,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 from gptexp.config import flatten
 from gptexp.errors import UserError
-from gptexp.records import read_evaluations
+from gptexp.records import read_metrics
 from gptexp.runs import Run
 from gptexp.validation import show
 
-AXES = ("step", "tokens", "seconds")
-NUMBERS = ("parameters", "tokens_per_second", "seconds")  # of result.json, that a table has
-
-Curve = dict[str, npt.NDArray[np.float64]]
-
+AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
 
 @dataclass(frozen=True)
 class Record:
@@ -42,29 +37,24 @@ class Record:
     order: tuple[Any, ...]
     info: dict[str, Any] = field(repr=False)  # run.json
     # the evaluations of the whole validation split: step, tokens, seconds of training and loss, nats a token
-    curve: Curve = field(repr=False)
-    windows: Curve = field(repr=False)  # those of some of its windows, likewise; empty unless the run made them
+    curve: pd.DataFrame = field(repr=False)
+    windows: pd.DataFrame = field(repr=False)  # those of some of its windows, likewise; empty unless the run made them
     result: dict[str, Any] = field(repr=False)  # result.json, empty while there is none
 
     @property
     def best(self) -> float:
         """The lowest validation loss; nan if there is none."""
-        return float(self.curve["loss"].min()) if len(self.curve["loss"]) else math.nan
+        return float(self.curve["loss"].min())
 
     @property
     def final(self) -> float:
         """The last validation loss; nan if there is none."""
-        return float(self.curve["loss"][-1]) if len(self.curve["loss"]) else math.nan
+        return math.nan if self.curve.empty else float(self.curve["loss"].iloc[-1])
 
     @property
     def complete(self) -> bool:
         """Whether the run has come to its end with a loss that can be compared."""
         return self.status == "done" and math.isfinite(self.best)
-
-    @property
-    def family(self) -> str:
-        """The name without its seed: the jobs of one variant share it."""
-        return without_seed(self.name)
 
 
 class Unreadable(NamedTuple):
@@ -75,21 +65,15 @@ class Unreadable(NamedTuple):
 
 
 class Collection(NamedTuple):
-    """What was found in a set of directories.
+    """What was found in a set of directories."""
 
-    Attributes:
-        records: the runs, in order.
-        unreadable: directories that could not be read.
-        missing: names of a sweep's jobs that have no directory: not begun yet, or failed before.
-    """
-
-    records: tuple[Record, ...]
-    unreadable: tuple[Unreadable, ...] = ()
-    missing: tuple[str, ...] = ()
+    records: tuple[Record, ...]  # the runs, in order
+    unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
+    missing: tuple[str, ...] = ()  # names of a sweep's jobs that have no directory: not begun yet, or failed before
 
 
 def without_seed(name: str) -> str:
-    """A job's name without its seed: rmsnorm-pre-h4 for rmsnorm-pre-h4-s1337."""
+    """A job's name without its seed, which the jobs of a variant share: rmsnorm-pre-h4 for rmsnorm-pre-h4-s1337."""
     return re.sub(r"-s\d+(?=-|$)", "", name)
 
 
@@ -103,8 +87,7 @@ def collect(folders: Iterable[Path]) -> Collection:
     unreadable: list[Unreadable] = []
     problems: list[str] = []
     paths: dict[Path, tuple[int, Path]] = {}  # by where a run really is: the folder's number, and the path there
-    present: set[tuple[Path, str]] = set()  # of which sweep, which job
-    expected: dict[tuple[Path, str], None] = {}
+    expected: dict[tuple[Path, str], None] = {}  # of which sweep, which job
     jobs = cache(_jobs)
     for number, folder in enumerate(folders):
         found = _runs(folder)
@@ -119,14 +102,11 @@ def collect(folders: Iterable[Path]) -> Collection:
     if problems:
         raise UserError(problems)
     for number, path in paths.values():
-        sweep = path.parent.resolve()
-        present.add((sweep, path.name))
         try:
-            record = _read(path, number, jobs(path.parent))
-            present.add((sweep, record.name))
-            records.append(record)
+            records.append(_read(path, number, jobs(path.parent)))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             unreadable.append(Unreadable(path, _reason(path, error)))
+    present = {(path.parent.resolve(), path.name) for _, path in paths.values()}
     missing = [job for sweep, job in expected if (sweep, job) not in present]
     return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
 
@@ -159,29 +139,35 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
         raise KeyError(f"fingerprints.{min(lacking)}")
     if not isinstance(info.get("data", {}), dict) or not all(isinstance(v, str) for v in info["fingerprints"].values()):
         raise TypeError("run.json is not as it was written")
-    result = run.result or {}
-    if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in NUMBERS):
+    result, numbers = run.result or {}, ("parameters", "tokens_per_second", "seconds")
+    if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in numbers):
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
-    number = jobs.get(name, jobs.get(path.name, len(jobs)))
-    curve, windows = _curves(run)
-    if info["status"] == "done" and not len(curve["loss"]):
+    losses = ("val/loss", "val/loss_windows")
+    rows = read_metrics(run.metrics_path, [*AXES, *losses])
+    curve, windows = (evaluations(rows, loss) for loss in losses)
+    if info["status"] == "done" and curve.empty:
         raise UserError("metrics.csv holds no losses")
     return Record(
         path=path, name=name, label=config.name, status=str(info["status"]), seed=config.seed, settings=settings,
         split=f"data.val_fraction={config.data.val_fraction}, data.split_seed={config.data.split_seed}",
-        order=(folder, str(path.parent), number, str(info["started"]), str(path)), info=info,
+        order=(folder, str(path.parent), jobs.get(path.name, len(jobs)), str(info["started"]), str(path)), info=info,
         curve=curve, windows=windows, result=result,
     )  # fmt: skip
 
 
-def _curves(run: Run) -> list[Curve]:
-    """The evaluations of the whole validation split, and those of some of its windows."""
-    losses = ("val/loss", "val/loss_windows")
-    found = read_evaluations(run.metrics_path, losses) if run.metrics_path.exists() else [[], []]
-    tables = (np.array(points, dtype=np.float64).reshape(-1, 4).T for points in found)
-    return [dict(zip((*AXES, "loss"), columns, strict=True)) for columns in tables]
+def evaluations(rows: Sequence[Mapping[str, float]], loss: str) -> pd.DataFrame:
+    """The rows of a metrics.csv that have a loss that is finite: step, tokens, seconds of training and loss.
+
+    An evaluation that stands between two rows of training has the seconds of the first.
+    """
+    found, seconds = [], 0.0
+    for row in rows:
+        seconds = row.get("seconds", seconds)
+        if math.isfinite(row.get(loss, math.nan)):
+            found.append((row["step"], row["tokens"], seconds, row[loss]))
+    return pd.DataFrame(found, columns=[*AXES, "loss"], dtype=float)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptexp.analysis.stats import MOST_SEEDS, Verdict, fewest_seeds
-from gptexp.analysis.study import Comparison, Study, losses
+from gptexp.analysis.study import Comparison, Study, mean_loss
 
 ENDED = {"done": "done", "running": "still running", "interrupted": "interrupted", "pruned": "pruned",
          "failed": "failed", "diverged": "diverged", "missing": "without a directory"}  # fmt: skip
@@ -23,9 +23,8 @@ def headline(study: Study) -> list[str]:
         return [f"No run has come to its end, so there is nothing to compare ({counts(study)})."]
     if len(study.variants) == 1:
         (variant,) = ranked
-        values = losses(variant, study.metric)
         return [f"There is one variant alone, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
-                f"{sum(values) / len(values):.4f} ({plural(len(values), 'seed')})."]  # fmt: skip
+                f"{mean_loss(variant, study.metric):.4f} ({plural(len(variant.runs), 'seed')})."]  # fmt: skip
     against = [c for c in study.comparisons if c.kind == "variant"]
     by_verdict = {verdict: [c for c in against if c.judgement.verdict == verdict] for verdict in VERDICTS}
     if by_verdict["better"]:
@@ -92,8 +91,7 @@ def counts(study: Study) -> str:
     total = sum((Counter(v.counts) for v in study.variants), Counter[str]())
     apart = sum(map(len, study.apart.values()))
     jobs = total.total() + apart + len(study.unreadable)
-    parts = [f"{total[end]} {word}" for end, word in ENDED.items() if total[end]]
-    parts += [f"{n} {end}" for end, n in total.items() if end not in ENDED]
+    parts = [f"{total[end]} {ENDED.get(end, end)}" for end in {**ENDED, **total} if total[end]]
     parts += [f"{apart} put apart"] if apart else []
     parts += [f"{len(study.unreadable)} unreadable"] if study.unreadable else []
     return f"{plural(jobs, 'run')}: {', '.join(parts)}" if parts else "no runs"

@@ -24,24 +24,19 @@ class Factor:
     levels: tuple[str, ...]  # its values, in the order in which they were run
 
 
-def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, tuple[Record, ...]]]:
+def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, list[Record]]]:
     """The largest set of runs whose losses can be compared, and the others by what sets them apart."""
     kinds = [(r.info["fingerprints"]["data"], r.split, precision(r)) for r in records]
     finished = Counter(kind for kind, r in zip(kinds, records, strict=True) if r.complete)
     main = max(dict.fromkeys(kinds), key=lambda k: (finished[k], kinds.count(k)), default=())
-    together: list[Record] = []
-    apart: dict[str, tuple[Record, ...]] = {}
+    groups: dict[str, list[Record]] = {"": []}
     for kind, record in zip(kinds, records, strict=True):
         corpus = f"{record.info.get('data', {}).get('corpus')} ({record.info['fingerprints']['data'][:8]})"
         words = (f"corpus: {corpus}", f"validation split: {record.split}", f"precision: {precision(record)}")
         differing = [w for w, own, wanted in zip(words, kind, main, strict=True)
                      if own != wanted and None not in (own, wanted)]  # fmt: skip
-        reason = "; ".join(f"another {word}" for word in differing)
-        if reason:
-            apart[reason] = (*apart.get(reason, ()), record)
-        else:
-            together.append(record)
-    return together, apart
+        groups.setdefault("; ".join(f"another {word}" for word in differing), []).append(record)
+    return groups.pop(""), groups
 
 
 def precision(record: Record) -> str | None:
@@ -78,7 +73,7 @@ def find_factors(records: Sequence[Record]) -> tuple[Factor, ...]:
     partial = [group for group in groups.values() if all(ABSENT in columns[key] for key in group)]
     for group in partial:
         whole = (g for g in groups.values() if g not in partial)
-        leader = next((g for g in whole if _determines(columns[g[0]], columns[group[0]])), None)
+        leader = next((g for g in whole if settings.groupby(g[0])[group[0]].nunique().max() == 1), None)
         if leader is not None:
             leader += group
             group.clear()
@@ -94,10 +89,6 @@ def find_factors(records: Sequence[Record]) -> tuple[Factor, ...]:
         )
         for key, *also in leading
     )  # fmt: skip
-
-
-def _determines(cause: Sequence[str], effect: Sequence[str]) -> bool:
-    return len(set(zip(cause, effect, strict=True))) == len(set(cause))
 
 
 def level_of(record: Record, factor: Factor) -> str:

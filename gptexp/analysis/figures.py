@@ -3,22 +3,22 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import Factor, is_numeric
-from gptexp.analysis.inside import last_diagnostics
-from gptexp.analysis.layers import UNITS
-from gptexp.analysis.study import Comparison, Study, Variant, losses
+from gptexp.analysis.plots import UNITS
+from gptexp.analysis.study import Study, Variant, losses
 from gptexp.analysis.tables import speed_table, variants_table
+from gptexp.records import Measurement, read_diagnostics
+from gptexp.runs import Run
 
 INK = "#1b1b1f"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
@@ -26,7 +26,6 @@ VERDICT_COLOURS = {"better": "#228833", "worse": "#d1495b", "equal": "#4477aa", 
 MOST_LINES = len(COLOURS)
 MOST_ROWS = 60  # of the forest plot
 WIDTH = 5.6  # inches: a phone shows it at nine tenths of its size, a screen at one and a half
-AXES_LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 _STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
           "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
           "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
@@ -51,25 +50,18 @@ def draw(study: Study) -> dict[str, Figure]:
             figures["pareto"] = pareto(study)
         measured = last_diagnostics(chosen(study))
         if len(measured):
-            figures["diagnostics"] = diagnostics(measured, {v.label: c for v, c in colours(chosen(study))})
+            figures["diagnostics"] = diagnostics(measured, colours(study))
     return figures
 
 
-def svg(figure: Figure, name: str) -> bytes:
-    """A figure as SVG, transparent: the same bytes for the same figure, its ids unlike those of any other name."""
-    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
-        patch.set_alpha(0)
+def rendered(figure: Figure, form: Literal["png", "svg"], name: str) -> bytes:
+    """A figure as PNG, on white, or as SVG, transparent, with ids unlike those of any other name.
+
+    The same figure gives the same bytes.
+    """
+    file, metadata = io.BytesIO(), {"png": {"Software": None}, "svg": {"Date": None}}[form]
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
-        file = io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return file.getvalue()
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG, on white."""
-    file = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
+        figure.savefig(file, format=form, dpi=200, transparent=form == "svg", metadata=metadata)
     return file.getvalue()
 
 
@@ -80,23 +72,22 @@ def chosen(study: Study) -> list[Variant]:
     return [v for v in ranked if v in best or v is study.base]
 
 
-def colours(variants: Sequence[Variant]) -> list[tuple[Variant, str]]:
-    """Each variant with its colour, the same in every figure."""
-    return list(zip(variants, COLOURS, strict=False))
+def colours(study: Study) -> dict[str, str]:
+    """The colour of each chosen variant by its label, the same in every figure."""
+    return dict(zip((v.label for v in chosen(study)), COLOURS, strict=False))
 
 
 def curves(study: Study, axis: str) -> Figure:
     """Validation loss: the mean of each variant's seeds, and the range of them as a band."""
     figure, axes = _figure(4.1)
     shown = chosen(study)
-    runs = [run for v in shown for run in v.runs.values()]
-    windows = all(len(run.windows["loss"]) > len(run.curve["loss"]) for run in runs)
-    for variant, colour in colours(shown):
+    windows = all(len(run.windows) > len(run.curve) for variant in shown for run in variant.runs.values())
+    for variant, colour in zip(shown, COLOURS, strict=False):
         x, mean, low, high = band(variant, axis, windows)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
     every = len(study.ranked())
-    axes.set(xlabel=AXES_LABELS[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
+    axes.set(xlabel=AXES[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
     if every > len(shown):
         axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
     heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
@@ -117,7 +108,7 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
         points: at most.
     """
     tables = [run.windows if windows else run.curve for run in variant.runs.values()]
-    runs = [(table[axis], table["loss"]) for table in tables]
+    runs = [(table[axis].to_numpy(), table["loss"].to_numpy()) for table in tables]
     x = runs[0][0]
     if len(x) > points or any(len(other) != len(x) or (other != x).any() for other, _ in runs):
         ends = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
@@ -143,26 +134,22 @@ def forest(study: Study) -> Figure:
     variants = sum(c.kind == "variant" for c in rows)
     if 0 < variants < len(rows):
         axes.axhline(variants - 0.5, color=INK, linewidth=0.6, linestyle=":")
-    axes.set_yticks(range(len(rows)), [_row_name(c) for c in rows])
+    names = [f"{c.factor}: {c.this} – {c.that}" if c.kind == "factor" else c.this for c in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    spreads = [x for c in rows for x in (*c.differences.values(), study.delta, -study.delta)]
-    if max(map(abs, spreads)) > 20 * study.delta and len(rows) > 1:
+    largest = max(abs(x) for c in rows for x in c.differences.values())
+    if largest > 20 * study.delta and len(rows) > 1:
         # One variant that hardly learned must not hide the others.
         axes.set_xscale("symlog", linthresh=study.delta)
         axes.minorticks_off()
-        top = 10.0 ** math.floor(math.log10(max(map(abs, spreads))))
+        top = 10.0 ** math.floor(math.log10(largest))
         ticks = [-top, -study.delta, 0, study.delta, top]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
     return figure
-
-
-def _row_name(comparison: Comparison) -> str:
-    effect = f"{comparison.factor}: {comparison.this} – {comparison.that}"
-    return effect if comparison.kind == "factor" else comparison.this
 
 
 def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:
@@ -171,7 +158,7 @@ def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None 
     levels = panels.levels if panels else ("",)
     tables = [
         (means[means[panels.name] == level] if panels else means)
-        .pivot_table("loss", rows.name, columns.name).reindex(rows.levels).reindex(columns.levels, axis=1).to_numpy()
+        .pivot_table("loss", rows.name, columns.name).reindex(index=rows.levels, columns=columns.levels).to_numpy()
         for level in levels
     ]  # fmt: skip
     finite = np.concatenate([t[np.isfinite(t)] for t in tables])
@@ -229,7 +216,7 @@ def pareto(study: Study) -> Figure:
     table = speed_table(study)
     front = table[table["pareto_front"]].sort_values(["seconds", "loss"])
     axes.plot(front["seconds"], front["loss"], color=INK, linewidth=0.8, zorder=1)
-    colour_of = {v.label: colour for v, colour in colours(chosen(study))}
+    colour_of = colours(study)
     for row in table.to_dict("records"):
         colour, size = colour_of.get(row["variant"], VERDICT_COLOURS["undecided"]), 7 if row["pareto_front"] else 5
         name = row["variant"] if row["variant"] in colour_of else None
@@ -240,11 +227,22 @@ def pareto(study: Study) -> Figure:
     return figure
 
 
+def last_diagnostics(variants: Sequence[Variant]) -> pd.DataFrame:
+    """The last measurement of every layer, mean over the seeds: variant, quantity, layer, value."""
+    measured = [pd.DataFrame(columns=["variant", *Measurement._fields]).astype({"value": float})]
+    for variant, record in ((v, r) for v in variants for r in v.runs.values()):
+        with suppress(OSError, ValueError):  # the comparison stands without it
+            rows = pd.DataFrame(read_diagnostics(Run(record.path).diagnostics_path), columns=Measurement._fields)
+            measured.append(rows[rows["step"] == rows["step"].max()].assign(variant=variant.label))
+    keys = ["variant", "quantity", "layer"]
+    return pd.concat(measured).groupby(keys, sort=False, as_index=False)["value"].mean()
+
+
 def diagnostics(measured: pd.DataFrame, colour_of: dict[str, str]) -> Figure:
     """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
 
     Args:
-        measured: see `gptexp.analysis.inside.last_diagnostics`.
+        measured: see `last_diagnostics`.
         colour_of: the variants' colours.
     """
     quantities = [q for q in UNITS if (measured["quantity"] == q).any()]

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gptexp.analysis import conclusion
-from gptexp.analysis.figures import INK, chosen, colours, draw, png, svg
-from gptexp.analysis.inside import last_samples
+from gptexp.analysis.figures import INK, colours, draw, rendered
 from gptexp.analysis.study import Study
 from gptexp.analysis.tables import ENDS, all_tables, latex, markdown, ranking_table, readable
-from gptexp.runs import write_atomically
+from gptexp.records import read_samples
+from gptexp.runs import Run, write_atomically
 
 MOST_LOST = 60  # runs without a result that the page names; the table has all
 
@@ -42,8 +43,8 @@ def write_report(study: Study, folder: Path, title: str, command: str, target: f
         write_atomically(folder / "tables" / f"{name}.tex", latex(text).encode())
     images = {}
     for name, figure in figures.items():
-        write_atomically(folder / "figures" / f"{name}.png", png(figure))
-        images[name] = svg(figure, name)
+        write_atomically(folder / "figures" / f"{name}.png", rendered(figure, "png", name))
+        images[name] = rendered(figure, "svg", name)
         write_atomically(folder / "figures" / f"{name}.svg", images[name])
     page = folder / "report.html"
     write_atomically(page, html(study, tables, images, title, command).encode())
@@ -52,22 +53,19 @@ def write_report(study: Study, folder: Path, title: str, command: str, target: f
 
 def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes], title: str, command: str) -> str:
     """The page. It loads nothing: styles and figures are part of it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     seed, texts = last_samples(study)
-    colour = {v.label: c for v, c in colours(chosen(study))}
     return environment.get_template("report.html.j2").render(
-        title=title, study=study, conclusion=conclusion, command=command, seed=seed, samples=texts, colour=colour,
+        title=title, study=study, conclusion=conclusion, command=command, seed=seed, samples=texts, ends=ENDS,
         ranking=_rows(ranking_table(study)), effects=_rows(tables["comparisons"].query("kind == 'factor'")),
         speed=_rows(tables["speed"]), figures={name: inline(image) for name, image in images.items()},
-        audit=_audit(study), lost=_lost(study), origin=_origin(study), ends=ENDS,
+        audit=_audit(study), lost=_lost(study), origin=_origin(study), colour=colours(study),
     )  # fmt: skip
 
 
 def inline(image: bytes) -> str:
-    """A figure of `svg` as an element of a page: ink of the surrounding text's colour, no size of its own."""
+    """A figure in SVG as an element of a page: ink of the surrounding text's colour, no size of its own."""
     text = image.decode()
     used = set(re.findall(r"#([\w.-]+)", text))  # other ids are the same in every figure
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
@@ -82,6 +80,20 @@ def _rows(table: pd.DataFrame) -> list[dict[str, str]]:
     text = readable(table).rename(columns=lambda c: c.replace(" ", "_")).replace("^-", "−", regex=True)
     rows: list[dict[str, str]] = text.to_dict("records")
     return rows
+
+
+def last_samples(study: Study, most: int = 12, characters: int = 600) -> tuple[int | None, dict[str, str]]:
+    """The last text of each variant's run with the seed that most of them have; the seed, and the texts by variant."""
+    ranked = study.ranked()[:most]
+    seeds = [seed for v in ranked for seed in v.runs]
+    seed = max(sorted(set(seeds)), key=seeds.count, default=None)
+    texts = {}
+    for variant, record in ((v, r) for v in ranked for s, r in v.runs.items() if s == seed):
+        with suppress(OSError, ValueError):
+            for _, body in read_samples(Run(record.path).samples_path)[-1:]:
+                text = body.strip("\n")
+                texts[variant.label] = text[:characters] + ("…" if len(text) > characters else "")
+    return seed, texts
 
 
 def _audit(study: Study) -> list[dict[str, Any]]:

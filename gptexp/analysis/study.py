@@ -54,7 +54,7 @@ class Study:
     comparisons: tuple[Comparison, ...]  # variants first, then factors
     records: tuple[Record, ...]  # the runs that are compared, finished or not
     # runs that cannot be compared with them, by the reason
-    apart: Mapping[str, tuple[Record, ...]] = field(default_factory=dict)
+    apart: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
     notes: tuple[str, ...] = ()  # what else a reader must know, one sentence each
 
@@ -70,7 +70,7 @@ class Study:
 
 def losses(variant: Variant, metric: Metric) -> list[float]:
     """A variant's validation losses, by seed."""
-    return [run.best if metric == "best" else run.final for run in variant.runs.values()]
+    return [getattr(run, metric) for run in variant.runs.values()]
 
 
 def mean_loss(variant: Variant, metric: Metric) -> float:
@@ -120,7 +120,7 @@ def _variants(
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(level_of(record, f) for f in factors), []).append(record)
-    families = {record.family: key for key, group in groups.items() for record in group}
+    families = {without_seed(record.name): key for key, group in groups.items() for record in group}
     absent = Counter(families.get(without_seed(job)) for job in missing)
     variants, twice, notes = [], 0, []
     for key, group in groups.items():
@@ -196,7 +196,7 @@ def _mixtures(records: Sequence[Record]) -> list[str]:
     }  # fmt: skip
     notes = [note.format(len(found), ", ".join(f"{n} {value}" for value, n in found.items()))
              for note, found in mixtures.items() if len(found) > 1]  # fmt: skip
-    looks = {len(r.curve["loss"]) for r in records if r.complete}
+    looks = {len(r.curve) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
                      "metric=final does not favour them")  # fmt: skip

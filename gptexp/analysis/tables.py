@@ -41,7 +41,7 @@ def variants_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "variant": variant.label, **variant.levels, "seeds": len(variant.runs),
-            "loss": mean_loss(variant, study.metric), "sd": _sd(losses(variant, study.metric)),
+            "loss": mean_loss(variant, study.metric), "sd": pd.Series(losses(variant, study.metric)).std(),
             other: mean_loss(variant, other), "parameters": mean_result(variant, "parameters"),
             **{end: variant.counts.get(end, 0) for end in ENDS},
         }
@@ -112,11 +112,10 @@ def mean_result(variant: Variant, key: str) -> float:
     return _mean([r.result.get(key, math.nan) for r in variant.runs.values()])
 
 
-def reach(variant: Variant, target: float) -> list[Mapping[str, float]]:
+def reach(variant: Variant, target: float) -> list[dict[Any, Any]]:
     """For each seed that reaches the loss, the first evaluation at or under it: step, tokens and seconds."""
     curves = [run.curve for run in variant.runs.values()]
-    first = [np.flatnonzero(curve["loss"] <= target)[:1] for curve in curves]
-    return [{k: v[i[0]] for k, v in curve.items()} for curve, i in zip(curves, first, strict=True) if len(i)]
+    return [row for curve in curves for row in curve[curve["loss"] <= target].head(1).to_dict("records")]
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -155,7 +154,3 @@ def latex(table: pd.DataFrame) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
-
-
-def _sd(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

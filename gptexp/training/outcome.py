@@ -28,7 +28,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     step, callbacks = trainer.global_step, trainer.callbacks
     (counts,) = (callback for callback in callbacks if isinstance(callback, Throughput))
     stopped = any(isinstance(callback, EarlyStopping) and callback.exhausted for callback in callbacks)
-    rows = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
+    rows = read_metrics(run.metrics_path)
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
     best = min(evaluations, key=lambda r: r["val/loss"], default={})
@@ -82,8 +82,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
 def _draw(run: Run, rows: list[dict[str, float]]) -> list[Path]:
     """Draw the curves, and the measurements of layers if there are any; returns the pictures."""
     try:
-        from gptexp.analysis.layers import plot_diagnostics  # here, because matplotlib is slow to import
-        from gptexp.analysis.plots import plot_curves
+        from gptexp.analysis.plots import plot_curves, plot_diagnostics  # here, because matplotlib is slow to import
 
         plot_curves(rows, run.info["name"], run.curves_path, run.sees_later_tokens)
         if run.config.diagnostics_interval:

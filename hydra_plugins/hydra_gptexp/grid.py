@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +48,7 @@ class Job:
     """A combination of values."""
 
     overrides: list[str]  # that make it
-    name: str = ""  # of its run and directory
+    name: str  # of its run and directory
     error: Exception | None = None  # what is wrong with it, or what ended it
     config: Config | None = None  # its configuration, unless that is what is wrong
 
@@ -61,9 +60,7 @@ class GridSweeper(Sweeper):
         params: values by key, as on the command line, for a file of conf/ that describes a sweep.
     """
 
-    hydra_context: HydraContext
     config: DictConfig
-    launcher: Launcher
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
@@ -106,33 +103,33 @@ class GridSweeper(Sweeper):
         if endless := [o for o in overrides if not each(o)]:
             raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
                             for o in endless)  # fmt: skip
-        varied = [o.get_key_element() for o in overrides if o.is_sweep_override()]
-        varied = [*sweep.info.get("varied", []), *(k for k in varied if k not in sweep.info.get("varied", []))]
+        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
+        varied = list(dict.fromkeys([*sweep.info.get("varied", []), *swept]))
         jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
         sound = [job for job in jobs if job.error is None]
-        begin(sweep, sound, varied)
+        if trees := [flatten(job.config.tree()) for job in sound if job.config]:
+            keys = dict.fromkeys(key for tree in trees for key in tree)
+            fixed = {k: trees[0].get(k) for k in keys if all(tree.get(k) == trees[0].get(k) for tree in trees)}
+            differing = [k for k in keys if k not in fixed]
+            sweep.join(fixed, differing, varied, {job.name: job.config for job in sound}, sys.argv)
         with show(sweep, [job.name for job in sound]):
-            todo = [job for job in sound if not sweep.is_final(job.name)]
-            while todo:
-                busy = self.send(todo)
-                while busy and all(sweep.is_busy(job.name) for job in busy):
+            todo = sound
+            while todo := [job for job in todo if not sweep.is_final(job.name)]:
+                todo = self.send(todo)
+                while todo and all(sweep.is_busy(job.name) for job in todo):
                     time.sleep(1)
-                todo = [job for job in busy if not sweep.is_final(job.name)]
         return report(sweep, jobs)
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; a mistake in it is kept with it."""
-        job = Job(overrides)
         shown = [o for o in overrides if o.partition("=")[0] in varied]
         try:
             config = read_config(plain(self.composer.compose(overrides)))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            job.error, job.name = error, " ".join(shown)
-        else:
-            if "seed" not in varied:
-                shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
-            job.name, job.config = job_name(config, "|".join(shown)), config
-        return job
+            return Job(overrides, " ".join(shown), error)
+        if "seed" not in varied:
+            shown.append(f"seed={config.seed}")  # another seed is another job, so it stands in every name
+        return Job(overrides, job_name(config, "|".join(shown)), config=config)
 
     def send(self, jobs: Sequence[Job]) -> list[Job]:
         """Launch jobs and wait for them; returns those that another process had. What ended a job is kept with it."""
@@ -161,24 +158,6 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
         if names[job.name] > 1 and job.config:
             job.name += f"-{job.config.fingerprint()[:6]}"
     return list(kept.values())
-
-
-def begin(sweep: Sweep, jobs: Sequence[Job], varied: Sequence[str]) -> None:
-    """Begin the sweep with these jobs, or go on with it if it is the same one.
-
-    Args:
-        sweep: the sweep.
-        jobs: whose configurations it has.
-        varied: the overrides that make them differ.
-
-    Raises:
-        UserError: when what the directory holds was made by another configuration.
-    """
-    flat = [flatten(job.config.tree()) for job in jobs if job.config]
-    if flat:
-        keys = dict.fromkeys(key for tree in flat for key in tree)
-        fixed = {k: flat[0].get(k) for k in keys if all(tree.get(k) == flat[0].get(k) for tree in flat)}
-        sweep.join(fixed, [k for k in keys if k not in fixed], varied, {j.name: j.config for j in jobs}, sys.argv)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from hydra.core.config_store import ConfigStore
@@ -14,13 +14,9 @@ from hydra.core.override_parser.types import Override
 
 from gptexp import search
 from gptexp.config import flatten
-from gptexp.errors import RunFailed
-from gptexp.sweeps import FINAL, Sweep
+from gptexp.errors import RunFailed, UserError
+from gptexp.sweeps import FINAL, Sweep, differences
 from hydra_plugins.hydra_gptexp.grid import GridSweeper, Job, report, show
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
 
 log = logging.getLogger("gptexp")
 
@@ -28,8 +24,6 @@ log = logging.getLogger("gptexp")
 TARGET = {"_target_": "hydra_plugins.hydra_gptexp.optuna.OptunaSweeper", "params": None}
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=TARGET | asdict(search.SearchConfig()),
                              provider="gptexp")  # fmt: skip
-
-PATIENCE = 100  # trials in a row that repeat an earlier one before the space counts as used up
 
 
 class OptunaSweeper(GridSweeper):
@@ -47,7 +41,7 @@ class OptunaSweeper(GridSweeper):
             the lowest validation loss of each trial.
 
         Raises:
-            UserError: when Optuna is missing, or the settings are wrong.
+            UserError: when Optuna is missing, the settings are wrong, or the search was begun over other values.
             RunFailed: when a job failed.
         """
         swept = [o for o in overrides if o.is_sweep_override()]
@@ -60,38 +54,46 @@ class OptunaSweeper(GridSweeper):
         settings = flatten(base.config.tree())
         sweep.join(settings, [], [], {}, sys.argv)
         found = search.open_search(sweep.folder, self.settings, base.config)
-        found.check_space(space, {o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept})
+        words = {o.get_key_element(): str(o.input_line).partition("=")[2] for o in swept}
+        known = found.study.user_attrs.get("space", words)
+        old, new = (dict.fromkeys([*known, *words], "(nothing)") | one for one in (known, words))
+        if different := differences(old, new, "the search's"):
+            raise UserError(f"sweep.name={sweep.folder.name}: {difference}; leave it as it was, or give the new search "
+                            "another name" for difference in different)  # fmt: skip
+        found.study.set_user_attr("space", words)
         wanted = min(self.settings.n_trials, search.combinations(space))
-        jobs: dict[str, Job] = {}
+        errors: dict[int, Exception] = {}
         with show(sweep, [], wanted) as board:
             while trials := self.ask(found, space, sweep, wanted):
                 batch = []
-                for trial in trials:
-                    job = self.prepare([*fixed, *(f"{k}={v}" for k, v in trial.params.items())], [])
-                    job.name = search.trial_name(trial.number)
+                for number, values in trials.items():
+                    job = self.prepare([*fixed, *(f"{k}={v}" for k, v in values.items())], [])
+                    job.name = search.trial_name(number)
                     batch.append(job)
                 sweep.join(settings, list(space), [], {job.name: job.config for job in batch}, sys.argv)
                 board.add([job.name for job in batch])
                 busy = self.send([job for job in batch if job.error is None])
-                for job, trial in zip(batch, trials, strict=True):
+                for job, number in zip(batch, trials, strict=True):
                     if job not in busy:
-                        jobs[job.name] = job
-                        self.tell(found, trial, job, sweep)
-        for trial in found.counted():
-            name, error = search.trial_name(trial.number), trial.user_attrs.get("error")
-            jobs.setdefault(name, Job([], name, RunFailed(error) if error else None))
+                        self.tell(found, number, job, sweep)
+                    if job.error:
+                        errors[number] = job.error
+        told = {t.number: t.user_attrs.get("error") for t in found.counted()}
+        jobs = [Job([], search.trial_name(number), errors.get(number) or (RunFailed(error) if error else None))
+                for number, error in told.items()]  # fmt: skip
         if wanted < self.settings.n_trials:
             log.info("hydra.sweeper.n_trials=%d: there are no more than %d combinations", self.settings.n_trials,
                      wanted)  # fmt: skip
         try:
-            return report(sweep, [jobs[name] for name in sorted(jobs)])
+            return report(sweep, jobs)
         finally:
             log.info("%s", search.summary(found.study, sweep, base.config))
 
     def ask(
         self, found: search.Search, space: dict[str, Any], sweep: Sweep, wanted: int
-    ) -> "list[FrozenTrial]":
-        """The trials to work on now: those that a stopped process left, then new ones, `n_jobs` in all, up to `wanted`.
+    ) -> dict[int, dict[str, Any]]:
+        """The parameters of the trials to work on now, by number: those that a stopped process left, then new ones,
+        `n_jobs` in all, up to `wanted`.
 
         Waits for the trials of other processes before it says that there are none.
         """
@@ -101,46 +103,42 @@ class OptunaSweeper(GridSweeper):
         study, sampler = found.study, found.study.sampler
         while True:
             with FileLock(sweep.folder / ".locks" / ".search"):
-                drop_half_asked(found, space)
-                open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
-                taken = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
-                repeats = 0
-                while len(taken) < self.settings.n_jobs and len(found.counted()) < wanted and repeats < PATIENCE:
-                    trial = study.ask(space)
-                    if any(t.params == trial.params for t in found.counted() if t.number != trial.number):
-                        found.void(trial.number)
-                        repeats += 1
-                        study.sampler = RandomSampler(seed=trial.number)  # the other one would insist
+                known: list[dict[str, Any]] = []  # the parameters of all trials
+                for trial in found.counted():
+                    # Its process may have been killed before all of them were drawn, or found to be a repetition.
+                    half = trial.params.keys() != space.keys() or trial.params in known
+                    if half and trial.state == TrialState.RUNNING:
+                        study.tell(trial.number, state=TrialState.FAIL)
                     else:
-                        taken.append(next(t for t in found.counted() if t.number == trial.number))
-                        repeats, study.sampler = 0, sampler
+                        known.append(trial.params)
+                open_ = [t for t in found.counted() if t.state == TrialState.RUNNING and t.number not in self.failed]
+                free = [t for t in open_ if not sweep.is_busy(search.trial_name(t.number))][: self.settings.n_jobs]
+                taken = {t.number: t.params for t in free}
+                while len(taken) < self.settings.n_jobs and len(known) < wanted:
+                    asked = study.ask(space)
+                    if asked.params in known:
+                        study.tell(asked.number, state=TrialState.FAIL)
+                        study.sampler = RandomSampler(seed=asked.number)  # the other one would insist
+                    else:
+                        taken[asked.number] = asked.params
+                        known.append(asked.params)
+                        study.sampler = sampler
             if taken or not open_:
                 return taken
             time.sleep(1)
 
-    def tell(self, found: search.Search, trial: "FrozenTrial", job: Job, sweep: Sweep) -> None:
+    def tell(self, found: search.Search, number: int, job: Job, sweep: Sweep) -> None:
         """Tell Optuna how a trial ended."""
         from optuna.trial import TrialState
 
         study, standing = found.study, sweep.standing(job.name)
         if job.error is not None or standing.state not in FINAL:
             if job.config and standing.attempts <= job.config.sweep.retries:
-                self.failed.add(trial.number)
+                self.failed.add(number)
                 return
-            found.trial(trial.number).set_user_attr("error", str(job.error or standing.error))
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            found.trial(number).set_user_attr("error", str(job.error or standing.error))
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         elif standing.state == "done" and math.isfinite(standing.loss):
-            study.tell(trial.number, standing.loss, skip_if_finished=True)
+            study.tell(number, standing.loss, skip_if_finished=True)
         else:
-            study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
-
-
-def drop_half_asked(found: search.Search, space: dict[str, Any]) -> None:
-    """Void the trials whose process was killed before all their parameters were drawn, or found to be a repetition."""
-    from optuna.trial import TrialState
-
-    known: list[dict[str, Any]] = []
-    for trial in found.counted():
-        if trial.state == TrialState.RUNNING and (trial.params.keys() != space.keys() or trial.params in known):
-            found.void(trial.number)
-        known.append(trial.params)
+            study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)

@@ -13,6 +13,7 @@ from gptexp.analysis.collect import collect, without_seed
 from gptexp.analysis.conclusion import commands, counts, further_seeds, headline, next_command
 from gptexp.analysis.study import Study
 from gptexp.errors import UserError
+from gptexp.records import read_metrics
 from tests.analysis.conftest import Write
 
 Build = Callable[..., Study]
@@ -264,15 +265,13 @@ def test_a_run_without_metrics_yet(write: Write, study: Build) -> None:
 def test_a_run_that_is_deleted_while_it_is_read(write: Write, study: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     write(2.0, 1)
     doomed = write(2.0, 2).path
-    read = collecting._curves
-
-    def delete_first(run):  # type: ignore[no-untyped-def]
-        if run.path == doomed:
-            shutil.rmtree(doomed, ignore_errors=True)
+    def delete_first(path: Path, columns: list[str]) -> list[dict[str, float]]:
+        if path.parent == doomed:
+            shutil.rmtree(doomed)
             raise FileNotFoundError(doomed)
-        return read(run)
+        return read_metrics(path, columns)
 
-    monkeypatch.setattr(collecting, "_curves", delete_first)
+    monkeypatch.setattr(collecting, "read_metrics", delete_first)
     found = study()
     assert len(found.records) == 1
     assert found.unreadable[0].reason == "was deleted meanwhile"

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from gptexp.analysis.layers import plot_diagnostics
+from gptexp.analysis.plots import plot_diagnostics
 from gptexp.config import Config, read_config
 from gptexp.errors import RunFailed, UserError
 from gptexp.models.norms import build_norm
@@ -43,7 +43,7 @@ TENSORBOARD = [
 @pytest.fixture
 def tiny(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """Trains a run of seven steps without the command line and without pictures, and returns it."""
-    for name in ("plots.plot_curves", "layers.plot_diagnostics"):
+    for name in ("plots.plot_curves", "plots.plot_diagnostics"):
         monkeypatch.setattr(f"gptexp.analysis.{name}", lambda *_: None)
 
     def run(name: str, *overrides: str) -> Run:
@@ -315,7 +315,7 @@ def test_the_loggers_hold_what_is_in_the_file(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     caplog.set_level("INFO", "gptexp")
-    monkeypatch.setattr("gptexp.analysis.layers.plot_diagnostics", plot_diagnostics)
+    monkeypatch.setattr("gptexp.analysis.plots.plot_diagnostics", plot_diagnostics)
     run = tiny("run", "diagnostics_interval=3", *TENSORBOARD)
     assert f"picture: {run.heat_maps_path}" in run.log_path.read_text()
     assert run.heat_maps_path.read_bytes().startswith(b"\x89PNG")
