@@ -28,12 +28,7 @@ class Measurement(NamedTuple):
 
 
 class Table:
-    """A CSV file to which rows are only ever appended, each at once and whole.
-
-    Args:
-        path: of the file; a new one gets a header.
-        columns: of the table.
-    """
+    """A CSV file to which rows are only ever appended, each at once and whole; a new one gets a header."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.columns = columns

@@ -28,11 +28,7 @@ STALE = 60  # seconds without a sign before this process began, after which a jo
 class Scoreboard:
     """Reads the sweep's directory once a second, so it also sees the jobs of other processes and machines.
 
-    Args:
-        sweep: the sweep.
-        names: its jobs, in order.
-        console: where to.
-        total: number of jobs, if more will be added; None is the number of names.
+    In total there may be more jobs than the names, which are to be added.
     """
 
     def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:

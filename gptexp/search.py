@@ -131,12 +131,7 @@ def combinations(space: Mapping[str, "BaseDistribution"]) -> float:
 
 
 def open_search(folder: Path, settings: SearchConfig, config: Config) -> Search:
-    """The search of a sweep, new or as it was left.
-
-    Args:
-        folder: the sweep's directory, which keeps the study unless the settings name another storage.
-        settings: of the search.
-        config: of any of its jobs.
+    """The search of a sweep, new or as it was left, in the sweep's directory unless the settings name another storage.
 
     Raises:
         UserError: when the storage cannot be opened.

@@ -247,13 +247,9 @@ def draw(sweep: Sweep) -> None:
 
 
 def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
-    """A name for a sweep that has none: what varies, and a digest of the command.
+    """A name for a sweep that has none: what varies, by the command or by a file of conf/, and a digest of the command.
 
     So the same command finds its sweep again; how and where it runs does not change the name.
-
-    Args:
-        overrides: of the command, those of Hydra itself left out.
-        params: the keys that a file of conf/ varies.
     """
     elsewhere = ("logger", "output_dir", "sweep.")
     asked = sorted({str(o.input_line) for o in overrides if not o.key_or_group.startswith(elsewhere)})
@@ -265,9 +261,7 @@ def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
 def job_name(config: "Config", swept: str) -> str:
     """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
 
-    Args:
-        config: the job's configuration.
-        swept: Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
+    That is Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
     """
     named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
     shown = {"experiment", "experiment/ladder"} if config.name else named

@@ -90,11 +90,7 @@ def open_wandb(
 def close_wandb(run: Any, succeeded: bool) -> None:
     """End a W&B run, once everything is where it belongs or the server has had time enough.
 
-    What is left then stays on the disk.
-
-    Args:
-        run: a `wandb.Run`; one that is over is left alone.
-        succeeded: whether W&B is to show it as finished rather than failed.
+    What is left then stays on the disk. W&B shows the run as finished or as failed.
     """
     try:
         run.finish(exit_code=0 if succeeded else 1)

@@ -99,13 +99,9 @@ def curves(study: Study, axis: str) -> Figure:
 
 
 def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) -> tuple[Any, Any, Any, Any]:
-    """Mean, lowest and highest loss of a variant's seeds at the points of an axis that all of them reach.
+    """Mean, lowest and highest loss of a variant's seeds at points, `points` at most, of an axis that all of them reach.
 
-    Args:
-        variant: of the study.
-        axis: step, tokens or seconds.
-        windows: take the evaluations of some windows instead of those of the whole split.
-        points: at most.
+    The losses are those of the whole split, or of some windows.
     """
     tables = [run.windows if windows else run.curve for run in variant.runs.values()]
     runs = [(table[axis].to_numpy(), table["loss"].to_numpy()) for table in tables]

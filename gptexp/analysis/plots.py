@@ -24,13 +24,9 @@ UNITS = {
 
 
 def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = False) -> None:
-    """Draw training and validation loss, in nats a token, over the steps.
+    """Draw training and validation loss, in nats a token, over the steps, as a PNG.
 
-    Args:
-        rows: of metrics.csv; each holds the columns that have a value.
-        title: the run's name.
-        path: of the PNG to write.
-        sees_later_tokens: say so of the training loss.
+    The training loss may see later tokens; then the legend says so.
     """
     what = "sees later tokens" if sees_later_tokens else "batch"
     _draw(title, path, [
@@ -41,12 +37,7 @@ def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = Fa
 
 
 def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
-    """Draw the validation loss of several runs, in nats a token, over the steps.
-
-    Args:
-        runs: rows of metrics.csv by the run's name.
-        path: of the PNG to write.
-    """
+    """Draw the validation loss of several runs by their names, in nats a token, over the steps, as a PNG."""
     _draw("val/loss", path, [(rows, "val/loss", {"label": name, "marker": "o", "markersize": 3})
                              for name, rows in runs.items()])  # fmt: skip
 
@@ -67,13 +58,10 @@ def _draw(title: str, path: Path, lines: Sequence[tuple[Rows, str, dict[str, Any
 
 
 def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw how strongly each prediction depends on each token, a row of panels for each mode.
+    """Draw how strongly each prediction depends on each token, a row of panels for each mode, as a PNG.
 
-    Args:
-        maps: by mode ("train", "eval"), "own" and "others": (L, L) arrays of |d logits_t / d x_s|, within a sequence
-            and across the batch.
-        title: the variant's name.
-        path: of the PNG to write.
+    By mode ("train", "eval"), the maps have "own" and "others": (L, L) arrays of |d logits_t / d x_s|, within a
+    sequence and across the batch.
     """
     figure = Figure(figsize=(9, 0.9 + 4 * max(1, len(maps))), layout="constrained")
     figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, above the diagonal lies the future")
@@ -89,12 +77,9 @@ def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path
 
 
 def plot_diagnostics(rows: Sequence[Measurement], title: str, path: Path) -> None:
-    """Draw a heat map of layers by steps for each quantity.
+    """Draw a heat map of layers by steps for each quantity, as a PNG; without rows none is written.
 
-    Args:
-        rows: of diagnostics.csv; layers are drawn in the order in which they appear there.
-        title: the run's name.
-        path: of the PNG to write; without rows none is written.
+    Layers are drawn in the order in which they appear in the rows.
     """
     measured = dict(iter(pd.DataFrame(rows, columns=Measurement._fields).groupby("quantity")))
     names = [name for name in UNITS if name in measured]

@@ -21,14 +21,9 @@ MOST_LOST = 60  # runs without a result that the page names; the table has all
 
 
 def write_report(study: Study, folder: Path, title: str, command: str, target: float | None = None) -> Path:
-    """Write all files of a study.
+    """Write all files of a study into a folder; it is made, and files of the same names are replaced.
 
-    Args:
-        study: what was compared.
-        folder: where they go; it is made, and files of the same names are replaced.
-        title: of the page.
-        command: that repeats the comparison.
-        target: see `gptexp.analysis.tables.speed_table`.
+    The page says which command repeats the comparison. For the target see `gptexp.analysis.tables.speed_table`.
 
     Returns:
         the path of report.html.

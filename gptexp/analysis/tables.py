@@ -23,12 +23,7 @@ FORMATS = {  # how a reader sees a column
 
 
 def all_tables(study: Study, target: float | None = None) -> dict[str, pd.DataFrame]:
-    """Every table, by name. All but "speed" are free of times, so that equal results give equal bytes.
-
-    Args:
-        study: the study.
-        target: see `speed_table`.
-    """
+    """Every table, by name. All but "speed" are free of times, so that equal results give equal bytes."""
     return {
         "variants": variants_table(study), "comparisons": comparisons_table(study), "runs": runs_table(study),
         "speed": speed_table(study, target),
@@ -87,9 +82,7 @@ def runs_table(study: Study) -> pd.DataFrame:
 def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
     """A row a variant: loss, speed, and the steps, tokens and seconds to a loss, each a mean over its runs.
 
-    Args:
-        study: the study.
-        target: validation loss, nats a token; None is the baseline's mean.
+    That loss, the target, is in nats a token; None is the baseline's mean.
     """
     if target is None:
         target = mean_loss(study.base, study.metric) if study.base else math.nan
