@@ -99,7 +99,7 @@ def curves(study: Study, axis: str) -> Figure:
 
 
 def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) -> tuple[Any, Any, Any, Any]:
-    """Mean, lowest and highest loss of a variant's seeds at points, `points` at most, of an axis that all of them reach.
+    """Mean, lowest and highest loss of a variant's seeds at points of an axis that all of them reach, `points` at most.
 
     The losses are those of the whole split, or of some windows.
     """
