@@ -20,6 +20,7 @@ from gptexp.validation import show
 
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
 
+
 @dataclass(frozen=True)
 class Record:
     """A run, as far as it has come."""
