@@ -205,6 +205,7 @@ def test_a_sweep_that_has_just_begun(
     assert capfd.readouterr().err == f"error: {sweep}: none of the 1 jobs has begun\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode(write: Callable[..., Run], tmp_path: Path) -> None:
     runs = [write(2.0 + seed / 10, seed=seed, settings={"name": "中"}) for seed in (1, 2)]
     env = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}

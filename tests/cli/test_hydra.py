@@ -129,6 +129,7 @@ def test_a_command_leaves_the_process_as_it_was(
     assert not [name for name in new if name.startswith(("GPTEXP", "HYDRA"))]
 
 
+@pytest.mark.slow
 def test_the_command_is_recorded_as_it_was_typed(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("-m", "sweep.name=mine", "seed=1,2") == 0
     typed = list(sys.argv)

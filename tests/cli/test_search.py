@@ -66,6 +66,7 @@ def test_trials_are_runs_and_their_losses_optunas(search: Callable[..., int], tm
     assert (tmp_path / "sweeps" / "mine" / "trial-0000" / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_poor_trial_is_pruned_from_within(
     search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_space_that_is_used_up(
     assert len(trials(tmp_path)) < 20
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_wrong_stays_a_failure(
     search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
