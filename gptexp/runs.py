@@ -53,7 +53,7 @@ class Run:
     def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
         """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
-        If the user has named it, the run will be looked for just there. run.json is to hold `info`.
+        A directory that the user `named` gets no other name. `info` goes into run.json.
 
         Raises:
             UserError: when the folder cannot be written, or was named and is taken.
@@ -203,7 +203,7 @@ class Run:
         """Hold the run for this process, while the result is entered; the system frees it if the process dies.
 
         Raises:
-            UserError: when another process trains this run, and does not free it within so many seconds.
+            UserError: when another process trains this run and does not free it within `timeout` seconds.
         """
         try:
             return FileLock(self.path / ".lock", timeout=timeout).acquire()

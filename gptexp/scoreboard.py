@@ -28,7 +28,7 @@ STALE = 60  # seconds without a sign before this process began, after which a jo
 class Scoreboard:
     """Reads the sweep's directory once a second, so it also sees the jobs of other processes and machines.
 
-    In total there may be more jobs than the names, which are to be added.
+    `total` counts jobs that will be added later, too; by default it is the number of names.
     """
 
     def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:

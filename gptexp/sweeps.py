@@ -247,9 +247,10 @@ def draw(sweep: Sweep) -> None:
 
 
 def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
-    """A name for a sweep that has none: what varies, by the command or by a file of conf/, and a digest of the command.
+    """A name for a sweep that has none: the settings that vary, and a digest of the command.
 
-    So the same command finds its sweep again; how and where it runs does not change the name.
+    The same command therefore finds its sweep again; how and where it runs does not change the name. `params` are the keys
+    that a file of conf/ varies.
     """
     elsewhere = ("logger", "output_dir", "sweep.")
     asked = sorted({str(o.input_line) for o in overrides if not o.key_or_group.startswith(elsewhere)})
@@ -261,7 +262,7 @@ def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
 def job_name(config: "Config", swept: str) -> str:
     """A run's readable name: the one given or the variant's, and whatever else a sweep varies.
 
-    That is Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
+    `swept` is Hydra's override_dirname, such as `model.norm=rmsnorm|optimizer.learning_rate=0.001`.
     """
     named = {"norm", "model.norm", "placement", "model.placement", "heads", "model.n_head", "seed"}
     shown = {"experiment", "experiment/ladder"} if config.name else named

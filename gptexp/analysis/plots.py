@@ -24,9 +24,9 @@ UNITS = {
 
 
 def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = False) -> None:
-    """Draw training and validation loss, in nats a token, over the steps, as a PNG.
+    """Draw training and validation loss, in nats per token, over the steps, as a PNG.
 
-    The training loss may see later tokens; then the legend says so.
+    With `sees_later_tokens` the legend says so of the training loss.
     """
     what = "sees later tokens" if sees_later_tokens else "batch"
     _draw(title, path, [
@@ -37,7 +37,7 @@ def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = Fa
 
 
 def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
-    """Draw the validation loss of several runs by their names, in nats a token, over the steps, as a PNG."""
+    """Draw the validation loss of several runs by name, in nats per token, over the steps, as a PNG."""
     _draw("val/loss", path, [(rows, "val/loss", {"label": name, "marker": "o", "markersize": 3})
                              for name, rows in runs.items()])  # fmt: skip
 

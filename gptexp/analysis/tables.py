@@ -80,9 +80,9 @@ def runs_table(study: Study) -> pd.DataFrame:
 
 
 def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
-    """A row a variant: loss, speed, and the steps, tokens and seconds to a loss, each a mean over its runs.
+    """A row per variant: loss, speed, and the steps, tokens and seconds to the target loss, each a mean over its runs.
 
-    That loss, the target, is in nats a token; None is the baseline's mean.
+    The target is in nats per token; None stands for the baseline's mean.
     """
     if target is None:
         target = mean_loss(study.base, study.metric) if study.base else math.nan

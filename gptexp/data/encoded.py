@@ -39,7 +39,7 @@ class Encoded:
 def encode_corpus(corpus: Corpus, config: DataConfig, *, chunk_bytes: int = CHUNK) -> Encoded:
     """The ids of `corpus`, from the cache, or encoded into it. Line ends are kept as they are.
 
-    So many bytes of the file are in memory at a time, to the same result.
+    The file is read `chunk_bytes` at a time, which does not change the result.
 
     Raises:
         UserError: text that is not UTF-8, empty, or in use of the terminator; a cache that cannot be written.

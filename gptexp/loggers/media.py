@@ -30,9 +30,9 @@ def log_settings(logger: Logger, values: Mapping[str, Any]) -> None:
 
 
 def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
-    """Log the newest of a run's sampled texts, or all of them where a logger takes a table; a logger may take none.
+    """Log the newest of a run's sampled texts, or all of them where a logger takes a table.
 
-    The samples are steps and texts, oldest first.
+    The samples are pairs of step and text, oldest first. Loggers that take no text are left alone.
     """
     step, text = samples[-1]
     match logger:
@@ -45,7 +45,7 @@ def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
 
 
 def log_figure(logger: Logger, path: Path, step: int) -> None:
-    """Log a picture, a PNG file, under its name after so many optimizer steps; a logger may take none."""
+    """Log a PNG file under its name, after `step` optimizer steps. Loggers that take no pictures are left alone."""
     match logger:
         case TensorBoardLogger():
             from matplotlib.image import imread
@@ -58,7 +58,7 @@ def log_figure(logger: Logger, path: Path, step: int) -> None:
 
 
 def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Log numbers and texts that stand for the whole run, by name; a logger may take none."""
+    """Log numbers and texts by name that describe the whole run. Loggers that keep no summary are left alone."""
     match logger:
         case TensorBoardLogger():
             rows = [f"| {name} | {value} |" for name, value in values.items()]

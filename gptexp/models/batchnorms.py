@@ -145,7 +145,7 @@ class BatchNorm(_Running):
         ValueError: in training, when every statistic would be taken over fewer than two values.
     """
 
-    one_kernel = True
+    one_kernel = True  # where nothing is padded and this process holds the whole batch
 
     def __init__(self, settings: BatchNormSettings, shape: NormShape) -> None:
         super().__init__(settings, shape, per_position="time" not in settings.stats)

@@ -83,7 +83,7 @@ def world_size(config: Config, processes: Processes) -> int:
 def thread_count(model: LanguageModel, config: Config, devices: int, before: int | None = None) -> int:
     """The number of CPU threads that the settings mean: a rule, so the same run has the same threads on this machine.
 
-    A run that goes on keeps those that it had before, since its last digits depend on their number.
+    A resumed run keeps the number that it had (`before`), since its last digits depend on it.
     """
     threads = config.hardware.threads
     if threads != "auto" or accelerator(config.hardware) != "cpu":
@@ -94,7 +94,7 @@ def thread_count(model: LanguageModel, config: Config, devices: int, before: int
 
 
 def useful_threads(flops: float, cores: int) -> int:
-    """How many threads, of at most `cores`, a training step of so many floating-point operations a micro-batch can use.
+    """The number of CPU threads, at most `cores`, that pay off for a micro-batch of `flops` floating-point operations.
 
     Up to two always: on two cores, none of eight sizes of model was slower with two threads than with one. Each
     further thread needs `FLOPS_PER_THREAD`.

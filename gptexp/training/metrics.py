@@ -19,7 +19,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class LanguageModelMetrics(Metric):
     """Counts that add up exactly, over batches and over ranks; padding enters none of them.
 
-    Sums are in float64 if they are to be wide; not every device has it.
+    `wide` sums losses in float64, which not every device has.
     """
 
     full_state_update = False

@@ -106,7 +106,7 @@ class Processes:
     def lead(self, work: Callable[[], T], follow: Callable[[Any], Any]) -> T | None:
         """Let the first process do some work, in which it may `tell` the others what to do with it.
 
-        With each value that they are told, the others do `follow`. Inside such work this does further work at once.
+        The others call `follow` with each value that they are told. A call within such work just does the work.
 
         Returns:
             what `work` returns; None on the other processes.
@@ -193,10 +193,10 @@ def _of(environment: ClusterEnvironment, nodes: float) -> Processes:
 def meet(group: Processes, seconds: float) -> None:
     """Connect to the store of all processes; from then on only the first one logs to the terminal.
 
-    Nothing happens if they have met, or are one.
+    Does nothing if they have met already, or if there is only one.
 
     Raises:
-        UserError: when the others do not come within so many seconds.
+        UserError: when the others do not come within `seconds`.
     """
     if group.world_size == 1 or group.store is not None:
         return

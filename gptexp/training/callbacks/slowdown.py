@@ -21,9 +21,8 @@ UNKNOWN = ("no other process seems to take its cores; perhaps it waits for memor
 class SlowdownWarning(Callback):
     """Warns in one line when a run's speed falls to a fraction of its first, or others slow it from the beginning.
 
-    It measures batches per second, without evaluations and checkpoints, over so many seconds of training by a clock in
-    seconds, and warns when two measurements in a row are slow, once for each likely cause. A run's first speed is the
-    best of its first three measurements.
+    Each measurement covers `seconds` of training, without evaluations and checkpoints. Two slow ones in a row lead to a
+    warning, once for each likely cause. A run's first speed is the best of its first three measurements.
     """
 
     def __init__(self, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> None:
