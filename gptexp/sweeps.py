@@ -249,8 +249,8 @@ def draw(sweep: Sweep) -> None:
 def sweep_name(overrides: Sequence["Override"], params: Sequence[str]) -> str:
     """A name for a sweep that has none: the settings that vary, and a digest of the command.
 
-    The same command therefore finds its sweep again; how and where it runs does not change the name. `params` are the keys
-    that a file of conf/ varies.
+    The same command therefore finds its sweep again; how and where it runs does not change the name. `params` are the
+    keys that a file of conf/ varies.
     """
     elsewhere = ("logger", "output_dir", "sweep.")
     asked = sorted({str(o.input_line) for o in overrides if not o.key_or_group.startswith(elsewhere)})
