@@ -23,7 +23,7 @@ from gptexp.records import last_row
 
 SKIPPED = 20  # steps at the start
 
-CONTESTANTS = ("default", *(f"GOMP_SPINCOUNT={n}" for n in (100, 300, 1_000, 3_000, 20_000, 300_000)),
+CONTESTANTS = ("default", *(f"GOMP_SPINCOUNT={n}" for n in (300, 1_000, 2_000, 4_000, 20_000, 300_000)),
                "OMP_WAIT_POLICY=passive", "hardware.threads=1")  # fmt: skip
 """300,000 is the choice of GNU's OpenMP; it is what waiting costs where nothing is set."""
 

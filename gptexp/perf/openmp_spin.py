@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-SPIN_COUNT = 1_000
+SPIN_COUNT = 2_000
 """Times that a waiting thread looks whether the others have arrived; GNU's OpenMP has it look 300,000 times.
 
 Where other processes want the cores, a thread that spins keeps the very thread that it waits for from running.
