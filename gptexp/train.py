@@ -88,9 +88,10 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
             with suppress(OSError):
                 Path(folder).rmdir()
 
+    read = None
     if not several():  # of several processes the first one will tell
         unmake()
-        check_files(config)  # a mistake is told before torch is imported, which takes a while
+        read = check_files(config)  # a mistake is told before torch is imported, which takes a while
     perf.prepare()  # before torch is imported
 
     def lead(train: Train) -> float:
@@ -102,7 +103,7 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
         name = job_name(config, "")
         own = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
         path = own if folder == "." else Path(folder)
-        return train(claim(config, path, name, None, sys.argv, named=folder != "."))
+        return train(claim(config, path, name, None, sys.argv, named=folder != ".", read=read))
 
     group = gathered(config)
     unmake()  # once Hydra is done in every process

@@ -19,6 +19,7 @@ from rich.console import Console
 from gptexp.config import Config
 from gptexp.console import silenced
 from gptexp.data.datamodule import CharDataModule
+from gptexp.data.settings import DataConfig
 from gptexp.data.tokenizer import Tokenizer
 from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
@@ -193,7 +194,10 @@ def load_data(run: Run, config: Config) -> CharDataModule:
         UserError: when that corpus is gone or has changed.
     """
     known = run.info["data"]
-    settings = replace(config.data, name=known["corpus"], documents=known["documents"], offline_fallback=None)
+    settings = replace(config.data, name=known["corpus"], offline_fallback=None)
+    if not known["documents"]:  # the fallback is running text, whatever was asked for
+        unused = {name: getattr(DataConfig, name) for name in ("terminator", "split_seed")}
+        settings = replace(settings, documents=False, **unused)
     if settings.name == "file":
         settings = replace(settings, path=known["path"])
     data = CharDataModule(

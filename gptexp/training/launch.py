@@ -31,25 +31,30 @@ if TYPE_CHECKING:
     from gptexp.training.callbacks.pruning import Watch
     from gptexp.training.processes import Processes
 
+    Read = tuple[Corpus, Encoded]
+
 log = logging.getLogger("gptexp")
 
 Train = Callable[[Run], float]
 """Trains a run directory to its end; returns the lowest validation loss, in nats per token."""
 
 
-def check_files(config: Config) -> None:
+def check_files(config: Config) -> "Read | None":
     """Refuse a run to resume that is not there, or a corpus that cannot be had or cut into splits.
+
+    Returns:
+        what was read of a new run's corpus.
 
     Raises:
         UserError: for either.
     """
     if config.resume in (None, "auto"):
-        _read_corpus(config)
-    else:
-        Run.open(str(config.resume), key="resume")
+        return _read_corpus(config)
+    Run.open(str(config.resume), key="resume")
+    return None
 
 
-def _read_corpus(config: Config) -> tuple["Corpus", "Encoded"]:
+def _read_corpus(config: Config) -> "Read":
     from gptexp.data.batches import split_corpus
     from gptexp.data.corpora import find_corpus
     from gptexp.data.encoded import encode_corpus
@@ -61,17 +66,18 @@ def _read_corpus(config: Config) -> tuple["Corpus", "Encoded"]:
 
 
 def claim(
-    config: Config, path: Path, name: str, group: str | None, command: list[str], named: bool = False
-) -> Run:
+    config: Config, path: Path, name: str, group: str | None, command: list[str], named: bool = False,
+    read: "Read | None" = None,
+) -> Run:  # fmt: skip
     """A new run directory, once everything that can be checked before training is right.
 
     The run gets a readable name, the group of its sweep and the command line. If the directory is taken, a number is
-    added to its name, unless the user has named it.
+    added to its name, unless the user has named it. A corpus that was read before is not looked for again.
 
     Raises:
         UserError: for a mistake in the data, the hardware, a callback or a logger, or a directory that is taken.
     """
-    corpus, encoded = _read_corpus(config)  # before the directory is made: a mistake here leaves nothing behind
+    corpus, encoded = read or _read_corpus(config)  # before the directory is made: a mistake here leaves nothing behind
     warmup = config.schedule.warmup_steps
     if warmup >= config.max_steps:
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",

@@ -35,6 +35,18 @@ def test_a_run_without_an_account_connects_to_nothing(
         proxy.accept()
 
 
+def test_names_out_of_reach_are_replaced_by_running_text(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPTEXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.delenv("GPTEXP_DATA", raising=False)
+    settings = ["data=names", *TINY[1:], "data.split_seed=7", "max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert command(*settings) == 0
+    assert capfd.readouterr().out.count("THIS RUN READS ANOTHER TEXT") == 1
+    assert command(f"resume={tmp_path / 'run'}", "max_steps=4", "schedule=constant") == 0
+
+
 def test_the_wandb_run_is_where_its_directory_is_after_a_change_of_folder(
     command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
