@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -123,15 +124,20 @@ def test_the_notebooks_code(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_make_train_in_a_fresh_clone(tmp_path: Path) -> None:
-    """The README's first command where nothing is: no environment, no corpus, no cache."""
+    """The README's first command where nothing is but what it depends on: no corpus, no cache, not this package."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
-    hidden = {"GPTEXP_DATA": "", "GPTEXP_CACHE": str(tmp_path / "cache"), "VIRTUAL_ENV": ""}
+    subprocess.run([sys.executable, "-m", "venv", str(clone / ".venv")], check=True)
+    (site,) = (clone / ".venv").glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    hidden = {"GPTEXP_DATA": "", "GPTEXP_CACHE": str(tmp_path / "cache"), "VENV": ".venv", "MAKEFLAGS": ""}
     done = shell(f"make train ARGS='{TRAINING} {SMALL}'", clone, **hidden)
     assert done.returncode == 0, done.stderr
     (run,) = (clone / "outputs" / "runs").iterdir()
     assert f"results: outputs/runs/{run.name}" in done.stdout
     assert (run / "curves.png").exists()
+    found = shell(f"{clone}/.venv/bin/python -c 'import gptexp; print(gptexp.__file__)'", tmp_path, PYTHONPATH="")
+    assert found.stdout == f"{clone}/gptexp/__init__.py\n"
     again = shell("make --question train", clone, **hidden)
     assert again.returncode == 1  # trains again, always
     assert shell("make --dry-run train | grep -c 'pip install'", clone, **hidden).stdout == "0\n"
