@@ -5,6 +5,7 @@ import platform
 import re
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,12 @@ def peak_flops(config: Config, devices: int) -> float:
     dtype = next((d for part, d in dtypes if part in name), torch.float32)
     if kind == "cuda" and (known := get_available_flops(torch.device("cuda", 0), dtype)):
         return float(known) * devices
+    return _timed_flops(kind, dtype, torch.get_num_threads()) * devices
+
+
+@cache
+def _timed_flops(kind: str, dtype: torch.dtype, threads: int) -> float:
+    """Floating-point operations a second of a square matrix product on `threads` threads, timed once for a process."""
     size = 8192 if kind == "cuda" else 1024
     numbers = torch.Generator(kind)  # of its own: those of the run go on as if nothing was timed
     a, b = (torch.randn(size, size, device=kind, dtype=dtype, generator=numbers) for _ in range(2))
@@ -181,7 +188,7 @@ def peak_flops(config: Config, devices: int) -> float:
         start = time.perf_counter()
         float(F.linear(a, b)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best * devices
+    return 2 * size**3 / best
 
 
 def describe_device(config: Config, processes: Processes) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def test_all_files_are_there(grid: Callable[[], Study], tmp_path: Path) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_bytes(grid: Callable[[], Study], tmp_path: Path) -> None:
     study = grid()
     for name in ("a", "b"):

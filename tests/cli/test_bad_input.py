@@ -17,91 +17,106 @@ from gptexp.training.module import GPTModule
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 
 WRONG: dict[str, list[str]] = {
-    "model.nrom=rmsnorm": ["model.nrom=rmsnorm: unknown key; did you mean model.norm?"],
-    "n_head=8": ["n_head=8: unknown key; did you mean model.n_head?"],
-    "bathc_size=8": ["bathc_size=8: unknown key; did you mean batch_size?"],
-    "norm=rmsnrom": ["norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, causal_batchnorm, dyt, "],
-    "model.norm=rmsnrom": [
+    "model.norm=rmsnrom model.placement=mid model.n_embd=-16 model.n_layer=two model.dropout=1 "
+    "optimizer.learning_rate=nan optimizer.momentum=0.9 schedule.decay_fraction=0.5 "
+    "model.norms.rmsnorm.epsilon=0.1 data.val_fraction=1.5 max_steps=0 "
+    "hardware.precision=fp8 hardware.compile=graph hardware.threads=0 hardware.fast_mkl=2": [
         "model.norm=rmsnrom: must be one of layernorm, rmsnorm, prmsnorm, scalenorm, dyt, groupnorm, batchnorm, "
-        "rbn, causal_batchnorm, powernorm, none; did you mean rmsnorm?"],
-    "model.placement=mid": ["model.placement=mid: must be one of pre, post, sandwich, output, deepnorm"],
+        "rbn, causal_batchnorm, powernorm, none; did you mean rmsnorm?",
+        "model.placement=mid: must be one of pre, post, sandwich, output, deepnorm",
+        "model.n_embd=-16: must be an integer of at least 1",
+        "model.n_layer=two: must be an integer of at least 0",
+        "model.dropout=1: must be a number of at least 0 and less than 1",
+        "optimizer.learning_rate=NaN: must be a number greater than 0",
+        "optimizer.momentum=0.9: unknown key of optimizer.name=adamw",
+        "schedule.decay_fraction=0.5: unknown key of schedule.name=cosine",
+        "model.norms.rmsnorm.epsilon=0.1: unknown key; did you mean eps?",
+        "data.val_fraction=1.5: must be a number greater than 0 and less than 1",
+        "max_steps=0: must be an integer of at least 1",
+        "hardware.precision=fp8: must be one of auto, 32-true",
+        "hardware.compile=graph: must be true or false or graphs",
+        "hardware.threads=0: must be an integer of at least 1 or auto or null",
+        "hardware.fast_mkl=2: must be true or false"],
+    "model.norms.batchnorm.stats=[time]": ["model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
+    "model.n_layer=2.5 model.norms.rmsnorm.momentum=0.1": [
+        "model.n_layer=2.5: must be an integer of at least 0",
+        "model.norms.rmsnorm.momentum=0.1: unknown key; allowed: eps"],
+    "model.nrom=rmsnorm n_head=8 bathc_size=8 lr=3e-4 optimizer.lr=1e-3 epochs=3 wandb=false "
+    "optimiser=muon device=cuda model.ema=0.99 callbacks.mine.patience=3": [
+        "model.nrom=rmsnorm: unknown key; did you mean model.norm?",
+        "n_head=8: unknown key; did you mean model.n_head?",
+        "bathc_size=8: unknown key; did you mean batch_size?",
+        "lr=3e-4: unknown key; did you mean optimizer.learning_rate?",
+        "optimizer.lr=1e-3: unknown key; did you mean optimizer.learning_rate?",
+        "epochs=3: unknown key; the length of training is set in optimizer steps, max_steps",
+        "wandb=false: unknown key; choose with logger=wandb, logger=none or logger.wandb.mode=offline",
+        "optimiser=muon: unknown key; did you mean optimizer=muon?",
+        "device=cuda: unknown key; did you mean hardware=gpu?",
+        "model.ema=0.99: unknown key",
+        "callbacks.mine.patience=3: unknown key; to add it, write +callbacks.mine.patience=3"],
+    "norm=rmsnrom heads=3 placement=mid hardware=cuda data=mytext.txt experiment=nanogpt": [
+        "norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, causal_batchnorm, dyt, ",
+        "heads=3: unknown; did you mean model.n_head=3? allowed: h1, ",
+        "placement=mid: unknown; allowed: deepnorm, ",
+        "hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, ",
+        "data=mytext.txt: unknown; did you mean data=file data.path=mytext.txt? allowed: file, ",
+        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: fast_cpu, fast_gpu, "],
+    "norm=RMSNorm heads=8 experiment=null": [
+        "norm=RMSNorm: unknown; did you mean rmsnorm? allowed: ",
+        "heads=8: unknown; did you mean h8? allowed: h1, ",
+        "experiment=null: unknown; allowed: fast_cpu, "],
+    "~norm ~seed logger=null schedule=null": [
+        "~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, ",
+        "~seed: cannot be left out; write seed=VALUE",
+        "logger=null: cannot be left out; allowed: csv, mlflow, none, ",
+        "schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
+    ". rmsnorm model.norm=[ norm=rmsnorm,": [
+        "rmsnorm: cannot be read as a setting; a setting is written key=value",
+        "model.norm=[: cannot be read as a setting; quote special characters",
+        "norm=rmsnorm,: cannot be read as a setting; a list of values ends without a comma",
+        ".: cannot be read as a setting; a setting is written key=value; did you mean resume=.?"],
+    "seed=1,2 sweep=norms sweep.name=mine hydra/sweeper=optuna hydra.sweeper.n_trials=3": [
+        "seed=1,2: several values need --multirun (-m)",
+        "sweep=norms: needs --multirun (-m)",
+        "sweep.name=mine: needs --multirun (-m)",
+        "hydra/sweeper=optuna: needs --multirun (-m)",
+        "hydra.sweeper.n_trials=3: needs --multirun (-m)"],
+    "+norm=rmsnorm hydra.verbose=true,false": [
+        "+norm=rmsnorm: this group has a choice already; write norm=rmsnorm",
+        "hydra.verbose=true,false: a setting of Hydra's own has one value"],
     "model.n_embd=15": ["model.n_head=2: must divide model.n_embd=15; nearest: 1, 3, 5"],
     "model.n_head=3": ["model.n_head=3: heads=h2 sets model.n_head, too; leave one of them out",
                        "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
-    "model.n_embd=-16": ["model.n_embd=-16: must be an integer of at least 1"],
-    "model.n_layer=two": ["model.n_layer=two: must be an integer of at least 0"],
-    "model.n_layer=2.5": ["model.n_layer=2.5: must be an integer of at least 0"],
     "model.n_layer=true": ["model.n_layer=true: must be an integer of at least 0"],
-    "model.dropout=1": ["model.dropout=1: must be a number of at least 0 and less than 1"],
-    "optimizer.learning_rate=nan": ["optimizer.learning_rate=NaN: must be a number greater than 0"],
-    "optimizer.momentum=0.9": ["optimizer.momentum=0.9: unknown key of optimizer.name=adamw"],
-    "schedule.decay_fraction=0.5": ["schedule.decay_fraction=0.5: unknown key of schedule.name=cosine"],
-    "model.norms.rmsnorm.epsilon=0.1": ["model.norms.rmsnorm.epsilon=0.1: unknown key; did you mean eps?"],
-    "model.norms.rmsnorm.momentum=0.1": ["model.norms.rmsnorm.momentum=0.1: unknown key; allowed: eps"],
-    "model.norms.batchnorm.stats=[time]": [
-        "model.norms.batchnorm.stats=[time]: must be [batch,time] or [batch]"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],
     "data.path=nowhere.txt": ["data.path=nowhere.txt: no such file"],
     "data.path=nowhere.txt hydra.run.dir=run": ["data.path=nowhere.txt: no such file"],
     "data.path=.": ["data.path=.: not a file"],
-    "data.val_fraction=1.5": ["data.val_fraction=1.5: must be a number greater than 0 and less than 1"],
-    "max_steps=0": ["max_steps=0: must be an integer of at least 1"],
-    "seed=1,2": ["seed=1,2: several values need --multirun (-m)"],
-    "sweep=norms": ["sweep=norms: needs --multirun (-m)"],
-    "sweep.name=mine": ["sweep.name=mine: needs --multirun (-m)"],
-    "hydra/sweeper=optuna hydra.sweeper.n_trials=3": [
-        "hydra/sweeper=optuna: needs --multirun (-m)", "hydra.sweeper.n_trials=3: needs --multirun (-m)"],
-    "hardware.precision=fp8": ["hardware.precision=fp8: must be one of auto, 32-true"],
     "gradient_accumulation_steps=3": ["batch_size=4: must be a multiple of hardware.devices=1 * "
                                       "gradient_accumulation_steps=3 = 3"],
-    "hardware.compile=graph": ["hardware.compile=graph: must be true or false or graphs"],
     "hardware.compile=graphs": ["hardware.compile=graphs: needs a GPU, not hardware.accelerator=cpu"],
     "hardware=auto hardware.compile=graphs": ["hardware.compile=graphs: this machine has no NVIDIA GPU; allowed"],
     "hardware=ddp hardware.compile=graphs gradient_accumulation_steps=2": [
         "hardware.compile=graphs: needs hardware.strategy=auto, not ddp",
         "hardware.compile=graphs: needs gradient_accumulation_steps=1, not 2"],
-    "hardware.threads=0": ["hardware.threads=0: must be an integer of at least 1 or auto or null"],
-    "hardware.fast_mkl=2": ["hardware.fast_mkl=2: must be true or false"],
     "hardware=gpu": ["hardware.accelerator=gpu: this machine has none; allowed here: cpu"],
     "hardware=ddp": ["hardware.accelerator=gpu: this machine has none; allowed here: cpu"],
-    "+norm=rmsnorm": ["+norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],
     "resume=nowhere": ["resume=nowhere: there is no such directory"],
     "resume=.": ["resume=.: is not a run directory"],
-    "experiment=nanogpt": ["experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: fast_cpu, fast_gpu, "],
     "norm=groupnorm model.norms.groupnorm.groups=3": ["model.norms.groupnorm.groups=3: must divide the 16 channels"],
     "placement=deepnorm model.residual=false": ["model.residual=false: model.placement=deepnorm weighs the residual"],
     "model=bigram norm=rmsnorm": [
         f"model.{setting}: unknown key of model.name=bigram"
         for setting in ("norm=rmsnorm", "n_head=2", "n_layer=1", "n_embd=16")],
     "model.projection=false model.n_inner=24": ["model.n_inner=24: must be 0 or model.n_embd=16"],
-    "rmsnorm": ["rmsnorm: cannot be read as a setting; a setting is written key=value"],
-    "model.norm=[": ["model.norm=[: cannot be read as a setting; quote special characters"],
     "batch_size=1 norm=batchnorm model.norms.batchnorm.stats=[batch]": [
         "batch_size=1: model.norm=batchnorm as it is set needs at least 2 sequences"],
     # The words of other programs.
-    "lr=3e-4": ["lr=3e-4: unknown key; did you mean optimizer.learning_rate?"],
-    "optimizer.lr=1e-3": ["optimizer.lr=1e-3: unknown key; did you mean optimizer.learning_rate?"],
-    "epochs=3": ["epochs=3: unknown key; the length of training is set in optimizer steps, max_steps"],
-    "wandb=false": ["wandb=false: unknown key; choose with logger=wandb, logger=none or logger.wandb.mode=offline"],
-    "optimiser=muon": ["optimiser=muon: unknown key; did you mean optimizer=muon?"],
-    "device=cuda": ["device=cuda: unknown key; did you mean hardware=gpu?"],
-    "hardware=cuda": ["hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, "],
-    "norm=RMSNorm": ["norm=RMSNorm: unknown; did you mean rmsnorm? allowed: "],
     "norm=layer_norm": ["norm=layer_norm: unknown; did you mean layernorm? allowed: "],
-    "heads=3": ["heads=3: unknown; did you mean model.n_head=3? allowed: h1, "],
-    "heads=8": ["heads=8: unknown; did you mean h8? allowed: h1, "],
-    "placement=mid": ["placement=mid: unknown; allowed: deepnorm, "],
-    "data=mytext.txt": ["data=mytext.txt: unknown; did you mean data=file data.path=mytext.txt? allowed: file, "],
-    "model.ema=0.99": ["model.ema=0.99: unknown key"],
     "resume=true": ["resume=true: must be a run directory, or auto for the newest unfinished run of this config"],
     "resume=latest": ["resume=latest: must be a run directory, or auto for the newest unfinished run"],
     # Choices that cannot be left out, and such as contradict a value.
-    "~norm": ["~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, "],
-    "~seed": ["~seed: cannot be left out; write seed=VALUE"],
-    "logger=null": ["logger=null: cannot be left out; allowed: csv, mlflow, none, "],
-    "experiment=null": ["experiment=null: unknown; allowed: fast_cpu, "],
     "norm=rmsnrom norm=none seed=-2 seed=-1": ["seed=-1: must be an integer of at least 0"],  # the last one counts
-    "schedule=null": ["schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
     "model.norm=batchnorm norm=layernorm": [
         "norm=layernorm: model.norm=batchnorm sets model.norm, too; leave one of them out"],
     "norm=layernorm model.norm=batchnorm": [
@@ -120,22 +135,17 @@ WRONG: dict[str, list[str]] = {
     "norm= rmsnorm": ["norm= rmsnorm: a setting has no spaces; write norm=rmsnorm"],
     "model.norms.batchnorm.stats=[batch, time]": [
         "model.norms.batchnorm.stats=[batch, time]: a setting has no spaces; write model.norms.batchnorm.stats=[batch"],
-    "norm=rmsnorm,": ["norm=rmsnorm,: cannot be read as a setting; a list of values ends without a comma"],
     "--norm=rmsnorm": ["--norm=rmsnorm: a setting has no dashes; write norm=rmsnorm"],
     "--norm rmsnrom": ["--norm rmsnrom: a setting has no dashes; write norm=rmsnrom", "norm=rmsnrom: unknown; did "],
     "--norm": ["--norm: unknown option; --hydra-help lists the options, --help the settings"],
     "++norm=rmsnorm": ["++norm=rmsnorm: this group has a choice already; write norm=rmsnorm"],
-    ".": [".: cannot be read as a setting; a setting is written key=value; did you mean resume=.?"],
     # Hydra's own settings, and its folders.
     "hydra.bogus=1": ["Could not override 'hydra.bogus'. To append to your config use +hydra.bogus=1"],
     "hydra.mode=FOO seed=-1": ["Error merging override hydra.mode=FOO Invalid value 'FOO'", "seed=-1: must be"],
-    "hydra.verbose=true,false": ["hydra.verbose=true,false: a setting of Hydra's own has one value"],
     "hydra.run.dir=/etc/passwd/run": ["hydra.run.dir=/etc/passwd/run: cannot be made (cannot write /etc/passwd)"],
     "hydra.run.dir=${nowhere}": ["Interpolation key 'nowhere' not found"],
     "+bogus=1": ["bogus=1: unknown key"],
     "logger=wandb logger.wandb.projct=x": ["logger.wandb.projct=x: unknown key; did you mean logger.wandb.project?"],
-    "callbacks.mine.patience=3": [
-        "callbacks.mine.patience=3: unknown key; to add it, write +callbacks.mine.patience=3"],
     "logger=[none,nonsense]": ["logger=nonsense: unknown; did you mean none? allowed: csv, "],
     "model.nrom=x model.n_embd=0 norm=rms bogus optimizer.beta1=2 seed=-1": [
         "bogus: cannot be read", "norm=rms: unknown; did you mean rmsnorm?", "model.nrom=x: unknown key",
@@ -154,8 +164,8 @@ def test_one_line_each(
     out, err = capfd.readouterr()
     lines = err.splitlines()
     assert len(lines) == len(WRONG[wrong]), err
-    for line, start in zip(lines, WRONG[wrong], strict=True):
-        assert line.startswith(f"error: {start}"), err
+    for start in WRONG[wrong]:
+        assert any(line.startswith(f"error: {start}") for line in lines), err
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir()), "a wrong command left something behind"
 

@@ -47,6 +47,7 @@ def test_stock_early_stopping(tiny: Tiny) -> None:
     assert run.info["status"] == "done"
 
 
+@pytest.mark.slow
 def test_groups_of_callbacks(tiny: Tiny, command: Callable[..., int], corpus: Path, tmp_path: Path) -> None:
     """An average of the weights is what is evaluated and saved, and goes on to the bit after a kill."""
     plain, run = tiny("plain"), tiny("run", "callbacks=[ema,lr_monitor]", "logger=csv", "callbacks.ema.decay=0.9")

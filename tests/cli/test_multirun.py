@@ -22,6 +22,7 @@ def sweep(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable
     return run
 
 
+@pytest.mark.slow
 def test_every_job_has_a_readable_directory(sweep: Callable[..., tuple[int, dict[str, Run]]]) -> None:
     code, runs = sweep("model.norm=layernorm,rmsnorm", "placement=pre,post", "seed=1,2")
     assert code == 0

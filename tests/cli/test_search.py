@@ -48,6 +48,7 @@ def test_a_space_in_hydras_words(text: str, distribution: object) -> None:
     assert space([OverridesParser.create().parse_override(text)]) == {"a": distribution}
 
 
+@pytest.mark.slow
 def test_trials_are_runs_and_their_losses_optunas(search: Callable[..., int], tmp_path: Path) -> None:
     assert search(RATES, "norm=layernorm,rmsnorm", "hydra.sweeper.pruner=none") == 0
     known = trials(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from gptexp.analysis.collect import collect
 from gptexp.analysis.study import build_study
 from gptexp.analysis.tables import comparisons_table, runs_table, variants_table
-from tests.conftest import TINY, finish, more, runs_of, spawn, timeless
+from tests.conftest import TINY, finish, runs_of, spawn, timeless
 
 
 def begin(corpus: Path, folder: Path, *overrides: str):  # type: ignore[no-untyped-def]
@@ -72,7 +72,7 @@ def progress(folder: Path) -> float:
 
 @pytest.mark.slow
 def test_two_at_once_share_the_work(corpus: Path, tmp_path: Path) -> None:
-    both = [begin(corpus, tmp_path, *TWELVE, "max_steps=200") for _ in range(2)]
+    both = [begin(corpus, tmp_path, *TWELVE, "max_steps=120") for _ in range(2)]
     results = [finish(process) for process in both]
     assert [code for code, _, _ in results] == [0, 0], results
     runs = runs_of(tmp_path / "sweeps" / "mine")
@@ -104,7 +104,8 @@ def test_interrupted_it_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", more("submitit_local"), more("ray")])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_every_launcher_comes_to_the_same_result(launcher: str, corpus: Path, tmp_path: Path) -> None:
     plugin = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}[launcher]
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")

@@ -29,6 +29,7 @@ def sweep(command: Callable[..., int], corpus: Path, tmp_path: Path) -> Callable
     return run
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_twice(
     sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_named_sweep_has_its_jobs(
     assert Sweep(tmp_path / "sweeps" / name).info["jobs"] == [job.name for job in jobs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("swept", "times"),
     [
