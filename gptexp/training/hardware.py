@@ -179,7 +179,7 @@ def peak_flops(config: Config, devices: int) -> float:
 
 @cache
 def _timed_flops(kind: str, dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second of a square matrix product on `threads` threads, timed once for a process."""
+    """Floating-point operations per second of a square matrix product on `threads` threads, timed once per process."""
     size = 8192 if kind == "cuda" else 1024
     numbers = torch.Generator(kind)  # of its own: those of the run go on as if nothing was timed
     a, b = (torch.randn(size, size, device=kind, dtype=dtype, generator=numbers) for _ in range(2))

@@ -165,7 +165,7 @@ def test_one_line_each(
     lines = err.splitlines()
     assert len(lines) == len(WRONG[wrong]), err
     for start in WRONG[wrong]:
-        assert any(line.startswith(f"error: {start}") for line in lines), err
+        assert sum(line.startswith(f"error: {start}") for line in lines) == 1, err
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir()), "a wrong command left something behind"
 
