@@ -1,5 +1,7 @@
 """What there is: `python -m gptexp`."""
 
+import sys
+
 TEXT = """\
 gptexp, a laboratory for small GPTs. Its commands:
 
@@ -15,4 +17,9 @@ gptexp, a laboratory for small GPTs. Its commands:
 Each explains itself with --help."""
 
 if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words and words[0] not in ("-h", "--help"):
+        meant = " ".join(words)
+        print(f"error: {meant}: write python -m gptexp.{meant}", file=sys.stderr)
+        sys.exit(2)
     print(TEXT)

@@ -1,11 +1,11 @@
-"""What does a variant's loss see? `python -m gptexp.audit norm=batchnorm`, or `python -m gptexp.audit run=DIR`.
+"""What does a variant's loss see? `python -m gptexp.audit norm=batchnorm`, or `python -m gptexp.audit DIR`.
 
-Measured in train mode and in eval mode, by gradients through the real model in float64: whether a prediction depends
-on later tokens, whether it depends on other sequences of the batch, by how much and in which layers; and how far
-train mode and eval mode lie apart. Leaves a table, audit.json and audit.png, for a run in its own directory.
+Measures, in train mode and in eval mode, by gradients through the real model in float64: whether a prediction depends
+on later tokens or on other sequences of the batch, by how much and in which layers; and how much the two modes differ.
+Prints a table and writes audit.json and audit.png, for a run into its own directory.
 
     any settings of gptexp.train     audit a new model of this configuration, or
-    run=DIR checkpoint=best|last     audit a trained one
+    DIR checkpoint=best|last         audit a trained one
     audit_dir=DIR                    where the files go instead
 """
 
@@ -17,17 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptexp import perf
-from gptexp.console import run_command
 from gptexp.errors import UserError
+from gptexp.perf import mkl_kernels
+from gptexp.processes.console import run_command
 
 if TYPE_CHECKING:
-    from gptexp.config import Config
+    from gptexp.config.schema import Config
 
 log = logging.getLogger("gptexp")
 
-SEQUENCES, POSITIONS = 4, 64  # of the batch that gradients are measured on
-BATCHES = 4  # of batch_size rows, that losses are measured on
+SEQUENCES, POSITIONS = 4, 64  # of the batch on which gradients are measured
+BATCHES = 4  # of batch_size rows, on which losses are measured
 
 
 def main() -> None:
@@ -36,14 +36,14 @@ def main() -> None:
 
 
 def audit(arguments: Sequence[str]) -> dict[str, Any]:
-    """Audit what a command line names; print the table, write the files and return what audit.json holds.
+    """Audit what the arguments name: print the table, write the files and return the contents of audit.json.
 
     Raises:
         UserError: with a line for every mistake.
     """
     config, run, checkpoint, folder = _parse(arguments)
     from gptexp.analysis.plots import plot_influence
-    from gptexp.runs import write_atomically
+    from gptexp.runs.run import write_atomically
 
     report, maps = _measure(config, run, checkpoint)
     _show(report)
@@ -58,12 +58,16 @@ def audit(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
-    from gptexp.overrides import compose_config
-    from gptexp.runs import Run
+    from gptexp.config.command_line import compose_config
+    from gptexp.config.settings import named_directories
+    from gptexp.runs.run import Run
 
-    own = {k: v for k, _, v in (a.partition("=") for a in arguments) if k in ("run", "checkpoint", "audit_dir")}
-    others = [a for a in arguments if a.partition("=")[0] not in own]
-    problems = []
+    named, rest = named_directories(arguments)
+    own = {k: v for k, _, v in (a.partition("=") for a in rest) if k in ("checkpoint", "audit_dir")}
+    others = [a for a in rest if a.partition("=")[0] not in own]
+    if named:
+        own["run"] = named[0]
+    problems = [f"{name}: cannot be read as a setting; the run directory is {named[0]}" for name in named[1:]]
     if "run" in own:
         problems += [f"{a}: has no effect with run={own['run']}, whose configuration is complete" for a in others]
     elif "checkpoint" in own:
@@ -82,22 +86,21 @@ def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
 
 
 def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What audit.json holds, and the maps to draw, by mode."""
-    perf.prepare()
-    perf.mkl_kernels.choose(config.hardware.fast_mkl)
+    """The contents of audit.json, and the maps to draw, by mode."""
+    mkl_kernels.choose(config.hardware.fast_mkl)
     import numpy as np
     import torch
 
+    from gptexp.audits.influence import measure
+    from gptexp.audits.modes import between_modes
     from gptexp.data.datamodule import CharDataModule
-    from gptexp.models.audits import between_modes, measure
     from gptexp.models.settings import build_model
 
     if run is None:
-        data = CharDataModule(config.data, block_size=config.model.block_size)
+        data = CharDataModule(config.data, config.task, block_size=config.model.block_size)
         model = build_model(config.sized(data.vocab_size), config.seed)
     else:
-        from gptexp.sample import load_model
-        from gptexp.training.fit import load_data
+        from gptexp.training.load import load_data, load_model
 
         data = load_data(run, config)
         model = load_model(run, checkpoint, data.vocab_size)  # type: ignore[arg-type]
@@ -135,21 +138,22 @@ def _show(report: dict[str, Any]) -> None:
 
     table = Table("", "train mode", "eval mode", title=f"{report['model']}: what a prediction depends on")
 
-    def row(title: str, found: dict[str, Any], words: Callable[[Any], str]) -> None:  # or why the mode is impossible
+    def row(title: str, found: dict[str, Any], words: Callable[[Any], str]) -> None:  # a string says why not
         table.add_row(title, *(value if isinstance(value, str) else words(value) for value in found.values()))
 
     modes = {mode: found.get("impossible", found) for mode, found in report["modes"].items()}
     row("later tokens", modes,
         lambda m: f"YES, {m['future']:.2%} of the gradient" if m["looks_ahead"] else "no (causal)")  # fmt: skip
     row("other sequences", modes, lambda m: f"YES, {m['others']:.2%} of the gradient" if m["couples"] else "no")
-    row("layers that do", modes, lambda m: f"{len(m['layers'])}: {_span(m['layers'])}" if m["layers"] else "none")
-    row("loss, nats a token", report["loss"], "{:.4f}".format)
+    row("layers where this happens", modes,
+        lambda m: f"{len(m['layers'])}: {_span(m['layers'])}" if m["layers"] else "none")  # fmt: skip
+    row("loss, nats per token", report["loss"], "{:.4f}".format)
     row("greedy text alone and in a batch", report["generation"],
         lambda first: "the same" if first is None else f"differ from token {first + 1}")  # fmt: skip
-    if report["discrepancy"] and report["run"]:  # the running averages of a new model are not of anything yet
+    if report["discrepancy"] and report["run"]:  # a new model has no running averages yet
         worst = max(report["discrepancy"], key=lambda d: max(d.get("mean_drift", 0.0), d["std_drift"]))
         mean = f"mean {worst['mean_drift']:.3f}, " if "mean_drift" in worst else ""
-        table.add_row("largest distance of batch statistics from running ones",
+        table.add_row("largest drift of running statistics",
                       f"{mean}deviation {worst['std_drift']:.3f} in {worst['layer']}", "")  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -1,16 +1,16 @@
-"""Which variant is better, by how much, how sure? `python -m gptexp.compare DIR... [key=value ...]`
+"""Which variant is better, by how much, and how sure is that? `python -m gptexp.compare DIR... [key=value ...]`
 
 Takes sweeps and runs, finds out which settings vary, pairs the runs by seed, and judges every variant against the
-baseline. Prints a table and leaves a report, figures and tables. Works on an unfinished sweep, too.
+baseline. Prints a table and writes a report, figures and tables. Works on an unfinished sweep, too.
 
     python -m gptexp.compare outputs/sweeps/norms
     python -m gptexp.compare outputs/sweeps/norms baseline="rmsnorm pre" delta=0.02
 
 settings (key=value):
-  baseline=LABEL   the variant that the others are compared with; the first one by default
+  baseline=LABEL   the variant that the others are compared with, or a word that it alone has; the first by default
   metric=best      best or final validation loss
-  delta=0.01       the largest difference, in nats a token, that is no difference
-  alpha=0.05       the probability that any difference is claimed where there is none
+  delta=0.01       the largest difference, in nats per token, that counts as none
+  alpha=0.05       the probability of claiming any difference where there is none
   target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
   output=DIR       where the files go; report/ in the first directory by default
   logger=none      wandb logs the report, its figures and tables to a W&B run of its own, beside the sweep's runs
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Lt
 
-from gptexp.console import run_command
 from gptexp.errors import UserError
+from gptexp.processes.console import run_command
 
 if TYPE_CHECKING:
     from gptexp.analysis.study import Study
@@ -55,8 +55,8 @@ def main() -> None:
     run_command(__doc__, compare)
 
 
-def compare(arguments: Sequence[str]) -> "Study":
-    """Compare what a command line names; print the table and write the files.
+def compare(arguments: Sequence[str]) -> None:
+    """Compare the runs that a command line names; print the table and write the files.
 
     Raises:
         UserError: with a line for every mistake.
@@ -81,10 +81,9 @@ def compare(arguments: Sequence[str]) -> "Study":
         raise UserError(f"output={folder}: cannot be written ({error.strerror})") from error
     log.info("report: %s", page)
     if config.logger == "wandb":
-        from gptexp.tracking import log_comparison
+        from gptexp.loggers.comparison import log_comparison
 
         log_comparison(study, page, title, command)
-    return study
 
 
 def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
@@ -93,11 +92,11 @@ def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import read, read_arguments
+    from gptexp.config.settings import named_directories, read, read_arguments
 
-    named = [a for a in arguments if "=" not in a or Path(a).is_dir()]  # a directory's name may hold an =
+    named, others = named_directories(arguments)
     problems = [f"{name}: there is no such directory" for name in named if not Path(name).is_dir()]
-    values = read_arguments([a for a in arguments if a not in named], problems)
+    values = read_arguments(others, problems)
     config: CompareConfig | None = read(CompareConfig, "", values, problems)
     if not named:
         problems.append("no directory is given; name sweeps or runs, such as outputs/sweeps/norms")
@@ -107,16 +106,16 @@ def parse(arguments: Sequence[str]) -> tuple[CompareConfig, list[Path]]:
 
 
 def show(study: "Study") -> None:
-    """Print the ranked table, the verdict and what else must be known."""
+    """Print the ranked table, the verdict and what else a reader must know."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    from gptexp.analysis.conclusion import VERDICTS, counts, further_seeds, headline, percent, plural
+    from gptexp.analysis.summary import VERDICTS, counts, further_seeds, headline, percent, plural
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    title = f"{study.metric} val/loss, nats a token; differences are from {study.baseline}"
+    title = f"{study.metric} val/loss, nats per token; differences are from {study.baseline}"
     interval = f"{percent(1 - study.alpha)} interval"
     wanted = ("seeds", "loss", "sd", "difference", interval, "p", "verdict", "seeds needed")
     effects = comparisons_table(study).query("kind == 'factor'")
@@ -135,9 +134,9 @@ def show(study: "Study") -> None:
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
-    notes = [f"{plural(more, 'further seed')} would probably decide all that is open."] if more else []
+    notes = [f"{plural(more, 'further seed')} would probably decide everything that is open."] if more else []
     notes.append(f"{counts(study)}.")
-    notes += [f"put apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
+    notes += [f"set apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
     notes += [f"unreadable: {path} ({reason})" for path, reason in study.unreadable]
     console.print(*notes, *(f"note: {note}" for note in study.notes), sep="\n", soft_wrap=True)
 

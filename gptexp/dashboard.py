@@ -8,8 +8,8 @@ measurements of the layers, samples. Runs are grouped by sweep and variant, so t
 
 settings (key=value):
   project=gptexp   the W&B project
-  entity=NAME      the user or team that has it; the account's default otherwise
-  name=gptexp      of the view
+  entity=NAME      the user or team that owns it; the account's default otherwise
+  name=gptexp      the name of the view
   spec=FILE        write the view's specification to a JSON file instead; needs no account and no network
 """
 
@@ -21,14 +21,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptexp.console import run_command
 from gptexp.errors import UserError
+from gptexp.processes.console import run_command
 
 log = logging.getLogger("gptexp")
 
-FACTORS = ("model.norm", "model.placement", "model.n_head")  # that make a variant, as in a run's name
-STEP = "trainer/global_step"  # optimizer steps done, as Lightning names them in W&B
-LOWEST = "val/loss.min"  # the lowest validation loss, as W&B's summary has it
+STEP = "trainer/global_step"  # optimizer steps, as Lightning names them in W&B
+LOWEST = "val/loss.min"  # the lowest validation loss, as W&B's summary names it
+RATE = "optimizer.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,11 @@ def dashboard(arguments: Sequence[str]) -> None:
     """Save the workspace that a command line asks for, in W&B or as a file.
 
     Raises:
-        UserError: with a line for every mistake; when the file cannot be written.
+        UserError: with a line for every mistake, or when the file cannot be written.
     """
-    config = parse(arguments)
-    view = workspace(config)
-    if config.spec is None:
-        log.info("workspace: %s", view.save().url)
-        return
-    from gptexp.runs import write_atomically
-
-    try:
-        write_atomically(Path(config.spec), (json.dumps(specification(view), indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"spec={config.spec}: cannot be written ({error.strerror})") from error
-    log.info("specification: %s", config.spec)
-
-
-def parse(arguments: Sequence[str]) -> DashboardConfig:
-    """The settings of a command line.
-
-    Raises:
-        UserError: with a line for every mistake, and for what is missing to do as asked.
-    """
-    from gptexp.tracking import has_api_key
-    from gptexp.validation import read, read_arguments
+    from gptexp.config.settings import read, read_arguments
+    from gptexp.loggers.wandb_run import has_api_key
+    from gptexp.runs.run import write_atomically
 
     problems: list[str] = []
     values = read_arguments(arguments, problems)
@@ -84,21 +65,27 @@ def parse(arguments: Sequence[str]) -> DashboardConfig:
         problems.append("W&B has no API key; run wandb login, or write the specification to a file with spec=FILE")
     if problems or config is None:
         raise UserError(problems)
-    return config
+    view = workspace(config)
+    if config.spec is None:
+        log.info("workspace: %s", view.save().url)
+        return
+    try:
+        write_atomically(Path(config.spec), (json.dumps(specification(view), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"spec={config.spec}: cannot be written ({error.strerror})") from error
+    log.info("specification: %s", config.spec)
 
 
 def specification(value: Any) -> Any:
-    """A workspace, or a part of one, as plain data: the arguments of wandb-workspaces' classes, by their names."""
+    """A workspace, or a part of one, as plain data: the arguments of wandb-workspaces' classes, by name."""
     if is_dataclass(value):
         given = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
         return {"type": type(value).__name__, **{k: specification(v) for k, v in given.items() if v is not None}}
-    if isinstance(value, list | tuple):
-        return [specification(v) for v in value]
-    return value
+    return [specification(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def workspace(config: DashboardConfig) -> Any:
-    """The workspace, as an object of wandb-workspaces; nothing is sent before its `save`.
+    """The workspace, as an object of wandb-workspaces; its `save` sends it.
 
     Raises:
         UserError: when W&B does not allow the name.
@@ -107,15 +94,18 @@ def workspace(config: DashboardConfig) -> Any:
     from pydantic import ValidationError
     from wandb_workspaces import workspaces as ws
 
+    from gptexp.analysis.factors import naming
+
     entity = config.entity or ("" if config.spec else wandb.Api().default_entity)
+    panels = sections(naming())
     try:
         return ws.Workspace(
             entity=entity, project=config.project, name=config.name,
-            sections=[ws.Section(name, panels=panels, is_open=True) for name, panels in sections().items()],
+            sections=[ws.Section(name, panels=content, is_open=True) for name, content in panels.items()],
             settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=50),
             runset_settings=ws.RunsetSettings(
                 filters=ws.And(ws.Metric("JobType") != "compare"),
-                groupby=[ws.Metric("Group"), *(ws.Config(factor) for factor in FACTORS)],
+                groupby=[ws.Metric("Group"), *map(ws.Config, naming())],
                 order=[ws.Ordering(ws.Summary(LOWEST), ascending=True)],
                 pinned_columns=[f"summary:{LOWEST}", "summary:tokens_per_second"],
             ),
@@ -124,36 +114,31 @@ def workspace(config: DashboardConfig) -> Any:
         raise UserError(f"name={config.name}: {error.errors()[0]['msg']}") from error
 
 
-def sections() -> dict[str, list[Any]]:
-    """The panels by the names of their sections. Lines are means of a group's runs in the range of these."""
+def sections(factors: Sequence[str]) -> dict[str, list[Any]]:
+    """The panels by section, for variants that differ in these settings. Lines are a group's means, with its range."""
     from wandb_workspaces.reports import v2 as wr
 
     from gptexp.analysis.plots import UNITS
 
-    def line(y: str, x: str = STEP, **more: Any) -> Any:
-        return wr.LinePlot(title=f"{y} by {'step' if x == STEP else x}", x=x, y=[y], groupby_aggfunc="mean",
-                           groupby_rangefunc="minmax", **more)  # fmt: skip
+    means = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
 
-    def bar(factor: str) -> Any:
-        return wr.BarPlot(title=f"lowest val/loss by {factor}", metrics=[LOWEST], groupby=wr.Config(factor),
-                          groupby_aggfunc="mean", groupby_rangefunc="minmax")  # fmt: skip
+    def line(y: str, x: str = STEP, **more: Any) -> Any:
+        return wr.LinePlot(title=f"{y} by {'step' if x == STEP else x}", x=x, y=[y], **means, **more)
 
     def column(key: str, log: bool = False) -> Any:
         return wr.ParallelCoordinatesPlotColumn(wr.Config(key), display_name=key, log=log)
 
-    rate = "optimizer.learning_rate"
     lowest = wr.SummaryMetric(LOWEST)
+    last = wr.ParallelCoordinatesPlotColumn(lowest, display_name="lowest val/loss", inverted=True)
     return {
-        "loss": [line("val/loss"), line("val/loss", "tokens"), line("val/loss", "seconds"), line("train/loss"),
-                 line("val/bpc"), line("val/accuracy")],
+        "loss": [*(line("val/loss", x) for x in (STEP, "tokens", "seconds")),
+                 *map(line, ("train/loss", "val/bpc", "val/accuracy"))],
         "variants": [
-            *map(bar, FACTORS),
-            wr.ScatterPlot(title="learning rate and lowest val/loss", x=wr.Config(rate), y=lowest, log_x=True),
-            wr.ParallelCoordinatesPlot(
-                title="settings and lowest val/loss",
-                columns=[*map(column, FACTORS), column(rate, log=True),
-                         wr.ParallelCoordinatesPlotColumn(lowest, display_name="lowest val/loss", inverted=True)],
-            ),
+            *(wr.BarPlot(title=f"lowest val/loss by {factor}", metrics=[LOWEST], groupby=wr.Config(factor), **means)
+              for factor in factors),
+            wr.ScatterPlot(title="learning rate and lowest val/loss", x=wr.Config(RATE), y=lowest, log_x=True),
+            wr.ParallelCoordinatesPlot(title="settings and lowest val/loss",
+                                       columns=[*map(column, factors), column(RATE, log=True), last]),
         ],
         "speed": [line("tokens_per_second"), line("mfu"), line("tokens", "seconds")],
         "training": [line("grad_norm", log_y=True), line("learning_rate")],

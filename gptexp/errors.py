@@ -1,5 +1,6 @@
 """The ways in which a command can end early."""
 
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -51,3 +52,21 @@ class GroupFailed(BaseException):
 
     def __str__(self) -> str:
         return "; ".join(self.problems) or f"stopped with status {self.status}"
+
+
+def ending(error: BaseException) -> tuple[int, list[str]]:
+    """The exit status that an error leads to, and what to say of it, one line per problem.
+
+    2 is a user's mistake, 1 a fault, 128 and more a signal, of which there is nothing to say.
+    """
+    match error:
+        case GroupFailed():
+            return error.status, error.problems
+        case UserError():
+            return 2, error.problems
+        case KeyboardInterrupt():
+            return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT), []
+        case RunFailed():
+            return 1, [str(error)]
+        case _:
+            return 1, [" ".join(f"{type(error).__name__}: {error}".split())]

@@ -1,7 +1,7 @@
-"""Sample from a trained run: `python -m gptexp.sample run=DIR prompt="ROMEO:" num_samples=3`.
+"""Sample from a trained run: `python -m gptexp.sample DIR prompt="ROMEO:" num_samples=3`.
 
 settings (key=value):
-  run=DIR               the run directory
+  run=DIR               the run directory, as DIR alone
   prompt=TEXT           the text to continue; may be given several times
   prompt_file=FILE      read a prompt from a file, or from standard input with prompt_file=-
   prompt_per_line=true  each line of prompt_file is a prompt of its own
@@ -19,13 +19,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from gptexp import perf
-from gptexp.console import run_command
 from gptexp.errors import UserError
+from gptexp.perf import mkl_kernels
+from gptexp.processes.console import run_command
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,23 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
-    """The settings and the prompts of a command line.
+    """The settings and prompts of the command line.
 
     Raises:
         UserError: with a line for every mistake.
     """
-    from gptexp.validation import nearest, read, read_arguments
+    from gptexp.config.settings import named_directories, read, read_arguments
 
     problems: list[str] = []
     prompts = [a.partition("=")[2] for a in arguments if a.startswith("prompt=")]
-    values = read_arguments([a for a in arguments if not a.startswith("prompt=")], problems)
+    named, others = named_directories(a for a in arguments if not a.startswith("prompt="))
+    values = read_arguments(others, problems)
+    if named:
+        values["run"] = named[0]
     config: SampleConfig | None = read(SampleConfig, "", values, problems)
-    if "run" not in values and not any(p.startswith("run") for p in problems):
-        hint = next((nearest(a, ["run"]) for a in arguments if "=" not in a), "")
-        problems.append(f"run: is missing; give the run directory as run=DIR{hint}")
+    if not named:
+        problems.append("run: is missing; give the run directory as run=DIR")
+    problems += [f"{name}: cannot be read as a setting; the run directory is {named[0]}" for name in named[1:]]
     if prompts and "prompt_file" in values:
         problems.append(f"prompt_file={values['prompt_file']}: give prompt or prompt_file, not both")
     if "prompt_per_line" in values and "prompt_file" not in values:
@@ -89,20 +92,20 @@ def _read_prompts(config: SampleConfig) -> list[str]:
 
 
 def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
-    """Print samples; a single one is written to a terminal as it grows.
+    """Print samples; at a terminal, a single one appears as it is generated.
 
     Raises:
         UserError: for a mistake in the run, its checkpoint, a prompt or the stop text.
     """
-    from gptexp.data.tokenizer import tokenizer_from_dict
-    from gptexp.runs import Run
+    from gptexp.data.tokenizers import tokenizer_from_dict
+    from gptexp.runs.run import Run
+    from gptexp.training.load import load_model
 
-    perf.prepare()
     run = Run.open(str(config.run))
-    perf.mkl_kernels.choose(run.config.hardware.fast_mkl)
+    mkl_kernels.choose(run.config.hardware.fast_mkl)
     info = run.info
     tokenizer = tokenizer_from_dict(info.get("tokenizer"))
-    documents = bool(info.get("data", {}).get("documents"))
+    documents = info.get("data", {}).get("document_end") is not None
     opening = tokenizer.encode("\n").tolist() if documents else []
     texts = list(prompts) or ([""] if documents else ["\n"])
     rows = [[*opening, *tokenizer.encode(text, what="prompt").tolist()] for text in texts]
@@ -132,27 +135,6 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
             print(f"--- sample {i} of {len(rows)} ---\n{body.lstrip(chr(10))}\n")
         else:
             print(body.lstrip("\n"))
-
-
-def load_model(run: Any, checkpoint: Literal["best", "last"], vocab_size: int) -> Any:
-    """The model of a run with a checkpoint's weights, on the CPU or a GPU if there is one, in evaluation mode.
-
-    Raises:
-        UserError: when the checkpoint is cut short, or is not this run's.
-    """
-    import torch
-
-    from gptexp.models.settings import build_model
-    from gptexp.training.checkpoint import read_checkpoint
-
-    path = run.checkpoint(checkpoint)
-    weights = read_checkpoint(path, f"run={run.path}")["state_dict"]
-    model = build_model(run.config.sized(vocab_size))
-    try:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-    except RuntimeError as error:
-        raise UserError(f"run={run.path}: {path} holds the weights of another model") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 if __name__ == "__main__":

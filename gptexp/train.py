@@ -7,6 +7,7 @@
 
 import logging
 import math
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -14,32 +15,37 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptexp import perf
-from gptexp.console import report_errors
-from gptexp.errors import UserError
+from gptexp.errors import RunFailed, UserError
+from gptexp.processes.console import report_errors
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
-    from gptexp.config import Config
+    from gptexp.config.schema import Config
 
 log = logging.getLogger("gptexp")
 
 
 def main() -> None:
-    """The command line: checks it whole, then hands it to Hydra, which calls `job` once or once for each variant."""
+    """Validate the whole command line, then hand it to Hydra, which calls `job` once, or once per variant."""
     with report_errors():
-        from gptexp.arguments import read_arguments
+        from gptexp.config.arguments import read_arguments
 
         args, problems = read_arguments(sys.argv[1:])
+        if args.help:
+            from gptexp.config.reference import help_text
+
+            print(help_text(shutil.get_terminal_size((110, 0)).columns))
+            return
         from hydra import main as hydra_main
 
-        from gptexp.groups import VERSION_BASE, conf_dir, register_choices
-        from gptexp.overrides import COMPOSING, check, told
+        from gptexp.config.choices import conf_dir
+        from gptexp.config.command_line import COMPOSING, check, told
+        from gptexp.config.composition import VERSION_BASE, register_choices
 
         register_choices()
-        shows = bool(args.help or args.cfg or args.info)
+        shows = bool(args.cfg or args.info)
         elsewhere = args.hydra_help or args.shell_completion or args.experimental_rerun or args.config_path
         if not elsewhere and (args.overrides or not shows):
             problems += check(args.overrides, args.multirun, args.config_dir, args.config_name, shows)
@@ -60,89 +66,97 @@ def job(tree: "DictConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from gptexp.config import plain, read_config
+    from gptexp.config.composition import plain
+    from gptexp.config.schema import read_config
 
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         return sweep_job(read_config(plain(tree)), hydra)
-    with report_errors():  # here: of an error that passes through it, Hydra prints the traceback
+    with report_errors():  # caught here, because Hydra would print a traceback
         return single_run(read_config(plain(tree)), str(hydra.run.dir), list(hydra.overrides.task))
 
 
 def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
-    """Train a configuration, or go on with the run that it names.
+    """Train a configuration, or resume the run in `config.resume`.
 
     The new run's directory is `folder`; "." makes one of the time and the run's name.
 
     Returns:
         the lowest validation loss, in nats per token.
+
+    Raises:
+        RunFailed: when it diverged.
     """
-    from gptexp.config import flatten
-    from gptexp.overrides import requested
-    from gptexp.sweeps import job_name
-    from gptexp.training.launch import Train, check_files, claim, gathered, run_to_resume, train_together
-    from gptexp.training.ranks import several
+    from gptexp.config.composition import requested
+    from gptexp.config.schema import flatten
+    from gptexp.processes.ending import several
+    from gptexp.sweeps.sweep import job_name
+    from gptexp.training.launch import check_files, claim, gathered, run_to_resume, start, together
 
     def unmake() -> None:
-        if folder != ".":  # the user named it, and Hydra has just made it
+        if folder != ".":  # Hydra has made the folder that the user named; `claim` makes it again
             with suppress(OSError):
                 Path(folder).rmdir()
 
     read = None
-    if not several():  # of several processes the first one will tell
+    if not several():  # with several processes, rank 0 reports it later
         unmake()
-        read = check_files(config)  # a mistake is told before torch is imported, which takes a while
-    perf.prepare()  # before torch is imported
+        read = check_files(config)  # a mistake is told before Lightning is imported, which takes a while
 
-    def lead(train: Train) -> float:
+    def lead() -> float:
+        run = None
         if config.resume:
             asked = requested([o for o in overrides if not o.startswith("resume=")])
             run = run_to_resume(config, asked, config.resume)
-            if run:
-                return train(run)
-        name = job_name(config, "")
-        own = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
-        path = own if folder == "." else Path(folder)
-        return train(claim(config, path, name, None, sys.argv, named=folder != ".", read=read))
+        if run is None:
+            name = job_name(config, "")
+            own = Path(config.output_dir) / "runs" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
+            path = own if folder == "." else Path(folder)
+            run = claim(config, path, name, None, sys.argv, named=folder != ".", read=read)
+        loss = start(run, group)
+        if run.info["status"] == "diverged":
+            raise RunFailed(run.info["error"])
+        return loss
 
     group = gathered(config)
     unmake()  # once Hydra is done in every process
     group.check_same(flatten(config.tree()) | {"resume": config.resume, "hydra.run.dir": folder})
-    loss = train_together(group, lead)
+    loss = together(group, lead)
     return math.nan if loss is None else loss
 
 
 def sweep_job(config: "Config", hydra: "HydraConf") -> float | None:
-    """Bring a job of a sweep to its end, or leave it to the process that has it.
+    """Run a job of a sweep, unless another process has it.
 
     Returns:
         the lowest validation loss, in nats per token; None if another process has the job.
     """
-    from gptexp.orphans import end_with_parent
-    from gptexp.search import watcher
-    from gptexp.sweeps import Busy, Sweep, job_name
-    from gptexp.training.launch import Train, claim, gathered, job_together
+    from gptexp.processes.ending import end_with_parent
+    from gptexp.sweeps.search import watcher
+    from gptexp.sweeps.sweep import Busy, Sweep, job_name
+    from gptexp.training.launch import claim, gathered, job_together, start
 
-    perf.prepare()  # before torch is imported
     hardware = config.hardware
     if hydra.runtime.choices["hydra/launcher"] != "basic":
         end_with_parent()
         if hardware.threads in (None, "auto") and hardware.accelerator in ("auto", "cpu"):
             config = replace(config, hardware=replace(hardware, threads=1))  # jobs side by side: one core for each
     folder = Path(hydra.sweep.dir)
-    name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # another sweeper than ours names none
+    name = config.sweep.job or f"{hydra.job.num}-{job_name(config, '')}"  # other sweepers do not set a job name
     searches = hydra.sweeper._target_.endswith(".OptunaSweeper")
     watch = watcher(folder, hydra.sweeper, config) if searches else None
 
-    def lead(train: Train) -> float | None:
+    def lead() -> float | None:
         sweep = Sweep(folder)
-        command = sweep.info.get("command", sys.argv)  # a launcher starts this process with another one
+        command = sweep.info.get("command", sys.argv)  # a launcher's argv is not the user's command
         try:
-            return sweep.work(name, config, lambda path: claim(config, path, name, folder.name, command), train)
+            return sweep.work(name, config, lambda path: claim(config, path, name, folder.name, command),
+                              lambda run: start(run, group, watch, quiet=True))  # fmt: skip
         except Busy:
             return None
 
-    return job_together(gathered(config), lead, watch)
+    group = gathered(config)
+    return job_together(group, lead)
 
 
 if __name__ == "__main__":

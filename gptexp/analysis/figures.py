@@ -1,9 +1,10 @@
-"""Figures of a study. Drawn once, for paper and for the page: the page gives their ink its own colour."""
+"""Figures of a study. Drawn once, for paper and for the page: the page gives their ink its own color."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -12,46 +13,59 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gptexp.analysis.collect import AXES
+from gptexp.analysis.collect import AXES, collect
 from gptexp.analysis.factors import Factor, is_numeric
 from gptexp.analysis.plots import UNITS
-from gptexp.analysis.study import Study, Variant, losses
-from gptexp.analysis.tables import speed_table, variants_table
-from gptexp.records import Measurement, read_diagnostics
-from gptexp.runs import Run
+from gptexp.analysis.study import Study, Variant, build_study, losses, mean_loss
+from gptexp.analysis.tables import variants_table
+from gptexp.runs.files import Measurement, read_diagnostics
+from gptexp.runs.run import Run, write_atomically
 
 INK = "#1b1b1f"
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
-VERDICT_COLOURS = {"better": "#228833", "worse": "#d1495b", "equal": "#4477aa", "undecided": "#8a8a8a"}
-MOST_LINES = len(COLOURS)
+COLORS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
+DASHES = ("-", "--", "-.", ":")
+VERDICT_COLORS = {"better": "#228833", "worse": "#d1495b", "equal": "#4477aa", "undecided": "#8a8a8a"}
+MOST_LINES = 12
 MOST_ROWS = 60  # of the forest plot
-WIDTH = 5.6  # inches: a phone shows it at nine tenths of its size, a screen at one and a half
-_STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
-          "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-          "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-          "legend.frameon": False, "axes.titlesize": 9, "axes.titlelocation": "left"}  # fmt: skip
+WIDTH = 5.0  # inches, so that a phone 390 pixels wide shows a figure at its full size
+_STYLE: Any = {
+    "svg.fonttype": "none", "font.size": 10.5, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
+    "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+    "legend.frameon": False, "legend.fontsize": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+}  # fmt: skip
 
 
 def draw(study: Study) -> dict[str, Figure]:
-    """All figures that a study gives occasion for, by name: forest, curves by step, tokens and seconds, heat map,
-    sensitivity to each numeric factor, pareto, diagnostics."""
+    """All figures that make sense for a study, by name: forest, curves by step, tokens and seconds, heat map,
+    sensitivity to each numeric factor, loss against time, diagnostics."""
     ranked = study.ranked()
     if not ranked:
         return {}
     numeric = [f for f in study.factors if is_numeric(f) and len(f.levels) > 2]
-    grid = sorted((f for f in study.factors if f not in numeric), key=lambda f: -len(f.levels))[:3]
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+    grid = sorted((f for f in study.factors if f not in numeric), key=lambda f: -len(f.levels))[:2]
+    with mpl.rc_context(_STYLE):
         figures = {"forest": forest(study)} if any(c.judgement.n for c in study.comparisons) else {}
         figures |= {f"curves_{axis}": curves(study, axis) for axis in AXES}
         if len(grid) > 1 and len(ranked) > 2:
             figures["heat_map"] = heat_map(study, *grid)
         figures |= {f"sensitivity_{f.name}": sensitivity(study, f) for f in numeric}
         if len(ranked) > 1:
-            figures["pareto"] = pareto(study)
+            figures["time"] = loss_against_time(study)
         measured = last_diagnostics(chosen(study))
         if len(measured):
-            figures["diagnostics"] = diagnostics(measured, colours(study))
+            figures["diagnostics"] = diagnostics(measured, looks(study))
     return figures
+
+
+def plot_runs(folder: Path, path: Path) -> bool:
+    """Draw the learning curves of a sweep's variants as a PNG, if any of its runs has finished; returns whether."""
+    study = build_study(collect([folder]))
+    if not study.ranked():
+        return False
+    with mpl.rc_context(_STYLE):
+        write_atomically(path, rendered(curves(study, "step"), "png", path.stem))
+    return True
 
 
 def rendered(figure: Figure, form: Literal["png", "svg"], name: str) -> bytes:
@@ -60,48 +74,61 @@ def rendered(figure: Figure, form: Literal["png", "svg"], name: str) -> bytes:
     The same figure gives the same bytes.
     """
     file, metadata = io.BytesIO(), {"png": {"Software": None}, "svg": {"Date": None}}[form]
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure.savefig(file, format=form, dpi=200, transparent=form == "svg", metadata=metadata)
     return file.getvalue()
 
 
 def chosen(study: Study) -> list[Variant]:
-    """The variants that a crowded figure shows: the baseline and the best of the others, the lowest loss first."""
-    ranked = study.ranked()
-    best = [v for v in ranked if v is not study.base][: MOST_LINES - 1]
-    return [v for v in ranked if v in best or v is study.base]
+    """The variants that a crowded figure shows, in the order in which they were run: the baseline and the best."""
+    best = [v.label for v in study.ranked() if v is not study.base][: MOST_LINES - 1]
+    return [v for v in study.variants if v is study.base or v.label in best]
 
 
-def colours(study: Study) -> dict[str, str]:
-    """The colour of each chosen variant by its label, the same in every figure."""
-    return dict(zip((v.label for v in chosen(study)), COLOURS, strict=False))
+def looks(study: Study) -> dict[str, dict[str, Any]]:
+    """Color and dashes of each chosen variant by its label, the same in every figure. They do not follow its rank.
+
+    No two look alike.
+    """
+    return {variant.label: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[(i + i // len(COLORS)) % len(DASHES)]}
+            for i, variant in enumerate(chosen(study))}  # fmt: skip
 
 
 def curves(study: Study, axis: str) -> Figure:
-    """Validation loss: the mean of each variant's seeds, and the range of them as a band."""
-    figure, axes = _figure(4.1)
-    shown = chosen(study)
+    """Validation loss: the mean over each variant's seeds, and a band from the lowest to the highest.
+
+    The axis is a key of `AXES`. No line hides another: each is thinner than those below it. The loss axis leaves out
+    the first fifth of training, which would flatten what matters.
+    """
+    shown, style = chosen(study), looks(study)
+    figure, axes = _figure(3.3 + 0.11 * len(shown))
     windows = all(len(run.windows) > len(run.curve) for variant in shown for run in variant.runs.values())
-    for variant, colour in zip(shown, COLOURS, strict=False):
+    heights = []
+    for variant, width in zip(shown, np.linspace(2.4, 1.2, len(shown)), strict=True):
         x, mean, low, high = band(variant, axis, windows)
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, mean, color=colour, label=variant.label, linewidth=1.4, marker="." if len(x) < 15 else "")
-    every = len(study.ranked())
-    axes.set(xlabel=AXES[axis], ylabel=f"val/loss{' of some windows' if windows else ''} (nats a token)")
-    if every > len(shown):
-        axes.set_title(f"{study.baseline} and the best {len(shown) - 1} of {every - 1} others")
-    heights = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
-    low, high = min(y.min() for y in heights), max(y[1 if len(y) > 2 else 0] for y in heights)
-    if high > low:  # the untrained loss would flatten what matters
+        look = style[variant.label]
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+        axes.plot(x, mean, **look, label=variant.label, linewidth=width, marker="." if len(x) < 3 else "")
+        heights.append(mean[min(max(1, len(x) // 5), len(x) - 1) :])
+    low, high = min(y.min() for y in heights), max(y.max() for y in heights)
+    if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    seeds, others = max(len(v.runs) for v in shown), len(study.ranked()) - 1
+    titles = [f"mean and range of {seeds} seeds"] if seeds > 1 else []
+    titles += [f"{study.baseline} and the best {len(shown) - 1} of {others} others"] if others >= len(shown) else []
+    ylabel = f"val/loss{' of some windows' if windows else ''}\n(nats per token)"
+    axes.set(xlabel=AXES[axis], ylabel=ylabel, title="\n".join(titles))
     _legend(figure)
     return figure
 
 
 def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) -> tuple[Any, Any, Any, Any]:
-    """Mean, lowest and highest loss of a variant's seeds at points of an axis that all of them reach, `points` at most.
+    """Mean, lowest and highest loss over a variant's seeds, at up to `points` points of an axis that all of them reach.
 
     The losses are those of the whole split, or of some windows.
+
+    Returns:
+        x, mean, lowest and highest, each (points,).
     """
     tables = [run.windows if windows else run.curve for run in variant.runs.values()]
     runs = [(table[axis].to_numpy(), table["loss"].to_numpy()) for table in tables]
@@ -114,22 +141,18 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
 
 
 def forest(study: Study) -> Figure:
-    """Every comparison's mean difference with its interval; the band of ±delta is where differences are none."""
+    """Every comparison's mean difference with its interval; differences within the shaded ±delta count as none."""
     paired = [c for c in study.comparisons if c.judgement.n]
     rows = sorted((c for c in paired if c.kind == "variant"), key=lambda c: c.judgement.mean)
     rows = [*rows, *(c for c in paired if c.kind == "factor")][:MOST_ROWS]
-    figure, axes = _figure(1.2 + 0.27 * len(rows))
-    axes.axvspan(-study.delta, study.delta, color=VERDICT_COLOURS["equal"], alpha=0.12, linewidth=0)
+    figure, axes = _figure(1.3 + 0.3 * len(rows))
+    axes.axvspan(-study.delta, study.delta, color=VERDICT_COLORS["equal"], alpha=0.12, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, comparison in enumerate(rows):
-        j, colour = comparison.judgement, VERDICT_COLOURS[comparison.judgement.verdict]
-        axes.plot(list(comparison.differences.values()), [y] * j.n, "|", color=colour, alpha=0.55, markersize=7)
-        if math.isfinite(j.low):
-            axes.plot([j.low, j.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        axes.plot(j.mean, y, "o" if comparison.kind == "variant" else "s", color=colour, markersize=5.5)
-    variants = sum(c.kind == "variant" for c in rows)
-    if 0 < variants < len(rows):
-        axes.axhline(variants - 0.5, color=INK, linewidth=0.6, linestyle=":")
+        j, color = comparison.judgement, VERDICT_COLORS[comparison.judgement.verdict]
+        axes.plot(list(comparison.differences.values()), [y] * j.n, "|", color=color, alpha=0.55, markersize=7)
+        axes.plot([j.low, j.high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
+        axes.plot(j.mean, y, "o" if comparison.kind == "variant" else "s", color=color, markersize=5.5)
     names = [f"{c.factor}: {c.this} – {c.that}" if c.kind == "factor" else c.this for c in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -137,88 +160,72 @@ def forest(study: Study) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     largest = max(abs(x) for c in rows for x in c.differences.values())
-    if largest > 20 * study.delta and len(rows) > 1:
-        # One variant that hardly learned must not hide the others.
+    if largest > 20 * study.delta and len(rows) > 1:  # a variant that hardly learned must not hide the others
         axes.set_xscale("symlog", linthresh=study.delta)
         axes.minorticks_off()
         top = 10.0 ** math.floor(math.log10(largest))
-        ticks = [-top, -study.delta, 0, study.delta, top]
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.set_xlabel(f"difference from {study.baseline}\nin {study.metric} val/loss (nats a token): ← better · worse →")
+        axes.set_xticks(ticks := [-top, -study.delta, 0, study.delta, top], [f"{x:g}" for x in ticks])
+    figure.supxlabel(f"{study.metric} val/loss minus that of {study.baseline}\n(nats per token): ← better · worse →",
+                     fontsize="medium")  # fmt: skip
     return figure
 
 
-def heat_map(study: Study, rows: Factor, columns: Factor, panels: Factor | None = None) -> Figure:
-    """The mean loss of every pair of levels; a panel for each level of a third factor. Averaged over any others."""
-    means = variants_table(study)
-    levels = panels.levels if panels else ("",)
-    tables = [
-        (means[means[panels.name] == level] if panels else means)
-        .pivot_table("loss", rows.name, columns.name).reindex(index=rows.levels, columns=columns.levels).to_numpy()
-        for level in levels
-    ]  # fmt: skip
-    finite = np.concatenate([t[np.isfinite(t)] for t in tables])
-    # A variant that hardly learned must not flatten the colours of the others.
+def heat_map(study: Study, rows: Factor, columns: Factor) -> Figure:
+    """The mean loss of every pair of levels, averaged over any other factors."""
+    table = variants_table(study).pivot_table("loss", rows.name, columns.name)
+    table = table.reindex(rows.levels, columns=columns.levels)
+    values = table.to_numpy()
+    finite = values[np.isfinite(values)]
+    # A variant that hardly learned must not flatten the colors of the others.
     low, high = finite.min(), min(finite.max(), finite.min() + 6 * (np.median(finite) - finite.min() + 1e-9))
-    width = max(WIDTH, 1.9 + len(levels) * 0.62 * len(columns.levels))
-    figure = Figure(figsize=(width, 1.1 + 0.34 * len(rows.levels)), layout="constrained")
-    image: Any = None
-    for axes, level, table in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, tables, strict=True):
-        image = axes.imshow(table, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
-        for (i, k), value in np.ndenumerate(table):
+    figure, axes = _figure(1.3 + 0.38 * len(table), max(WIDTH, 2.1 + 0.66 * len(table.columns)))
+    image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
             ink = "#ffffff" if value > low + 0.5 * (high - low) else "#000000"  # viridis_r ends dark
-            axes.text(k, i, f"{value:.3f}" if math.isfinite(value) else "–", ha="center", va="center",
-                      color=ink if math.isfinite(value) else INK, fontsize=8)  # fmt: skip
-        axes.set_xticks(range(len(columns.levels)), columns.levels)
-        axes.set_yticks(range(len(rows.levels)), rows.levels if axes is figure.axes[0] else [])
-        axes.set(xlabel=columns.name, title=f"{panels.name} = {level}" if panels else "")
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-    figure.axes[0].set_ylabel(rows.name)
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink)
+    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.set(xlabel=columns.name, ylabel=rows.name)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
     beyond = "max" if high < finite.max() else "neither"
-    figure.colorbar(image, ax=figure.axes, label=f"{study.metric} val/loss", extend=beyond)
+    figure.colorbar(image, ax=axes, label=f"{study.metric} val/loss", extend=beyond)
     return figure
 
 
 def sensitivity(study: Study, factor: Factor) -> Figure:
-    """Loss over a numeric setting, such as the learning rate; a line for each combination of the other factors."""
-    figure, axes = _figure(4.0)
+    """Loss over a numeric setting, such as the learning rate: each seed, and a line through the means for each
+    combination of the other factors."""
+    figure, axes = _figure(3.8)
     lines: dict[str, list[Variant]] = {}
-    for variant in study.ranked():
+    for variant in sorted((v for v in study.variants if v.runs), key=lambda v: float(v.levels[factor.name])):
         others = " ".join(f"{k}={v}" for k, v in variant.levels.items() if k != factor.name)
         lines.setdefault(others, []).append(variant)
-    for (name, variants), colour in zip(list(lines.items())[:MOST_LINES], COLOURS, strict=False):
-        variants.sort(key=lambda v: float(v.levels[factor.name]))
-        values = [losses(v, study.metric) for v in variants]
-        x, y = [float(v.levels[factor.name]) for v in variants], np.array([np.mean(v) for v in values])
-        ends = y - [min(v) for v in values], [max(v) for v in values] - y
-        axes.errorbar(x, y, ends, color=colour, label=name, marker="o", markersize=4, capsize=2, linewidth=1.3)
+    for (name, variants), color in zip(lines.items(), COLORS, strict=False):
+        x = [float(v.levels[factor.name]) for v in variants]
+        axes.plot(x, [mean_loss(v, study.metric) for v in variants], color=color, label=name)
+        for at, variant in zip(x, variants, strict=True):
+            axes.plot([at] * len(variant.runs), losses(variant, study.metric), ".", color=color)
     levels = sorted(float(level) for level in factor.levels)
     if levels[0] > 0 and levels[-1] / levels[0] >= 8:
         axes.set_xscale("log")
     if len(levels) <= 8:
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
-    axes.set(xlabel=factor.name, ylabel=f"{study.metric} val/loss (nats a token)")
+    axes.set(xlabel=factor.name, ylabel=f"{study.metric} val/loss (nats per token)")
     if any(lines):
         _legend(figure)
     return figure
 
 
-def pareto(study: Study) -> Figure:
-    """Loss against seconds of training; the line joins the variants that no other beats in both."""
-    figure, axes = _figure(3.9)
-    table = speed_table(study)
-    front = table[table["pareto_front"]].sort_values(["seconds", "loss"])
-    axes.plot(front["seconds"], front["loss"], color=INK, linewidth=0.8, zorder=1)
-    colour_of = colours(study)
-    for row in table.to_dict("records"):
-        colour, size = colour_of.get(row["variant"], VERDICT_COLOURS["undecided"]), 7 if row["pareto_front"] else 5
-        name = row["variant"] if row["variant"] in colour_of else None
-        axes.plot(row["seconds"], row["loss"], "o", color=colour, markersize=size, label=name)
-    axes.set(xlabel="seconds of training, mean of the seeds", ylabel=f"{study.metric} val/loss (nats a token)")
-    axes.margins(x=0.1, y=0.1)
+def loss_against_time(study: Study) -> Figure:
+    """Loss against seconds of training, a point for each run of the chosen variants."""
+    figure, axes = _figure(3.7)
+    for variant, look in zip(chosen(study), looks(study).values(), strict=True):
+        seconds = [run.result.get("seconds", math.nan) for run in variant.runs.values()]
+        axes.plot(seconds, losses(variant, study.metric), "o", color=look["color"], label=variant.label, alpha=0.8)
+    axes.set(xlabel="seconds of training", ylabel=f"{study.metric} val/loss (nats per token)")
     _legend(figure)
     return figure
 
@@ -234,41 +241,36 @@ def last_diagnostics(variants: Sequence[Variant]) -> pd.DataFrame:
     return pd.concat(measured).groupby(keys, sort=False, as_index=False)["value"].mean()
 
 
-def diagnostics(measured: pd.DataFrame, colour_of: dict[str, str]) -> Figure:
+def diagnostics(measured: pd.DataFrame, style: Mapping[str, Mapping[str, Any]]) -> Figure:
     """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
 
     Args:
         measured: see `last_diagnostics`.
-        colour_of: the variants' colours.
+        style: see `looks`.
     """
     quantities = [q for q in UNITS if (measured["quantity"] == q).any()]
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * len(quantities)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.3 * len(quantities)), layout="constrained")
     for axes, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
-        rows = measured[measured["quantity"] == quantity]
-        table = rows.pivot(index="layer", columns="variant", values="value")
-        table = table.loc[rows["layer"].unique(), rows["variant"].unique()]
-        apart = table.index.str.contains("residual|norm")  # norms have a line of their own
-        table = pd.concat([table[~apart], table[apart]])
-        first = int((~apart).sum())
-        for label in table:
-            for part in (slice(first), slice(first, None)):
-                axes.plot(np.arange(len(table))[part], table[label][part], ".-", color=colour_of[label], linewidth=1)
-        shown = table.to_numpy()[np.isfinite(table.to_numpy())]
-        if len(shown) and shown.min() > 0 and shown.max() / shown.min() > 20:
+        table = measured[measured["quantity"] == quantity].pivot_table("value", "layer", "variant", sort=False)
+        norms = table.index.str.contains("residual|norm")  # which have lines of their own
+        positions = pd.Series(range(len(table)), pd.concat([table[~norms], table[norms]]).index)
+        for label, values in table.items():
+            for part in (values[~norms], values[norms]):
+                axes.plot(positions[part.index], part, marker=".", linewidth=1, **style[str(label)])
+        if 0 < 20 * table.min().min() < table.max().max():
             axes.set_yscale("log")
         axes.set_title(f"{quantity} ({UNITS[quantity]})")
-        every = math.ceil(len(table) / 4)
-        axes.set_xticks(range(0, len(table), every), table.index[::every], fontsize=6.5)
-    for label in measured["variant"].unique():
-        figure.axes[0].plot([], [], ".-", color=colour_of[label], label=label)
-    _legend(figure, *figure.axes[0].get_legend_handles_labels())
+        ticks = positions[:: math.ceil(len(table) / 6)]
+        axes.set_xticks(ticks, [name.removeprefix("blocks.") for name in ticks.index], rotation=30, ha="right")
+    names = measured["variant"].unique()
+    _legend(figure, [figure.axes[0].plot([], [], ".-", color=style[name]["color"])[0] for name in names], names)
     return figure
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _legend(figure: Figure, *entries: Any) -> None:
-    figure.legend(*entries, loc="outside lower left", ncols=2, fontsize=8, handlelength=1.4)
+    figure.legend(*entries, loc="outside lower left", ncols=2, handlelength=2.6)

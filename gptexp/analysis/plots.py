@@ -1,4 +1,4 @@
-"""Figures of runs."""
+"""Figures of one run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gptexp.records import Measurement
-
-Rows = Sequence[dict[str, float]]  # of metrics.csv
+from gptexp.runs.files import Measurement
 
 UNITS = {
     "grad_norm": "L2 norm", "update_ratio": "|change| / |parameters|", "activation_rms": "root mean square",
@@ -23,36 +20,30 @@ UNITS = {
 """Units of the quantities of diagnostics.csv, in the order in which they are drawn."""
 
 
-def plot_curves(rows: Rows, title: str, path: Path, sees_later_tokens: bool = False) -> None:
-    """Draw training and validation loss, in nats per token, over the steps, as a PNG.
+def plot_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path, sees_later_tokens: bool = False) -> None:
+    """Draw training and validation loss over the steps as a PNG.
 
-    With `sees_later_tokens` the legend says so of the training loss.
+    Args:
+        rows: of metrics.csv, losses in nats per token.
+        title: of the figure.
+        path: of the file.
+        sees_later_tokens: the training loss does; the legend says so.
     """
-    what = "sees later tokens" if sees_later_tokens else "batch"
-    _draw(title, path, [
-        (rows, "train/loss", {"label": f"train/loss ({what})", "linewidth": 0.8, "alpha": 0.6}),
-        (rows, "val/loss", {"label": "val/loss", "marker": "o", "markersize": 4}),
-        (rows, "val/loss_windows", {"label": "val/loss (some windows)", "marker": ".", "linestyle": ":"}),
-    ])  # fmt: skip
-
-
-def plot_runs(runs: Mapping[str, Rows], path: Path) -> None:
-    """Draw the validation loss of several runs by name, in nats per token, over the steps, as a PNG."""
-    _draw("val/loss", path, [(rows, "val/loss", {"label": name, "marker": "o", "markersize": 3})
-                             for name, rows in runs.items()])  # fmt: skip
-
-
-def _draw(title: str, path: Path, lines: Sequence[tuple[Rows, str, dict[str, Any]]]) -> None:
-    """Draw a column of each of some tables over the steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    for rows, column, style in lines:
+    what = "sees later tokens" if sees_later_tokens else "batch"
+    styles: dict[str, dict[str, Any]] = {
+        "train/loss": {"label": f"train/loss ({what})", "linewidth": 0.8, "alpha": 0.6},
+        "val/loss": {"label": "val/loss", "marker": "o", "markersize": 4},
+        "val/loss_windows": {"label": "val/loss (some windows)", "marker": ".", "linestyle": ":"},
+    }
+    for column, style in styles.items():
         points = [(row["step"], row[column]) for row in rows if column in row]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    if 0 < len(axes.lines) <= 12:  # more names than that would leave no room for the lines
+    if axes.lines:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -64,7 +55,7 @@ def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path
     sequence and across the batch.
     """
     figure = Figure(figsize=(9, 0.9 + 4 * max(1, len(maps))), layout="constrained")
-    figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, above the diagonal lies the future")
+    figure.suptitle(f"{title}: |d logits(t) / d x(s)|; white is exactly 0, later tokens are above the diagonal")
     top = max((float(m.max()) for pair in maps.values() for m in pair.values()), default=1.0) or 1.0
     panels: Any = figure.subplots(len(maps), 2, squeeze=False) if maps else []
     kinds = (("own", "the same sequence"), ("others", "the other sequences"))
@@ -79,39 +70,27 @@ def plot_influence(maps: Mapping[str, Mapping[str, Any]], title: str, path: Path
 def plot_diagnostics(rows: Sequence[Measurement], title: str, path: Path) -> None:
     """Draw a heat map of layers by steps for each quantity, as a PNG; without rows none is written.
 
-    Layers are drawn in the order in which they appear in the rows.
+    Layers are drawn in the order in which they appear in the rows. What is missing or not finite is gray.
     """
     measured = dict(iter(pd.DataFrame(rows, columns=Measurement._fields).groupby("quantity")))
-    names = [name for name in UNITS if name in measured]
-    if not names:
+    tables = {name: measured[name].pivot_table("value", "layer", "step", sort=False, dropna=False)
+              for name in UNITS if name in measured}  # fmt: skip
+    if not tables:
         return
-    tables = [measured[n].pivot(index="layer", columns="step", values="value").loc[measured[n]["layer"].unique()]
-              for n in names]  # fmt: skip
-    heights = [0.85 + max(0.8, 0.19 * max(map(len, tables[i : i + 2]))) for i in range(0, len(tables), 2)]
-    figure = Figure(figsize=(14, 0.5 + sum(heights)), layout="constrained")
+    heights = [0.85 + max(0.8, 0.19 * len(table)) for table in tables.values()]
+    figure = Figure(figsize=(8, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(len(heights), 2, height_ratios=heights, squeeze=False).flatten()
-    for axes, name, table in zip(panels, names, tables, strict=False):
-        _heat_map(axes, name, table)
-    for axes in panels[len(tables) :]:
-        axes.remove()
+    panels = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        shown: Any = np.ma.masked_invalid(table.to_numpy())
+        wide = shown.count() and shown.min() > 0 and shown.max() > 10 * shown.min()
+        axes.set_facecolor("0.8")
+        steps = table.columns.tolist()
+        edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+        image = axes.pcolormesh(edges, range(len(table) + 1), shown, norm="log" if wide else "linear")
+        axes.set_yticks(np.arange(len(table)) + 0.5, table.index, fontsize=7)
+        axes.set(title=name, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        figure.colorbar(image, ax=axes, label=UNITS[name] + (" (log)" if wide else ""))
     figure.savefig(path, dpi=120)
-
-
-def _heat_map(axes: Axes, name: str, table: pd.DataFrame) -> None:
-    steps = table.columns.tolist()
-    width = steps[-1] - steps[-2] if len(steps) > 1 else 1
-    edges = [*steps, steps[-1] + width]  # a measurement stands from its step to the next one's
-    shown: Any = np.ma.masked_invalid(table.to_numpy())
-    wide = shown.count() and shown.min() > 0 and shown.max() > 10 * shown.min()
-    axes.set_facecolor("0.8")  # what is missing, or not finite
-    image = axes.pcolormesh(edges, range(len(table) + 1), shown, norm="log" if wide else "linear", cmap="viridis")
-    axes.set_yticks(np.arange(len(table)) + 0.5, table.index)
-    axes.set_title(name, fontsize=10)
-    axes.set_xlabel("step", fontsize=8, labelpad=1)
-    axes.tick_params(labelsize=7)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.invert_yaxis()
-    bar = axes.figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
-    bar.ax.tick_params(which="both", labelsize=7)
-    bar.set_label(UNITS[name] + (" (log)" if wide else ""), fontsize=8)

@@ -10,9 +10,9 @@ import numpy as np
 
 from gptexp.analysis.collect import Collection, Record, Unreadable, without_seed
 from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, precision
-from gptexp.analysis.stats import Judgement, judge
+from gptexp.analysis.statistics import Judgement, judge
+from gptexp.config.settings import instead
 from gptexp.errors import UserError
-from gptexp.validation import nearest
 
 Metric = Literal["best", "final"]
 Cell = tuple[Mapping[int, Record], Mapping[int, Record]]  # the runs of two variants, by seed
@@ -20,51 +20,50 @@ Cell = tuple[Mapping[int, Record], Mapping[int, Record]]  # the runs of two vari
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ by the seed alone."""
+    """Runs that differ only by the seed."""
 
     label: str  # the readable name
     levels: Mapping[str, str]  # its value of each factor, by the factor's name
-    runs: Mapping[int, Record]  # those at their end, by seed
+    runs: Mapping[int, Record]  # those that are done, by seed
     counts: Mapping[str, int]  # of all its runs, by status; "missing" are jobs of a sweep without a directory
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline, or a level of a factor against the baseline's, over all that else varies."""
+    """A variant against the baseline, or a factor's level against the baseline's level, averaged over the rest."""
 
-    kind: Literal["variant", "factor"]  # of the two
+    kind: Literal["variant", "factor"]
     factor: str  # the factor's name, or "" for a variant
     this: str  # the variant's label or the factor's level
     that: str  # what it is compared with
-    differences: Mapping[int, float]  # this minus that in the metric, by seed, nats a token
-    unpaired: tuple[int, ...]  # seeds that only one of the sides has
-    judgement: Judgement  # what they say
+    differences: Mapping[int, float]  # this minus that in the metric, by seed, nats per token
+    unpaired: tuple[int, ...]  # seeds that only one side has
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that a report says of a set of runs."""
+    """Everything that a report says about a set of runs."""
 
-    metric: Metric  # "best" or "final" validation loss, in nats a token
-    delta: float  # the largest difference that is no difference
+    metric: Metric  # which validation loss is compared
+    delta: float  # the largest difference that counts as none, nats per token
     alpha: float  # the probability of any false claim
     factors: tuple[Factor, ...]  # what varies
-    variants: tuple[Variant, ...]  # in the order in which they were run; the baseline among them
-    baseline: str  # the label of that variant; "" in a study without runs at their end
+    variants: tuple[Variant, ...]  # in the order in which they were run; the baseline is one of them
+    baseline: str  # the label of that variant; "" if no run is done
     comparisons: tuple[Comparison, ...]  # variants first, then factors
-    records: tuple[Record, ...]  # the runs that are compared, finished or not
-    # runs that cannot be compared with them, by the reason
-    apart: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    records: tuple[Record, ...]  # the runs that are compared, done or not
+    apart: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # incomparable runs, by the reason
     unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
-    notes: tuple[str, ...] = ()  # what else a reader must know, one sentence each
+    notes: tuple[str, ...] = ()  # warnings, one sentence each
 
     @property
     def base(self) -> Variant | None:
-        """The baseline; None in a study without runs at their end."""
+        """The baseline; None if no run is done."""
         return next((v for v in self.variants if v.label == self.baseline), None)
 
     def ranked(self) -> list[Variant]:
-        """The variants that have runs at their end, the lowest mean loss first."""
+        """The variants with runs that are done, the lowest mean loss first."""
         return sorted((v for v in self.variants if v.runs), key=lambda v: mean_loss(v, self.metric))
 
 
@@ -74,7 +73,7 @@ def losses(variant: Variant, metric: Metric) -> list[float]:
 
 
 def mean_loss(variant: Variant, metric: Metric) -> float:
-    """Mean over the seeds of a variant's validation loss; nan without a run at its end."""
+    """Mean validation loss of a variant over its seeds; nan without a run that is done."""
     return float(np.mean(losses(variant, metric))) if variant.runs else math.nan
 
 
@@ -86,32 +85,45 @@ def build_study(
 
     Args:
         found: the runs.
-        baseline: the label of the variant that others are compared with; None is the first that has a finished run.
+        baseline: the label of the variant that others are compared with, or words that no other label has; None is
+            the first variant that has a run that is done.
         metric: the loss that is compared.
-        delta: the largest difference that is no difference, in nats a token.
+        delta: the largest difference that counts as none, in nats per token.
         alpha: the probability of any false claim.
 
     Raises:
-        UserError: when there is no such variant, or none of its runs has come to its end.
+        UserError: when there is no such variant, or none of its runs is done.
     """
     together, apart = comparable(found.records)
     factors = find_factors(together)
     variants, notes = _variants(together, factors, found.missing)
-    labels = [v.label for v in variants]
-    if baseline is not None and baseline not in labels:
-        raise UserError(f"baseline={baseline}: no such variant{nearest(baseline, labels)} allowed: {', '.join(labels)}")
-    base = next((v for v in variants if v.runs and baseline in (None, v.label)), None)
-    if baseline is not None and base is None:
-        raise UserError(f"baseline={baseline}: none of its runs is done")
-    comparisons: list[Comparison] = []
-    if base is not None:
-        pairs = list(_pairs(variants, factors, base, metric))
-        judgements = judge([np.array(list(p["differences"].values())) for p in pairs], delta, alpha)
-        comparisons = [Comparison(**p, judgement=j) for p, j in zip(pairs, judgements, strict=True)]
+    base = next((v for v in variants if v.runs), None) if baseline is None else _named(variants, baseline)
+    pairs = list(_pairs(variants, factors, base)) if base else []
+    sides = [_differences(cells, metric) for *_, cells in pairs]
+    judgements = judge([np.array(list(differences.values())) for differences, _ in sides], delta, alpha)
+    comparisons = [Comparison(*pair[:4], *side, judgement)
+                   for pair, side, judgement in zip(pairs, sides, judgements, strict=True)]  # fmt: skip
     return Study(
         metric, delta, alpha, factors, variants, base.label if base else "", tuple(comparisons), tuple(together),
         apart, found.unreadable, (*notes, *_mixtures(together)),
     )  # fmt: skip
+
+
+def _named(variants: Sequence[Variant], name: str) -> Variant:
+    """The variant with this label, or the only one whose label has these words: "rmsnorm" for "rmsnorm pre"."""
+
+    def words(text: str) -> set[str]:
+        return set(text.replace("-", " ").split())  # the names of runs have dashes
+
+    labels = [v.label for v in variants]
+    found = [v for v in variants if v.label == name] or [v for v in variants if words(name) <= words(v.label)]
+    if not found:
+        raise UserError(f"baseline={name}: no such variant{instead(name, labels)}")
+    if len(found) > 1:
+        raise UserError(f"baseline={name}: may be any of {', '.join(v.label for v in found)}; write one of these")
+    if not found[0].runs:
+        raise UserError(f"baseline={name}: none of its runs is done")
+    return found[0]
 
 
 def _variants(
@@ -125,38 +137,35 @@ def _variants(
     variants, twice, notes = [], 0, []
     for key, group in groups.items():
         levels = {f.name: level for f, level in zip(factors, key, strict=True)}
-        name = label(levels)
-        runs: dict[int, Record] = {}
-        for record in group:
-            twice += record.complete and record.seed in runs
-            if record.complete:
-                runs.setdefault(record.seed, record)
+        done = [r for r in group if r.complete]
+        runs = dict(sorted({r.seed: r for r in reversed(done)}.items()))  # the first of each seed
+        twice += len(done) - len(runs)
         counts = Counter(r.status for r in group) + Counter({"missing": absent[key]})
-        variants.append(Variant(name, levels, dict(sorted(runs.items())), counts))
+        variants.append(Variant(label(levels), levels, runs, counts))
         lost = counts["diverged"] + counts["failed"]
         if lost and runs:
-            notes.append(f"{name}: {lost} of {lost + len(runs)} runs diverged or failed; its losses are those of the "
-                         "others alone, and look better than it is")  # fmt: skip
+            notes.append(f"{label(levels)}: {lost} of {lost + len(runs)} runs diverged or failed; averaging only the "
+                         "others flatters it")  # fmt: skip
     if twice:
         notes.append(f"{twice} runs repeat a variant and seed that an earlier run has; the first of each counts")
     if absent[None]:
         jobs = [job for job in missing if without_seed(job) not in families]
-        notes.append(f"{absent[None]} jobs have no directory, and no run tells their variant: {', '.join(jobs[:5])}"
+        notes.append(f"{absent[None]} jobs have no directory, and no run shows their variant: {', '.join(jobs[:5])}"
                      + (" ..." if len(jobs) > 5 else ""))  # fmt: skip
     return tuple(variants), notes
 
 
 def _pairs(
-    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant, metric: Metric
-) -> Iterator[dict[str, Any]]:
-    """What is compared: each variant with the baseline, and the main effects.
+    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant
+) -> Iterator[tuple[Any, str, str, str, list[Cell]]]:
+    """What is compared: each variant with the baseline, and the main effects. Kind, factor, this, that, pairs of runs.
 
     A main effect is that of a level against the baseline's, averaged over every combination of the other factors that
-    has both. A seed counts if it is there in all of them, so that every average is over the same combinations.
+    has both.
     """
     for variant in variants:
         if variant is not base:
-            yield _pair("variant", "", variant.label, base.label, [(variant.runs, base.runs)], metric)
+            yield "variant", "", variant.label, base.label, [(variant.runs, base.runs)]
     by_levels = {tuple(v.levels.values()): v.runs for v in variants}
     for position, factor in enumerate(factors):
         that = base.levels[factor.name]
@@ -167,27 +176,26 @@ def _pairs(
                 and (partner := by_levels.get((*levels[:position], that, *levels[position + 1 :])))
             ]  # fmt: skip
             if len(cells) > 1:  # one cell alone is a comparison of variants
-                yield _pair("factor", factor.name, this, that, cells, metric)
+                yield "factor", factor.name, this, that, cells
 
 
-def _pair(kind: str, factor: str, this: str, that: str, cells: Sequence[Cell], metric: Metric) -> dict[str, Any]:
-    """A comparison without its judgement, averaged over pairs of runs by seed."""
+def _differences(cells: Sequence[Cell], metric: Metric) -> tuple[dict[int, float], tuple[int, ...]]:
+    """The mean difference over pairs of runs by seed, and the seeds that are not in all of them.
+
+    A seed counts only if every cell has it, so that every average is over the same combinations.
+    """
     seeds = [set(side) for cell in cells for side in cell]
     common = set.intersection(*seeds)
-    differences = {
-        seed: math.fsum(getattr(a[seed], metric) - getattr(b[seed], metric) for a, b in cells) / len(cells)
-        for seed in sorted(common)
-    }
-    unpaired = tuple(sorted(set.union(*seeds) - common))
-    return {"kind": kind, "factor": factor, "this": this, "that": that, "differences": differences,
-            "unpaired": unpaired}  # fmt: skip
+    differences = {seed: math.fsum(getattr(a[seed], metric) - getattr(b[seed], metric) for a, b in cells) / len(cells)
+                   for seed in sorted(common)}  # fmt: skip
+    return differences, tuple(sorted(set.union(*seeds) - common))
 
 
 def _mixtures(records: Sequence[Record]) -> list[str]:
-    """What else differs between runs, and may move their losses."""
+    """What else differs between runs and may change their losses."""
     devices = [r.info["device"] for r in records if precision(r)]
     mixtures = {
-        "{} versions of the code made the runs ({}): bits may differ for that alone":
+        "{} versions of the code made the runs ({}); that alone can change the last digits":
             Counter(f"of {r.info['fingerprints']['code'][:8]}" for r in records),
         "the runs were made on {} devices ({}): times cannot be compared":
             Counter(f"on {d.get('name')}" for d in devices),
@@ -199,5 +207,5 @@ def _mixtures(records: Sequence[Record]) -> list[str]:
     looks = {len(r.curve) for r in records if r.complete}
     if len(looks) > 1:
         notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
-                     "metric=final does not favour them")  # fmt: skip
+                     "metric=final does not favor them")  # fmt: skip
     return notes

@@ -1,4 +1,4 @@
 """Text on its way to the model: corpus -> tokenizer -> ids on disk -> the batch of a step.
 
-Nothing is imported here: everything but `gptexp.data.datamodule` does without torch.
+Nothing is imported here, because only `gptexp.data.datamodule` needs torch.
 """

@@ -1,4 +1,4 @@
-"""The cache folder: where it is, and how several processes may write to it at once."""
+"""The cache folder: where it is, and how several processes can write to it at once."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from gptexp.errors import UserError
 
 
 def cache_folder() -> Path:
-    """The folder for everything that can be made or fetched again: GPTEXP_CACHE, or the system's place for such."""
+    """The folder for what can be made or downloaded again: GPTEXP_CACHE, or the system's cache folder."""
     given = os.environ.get("GPTEXP_CACHE")
     if given:
         return Path(given).expanduser().absolute()
@@ -21,10 +21,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Make the folder of `path`, and hold the one lock for `path` while the block writes there.
+    """Make the folder of `path`, and hold the lock for `path` while the block writes there.
 
     Raises:
-        UserError: naming GPTEXP_CACHE, for a full disk, a folder without write access, a place without locks.
+        UserError: a full disk, a folder without write access, a file system without locks; it names GPTEXP_CACHE.
     """
     from filelock import FileLock  # here, because it is slow to import
 
@@ -42,9 +42,9 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write and read, which takes the place of `path` in one step when the block ends well.
+    """A binary file to write and read, which replaces `path` in one step when the block ends without an error.
 
-    To be used under the lock of `path`: what a killed process left behind is then nobody's, and is written over.
+    Use it under the lock of `path`, because it writes over what a killed process has left behind.
     """
     part = path.with_name(f".{path.name}.part")
     try:

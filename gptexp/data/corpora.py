@@ -1,162 +1,207 @@
-"""From the name of a corpus to a UTF-8 file on this machine, whose bytes are known.
-
-A named corpus is looked for in the cache, then in the folder GPTEXP_DATA, then downloaded; wherever it
-comes from, its SHA-256 must be the one below. So every machine learns from the same bytes.
-"""
+"""From the name of a corpus to a UTF-8 file on this machine, with a known checksum."""
 
 import hashlib
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptexp.config.sections import DataConfig
 from gptexp.data.cache import cache_folder, locked, replacing
-from gptexp.data.settings import DataConfig
 from gptexp.errors import UserError
+from gptexp.registry import CORPORA
 
 log = logging.getLogger("gptexp")
 TIMEOUT = 10.0  # seconds without an answer before the next address is tried
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """A text on disk."""
+
+    name: str  # the corpus that is used
+    requested: str  # the corpus that was asked for, which differs if this is the fallback
+    path: Path  # the UTF-8 file
+    sha256: str  # of the file's bytes, in hexadecimal
+
+
+class Unreachable(Exception):
+    """A corpus cannot be downloaded; it has one argument per address, with the reason."""
+
+
 class Source:
-    """A public corpus: its file name, the SHA-256 of its bytes, and its addresses in order of preference."""
+    """Base of every corpus; its constructor takes no arguments.
+
+    Attributes:
+        task: the default task for the corpus.
+        terminator: the symbol that ends a document, for a task of documents.
+    """
+
+    task = "text"
+    terminator = "\n"
+
+    def find(self, data: DataConfig) -> tuple[Path, str]:
+        """The file and its SHA-256, in hexadecimal.
+
+        Raises:
+            UserError: for a file that is missing, empty or unreadable, or a cache that cannot be written.
+            Unreachable: when the corpus cannot be downloaded.
+        """
+        raise NotImplementedError
+
+
+class Download(Source):
+    """A public text: from the cache, else from the folder GPTEXP_DATA, else downloaded.
+
+    Attributes:
+        file: its name.
+        sha256: of its bytes, so that every machine learns from the same text.
+        urls: its addresses, in order of preference.
+    """
 
     file: str
     sha256: str
     urls: tuple[str, ...]
 
+    def find(self, data: DataConfig) -> tuple[Path, str]:
+        """As its base."""
+        cached = cache_folder() / self.file
+        if _holds(cached, self.sha256):
+            return cached, self.sha256
+        given = os.environ.get("GPTEXP_DATA")
+        if given:
+            folder = Path(given).expanduser().absolute()
+            if not folder.is_dir():
+                log.warning("GPTEXP_DATA=%s: no such folder; it is ignored", given)
+            elif _holds(folder / self.file, self.sha256):
+                return folder / self.file, self.sha256
+        with locked(cached):  # another process may download it meanwhile; pooch checks that
+            self._download(cached)
+        return cached, self.sha256
 
-SOURCES = {
-    "shakespeare": Source(
-        "tinyshakespeare.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        (
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-            "https://raw.githubusercontent.com/karpathy/ng-video-lecture/master/input.txt",
-        ),
-    ),
-    "names": Source(
-        "names.txt",
-        "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
-        ("https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",),
-    ),
-}
+    def _download(self, path: Path) -> None:
+        """Try each address in turn; only the right bytes replace `path`."""
+        import pooch  # type: ignore[import-untyped, unused-ignore]  # here, because it is slow to import
+        from requests.exceptions import HTTPError, RequestException, Timeout
+
+        pooch.get_logger().setLevel("ERROR")  # no message for each download: there is a progress bar
+        downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
+        failures = []
+        for url in self.urls:
+            try:
+                pooch.retrieve(url, f"sha256:{self.sha256}", path.name, path.parent, downloader=downloader)
+                return
+            except HTTPError as error:
+                reason = f"HTTP status {error.response.status_code if error.response is not None else 'unknown'}"
+            except Timeout:
+                reason = f"no answer within {TIMEOUT:g} seconds"
+            except RequestException:
+                reason = "no connection"
+            except ValueError:
+                reason = "wrong SHA-256"
+            failures.append(f"{url}: {reason}")
+        raise Unreachable(*failures)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text on disk."""
+class Generated(Source):
+    """A text that a program writes, kept in the cache."""
 
-    name: str  # the corpus that is really used
-    requested: str  # the corpus that was asked for; another one when the fallback had to step in
-    path: Path  # the UTF-8 file
-    sha256: str  # of the file's bytes, in hexadecimal
-    documents: bool  # whether to read it as one document a line; the fallback is running text whatever was asked for
+    def text(self) -> str:
+        """The whole text, the same at each call."""
+        raise NotImplementedError
+
+    def find(self, data: DataConfig) -> tuple[Path, str]:
+        """As its base."""
+        content = self.text().encode()
+        sha256 = hashlib.sha256(content).hexdigest()
+        # Versions of the program may share a cache, so the hash of the text is in the file's name.
+        path = cache_folder() / f"{type(self).__name__.lower()}-{sha256[:12]}.txt"
+        if not _holds(path, sha256):
+            with locked(path), replacing(path) as file:
+                file.write(content)
+        return path, sha256
 
 
-def find_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config` asks for, downloaded if need be; or its fallback, with a warning.
+@CORPORA.register("shakespeare")
+class Shakespeare(Download):
+    """Tiny Shakespeare: 1,115,394 characters, 65 distinct ones."""
+
+    file = "tinyshakespeare.txt"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    urls = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            "https://raw.githubusercontent.com/karpathy/ng-video-lecture/master/input.txt")  # fmt: skip
+
+
+@CORPORA.register("names")
+class Names(Download):
+    """32,033 first names, one per line: documents of 27 distinct symbols, including the terminator."""
+
+    task, terminator = "documents", "."
+    file = "names.txt"
+    sha256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
+    urls = ("https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",)
+
+
+@CORPORA.register("pydocs")
+class Pydocs(Generated):
+    """The language reference that comes with Python: about 465,000 characters, available offline."""
+
+    def text(self) -> str:
+        """The topics of Python's help, in alphabetical order."""
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise UserError("data.name=pydocs: this Python comes without pydoc_data; allowed: data=file") from error
+        lines = "\n\n".join(topics[key] for key in sorted(topics)).split("\n")
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+@CORPORA.register("file")
+class File(Source):
+    """Any UTF-8 text: `data=file data.path=TEXT`. With `task=documents`, each line is a document."""
+
+    def find(self, data: DataConfig) -> tuple[Path, str]:
+        """As its base."""
+        path = Path(data.path or "").expanduser().absolute()
+        try:
+            if path.is_file() and path.stat().st_size:
+                return path, _sha256(path)
+            problem = "empty" if path.is_file() else "not a file" if path.exists() else "no such file"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+        raise UserError(f"data.path={data.path}: {problem}; allowed: a UTF-8 text file that is not empty")
+
+
+def find_corpus(data: DataConfig) -> Corpus:
+    """The corpus that the settings ask for, downloaded if necessary; or its fallback, with a warning.
 
     Raises:
-        UserError: a file that is missing, empty or unreadable; a named corpus out of reach when
-            `config.offline_fallback` is None; a cache that cannot be written when it has to be.
+        UserError: a file that is missing, empty or unreadable; a corpus that cannot be downloaded when
+            `data.offline_fallback` is None; a cache that cannot be written.
     """
-    if config.name == "file":
-        return _file(config)
-    if config.name == "pydocs":
-        return _pydocs("pydocs", config.documents)
-    source = SOURCES[config.name]
-    path, failures = _fetched(source)
-    if path is not None:
-        return Corpus(config.name, config.name, path, source.sha256, config.documents)
-    if config.offline_fallback is None:
-        raise UserError(
-            f"data.name={config.name}: {source.file} could not be downloaded ({'; '.join(failures)}); "
-            f"set GPTEXP_DATA to a folder that holds it, or use data=pydocs, or data=file data.path=FILE"
-        )
+    source = CORPORA[data.name].made()
+    try:
+        return Corpus(data.name, data.name, *source.find(data))
+    except Unreachable as error:
+        failures = error.args
+    if data.offline_fallback is None:
+        raise UserError(f"data.name={data.name}: {source.file} could not be downloaded ({'; '.join(failures)}); "
+                        "set GPTEXP_DATA to a folder that holds it, or use data=pydocs, or data=file "
+                        "data.path=FILE")  # fmt: skip
     rule = "=" * 100
     listed = "".join(f"  {failure}\n" for failure in failures)
     log.warning(
         f"{source.file} could not be downloaded:\n{rule}\n{listed}"
         "THIS RUN READS ANOTHER TEXT INSTEAD: the documentation of Python (data=pydocs).\n"
-        f"Its results cannot be compared with those of data={config.name}.\n"
+        f"Its results cannot be compared with those of data={data.name}.\n"
         f"For the real text, set GPTEXP_DATA to a folder that holds {source.file}.\n{rule}"
     )
-    return _pydocs(config.name, documents=False)
-
-
-def _file(config: DataConfig) -> Corpus:
-    path = Path(config.path or "").expanduser().absolute()
-    try:
-        if path.is_file() and path.stat().st_size:
-            return Corpus("file", "file", path, _sha256(path), config.documents)
-        problem = "empty" if path.is_file() else "not a file" if path.exists() else "no such file"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    raise UserError(f"data.path={config.path}: {problem}; allowed: a UTF-8 text file that is not empty")
-
-
-def _pydocs(requested: str, documents: bool) -> Corpus:
-    """The documentation that comes with Python, as a file in the cache like any other corpus."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UserError("data.name=pydocs: this Python comes without pydoc_data; allowed: data=file") from error
-    lines = "\n\n".join(topics[key] for key in sorted(topics)).split("\n")
-    text = ("\n".join(line.rstrip() for line in lines) + "\n").encode()
-    sha256 = hashlib.sha256(text).hexdigest()
-    # The text differs between versions of Python, which may share one cache: so its hash is in its name.
-    path = cache_folder() / f"pydocs-{sha256[:12]}.txt"
-    if not _holds(path, sha256):
-        with locked(path), replacing(path) as file:
-            file.write(text)
-    return Corpus("pydocs", requested, path, sha256, documents)
-
-
-def _fetched(source: Source) -> tuple[Path | None, list[str]]:
-    """A file with the bytes of `source`; or None, and the reason why each address failed."""
-    cached = cache_folder() / source.file
-    if _holds(cached, source.sha256):
-        return cached, []
-    given = os.environ.get("GPTEXP_DATA")
-    if given:
-        folder = Path(given).expanduser().absolute()
-        if not folder.is_dir():
-            log.warning("GPTEXP_DATA=%s: no such folder; going on without it", given)
-        elif _holds(folder / source.file, source.sha256):
-            return folder / source.file, []
-    with locked(cached):  # pooch sees whether another process fetched it while this one waited
-        return _downloaded(source, cached)
-
-
-def _downloaded(source: Source, path: Path) -> tuple[Path | None, list[str]]:
-    """Try each address in turn; only the right bytes ever take the place of `path`."""
-    import pooch  # type: ignore[import-untyped, unused-ignore]  # here, because it is slow to import
-    from requests.exceptions import HTTPError, RequestException, Timeout
-
-    pooch.get_logger().setLevel("ERROR")  # it announces every download; the progress bar already does
-    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
-    failures = []
-    for url in source.urls:
-        try:
-            pooch.retrieve(url, f"sha256:{source.sha256}", path.name, path.parent, downloader=downloader)
-            return path, []
-        except HTTPError as error:
-            reason = f"HTTP status {error.response.status_code if error.response is not None else 'unknown'}"
-        except Timeout:
-            reason = f"no answer within {TIMEOUT:g} seconds"
-        except RequestException:
-            reason = "no connection"
-        except ValueError:
-            reason = "wrong SHA-256"
-        failures.append(f"{url}: {reason}")
-    return None, failures
+    return replace(find_corpus(replace(data, name=data.offline_fallback)), requested=data.name)
 
 
 def _holds(path: Path, sha256: str) -> bool:
-    """Whether the file is there with the right bytes; wrong bytes are worth a line on the way to the next source."""
+    """Whether the file exists with the right bytes; logs a warning if its bytes are wrong."""
     try:
         found = _sha256(path) if path.is_file() else ""
         problem = f"wrong SHA-256 {found[:12]}... instead of {sha256[:12]}..." if found not in ("", sha256) else ""

@@ -1,7 +1,8 @@
-"""The splits as Lightning takes them: tensors, each process its share of every batch."""
+"""The splits for Lightning: batches of tensors, of which each process gets its share."""
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,36 +10,40 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gptexp.config import read_section
-from gptexp.data.batches import Batch, Indices, Split, chars_per_token, split_corpus
-from gptexp.data.corpora import find_corpus
-from gptexp.data.encoded import Encoded, encode_corpus
-from gptexp.data.settings import DataConfig
+from gptexp.config.schema import read_section
+from gptexp.config.sections import DataConfig, TaskConfig
+from gptexp.data.batches import Batch, Indices, Split, chars_per_token
+from gptexp.data.encoding import Encoded, read_corpus
 from gptexp.errors import UserError
+from gptexp.registry import CORPORA
 
 
 class CharDataModule(LightningDataModule):
-    """A corpus as batches: training batches without end, and each target of the validation split once.
+    """A corpus as batches: endless training batches, and each target of the validation split once.
 
     Args:
-        data: which corpus, how it is cut into symbols and splits: a `DataConfig` or a mapping of its fields.
-        block_size: the most positions of a row.
+        data: the corpus, and how it is cut into symbols and splits: a `DataConfig` or a mapping of its fields.
+        task: what to predict: settings such as `{"name": "documents"}`, or a `TaskConfig`. None is the default task of
+            the corpus.
+        block_size: the most positions in a row.
         batch_size: rows of one optimizer step, over all processes and micro-batches. The rows of micro-batch m
             of process r are the (m * processes + r)-th equal share of them.
         accumulate: micro-batches that `batch_size` is cut into; as many as the trainer's `accumulate_grad_batches`
             make one optimizer step.
         eval_batch_size: rows of one evaluation batch on one process.
-        eval_windows: rows of the validation split that are enough during training, evenly spaced and always
-            the same ones; None for all of them.
+        eval_windows: rows of the validation split to use during training, evenly spaced and always the same ones; None
+            for all of them.
         seed: of the training batches.
 
     Attributes:
+        config: settings of the data; after `setup`, those of the fallback if that was read.
+        task: what to predict, likewise.
         encoded: the corpus as ids, with its tokenizer; known after `setup`.
-        train: the part of the corpus to learn from.
-        val: the part of the corpus to measure on.
+        train: the training split.
+        val: the validation split.
 
     Raises:
-        UserError: for a mistake in `data`.
+        UserError: for a mistake in `data` or `task`.
     """
 
     encoded: Encoded
@@ -46,11 +51,16 @@ class CharDataModule(LightningDataModule):
     val: Split
 
     def __init__(
-        self, data: DataConfig | Mapping[str, Any] | None = None, *, block_size: int = 64, batch_size: int = 12,
-        accumulate: int = 1, eval_batch_size: int = 64, eval_windows: int | None = None, seed: int = 1337,
+        self, data: DataConfig | Mapping[str, Any] | None = None, task: TaskConfig | Mapping[str, Any] | None = None,
+        *, block_size: int = 64, batch_size: int = 12, accumulate: int = 1, eval_batch_size: int = 64,
+        eval_windows: int | None = None, seed: int = 1337,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: DataConfig = read_section("data", data)
+        own = {"name": CORPORA[self.config.name].made.task}
+        self.task: TaskConfig = read_section("task", own if task is None else task)
+        if problems := self.task.problems(self.config):
+            raise UserError(problems)
         self.block_size, self.seed = block_size, seed
         self.batch_size, self.accumulate = batch_size, accumulate
         self.eval_batch_size, self.eval_windows = eval_batch_size, eval_windows
@@ -59,34 +69,35 @@ class CharDataModule(LightningDataModule):
         """Download and encode the corpus into the cache folder, once per machine.
 
         Raises:
-            UserError: when the corpus is out of reach.
+            UserError: when the corpus cannot be had.
         """
-        encode_corpus(find_corpus(self.config), self.config)
+        read_corpus(self.config, self.task)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the encoded corpus and split it; every process calls this, and may do so again at no cost.
+        """Open the encoded corpus and split it; every process calls this, and calling it again costs nothing.
 
         Raises:
             UserError: too little text for these settings.
         """
         if not hasattr(self, "train"):
-            self.encoded = encode_corpus(find_corpus(self.config), self.config)
-            self.train, self.val = split_corpus(self.encoded, self.config, self.block_size)
+            reading = read_corpus(self.config, self.task)
+            self.config, self.task, self.encoded = reading.data, reading.task, reading.encoded
+            self.train, self.val = self.task.splits(self.encoded, self.config, self.block_size)
 
     @property
     def vocab_size(self) -> int:
-        """Number of symbols; reads the corpus if need be."""
+        """Number of symbols; reads the corpus if necessary."""
         self.setup()
         return self.encoded.tokenizer.vocab_size
 
     @property
     def chars_per_token(self) -> float:
-        """Mean number of characters that a token of the validation split stands for; reads the corpus if need be."""
+        """Mean number of characters per token of the validation split; reads the corpus if necessary."""
         self.setup()
         return chars_per_token(self.val, self.encoded.tokenizer)
 
     def train_dataloader(self) -> "TrainBatches":
-        """The micro-batches of this process from the trainer's current step on, without end.
+        """The micro-batches of this process, from the trainer's current step on, without end.
 
         Raises:
             UserError: a batch_size that the processes and micro-batches cannot share equally.
@@ -119,25 +130,25 @@ class CharDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def tensors(self, batch: Batch) -> Batch:
-        """The batch as tensors, in memory from which a GPU can copy on its own if there is one."""
+        """The batch as tensors, in pinned memory if there is a GPU."""
         x, y, mask = (None if part is None else torch.from_numpy(part) for part in batch[:3])
         if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
             x, y, mask = (None if part is None else part.pin_memory() for part in (x, y, mask))
         return batch._replace(x=x, y=y, mask=mask)
 
 
+@dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """The training batches of one process. Each iteration begins at the step the trainer is at."""
+    """The training batches of one process. Each iteration begins at the trainer's current step."""
 
-    def __init__(self, data: CharDataModule) -> None:
-        self._data = data
+    data: CharDataModule
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches without end, `accumulate_grad_batches` of the trainer for each step."""
-        data, trainer = self._data, self._data.trainer
+        data, trainer = self.data, self.data.trainer
         rank, world = data.place
         size = data.batch_size // (world * data.accumulate)
-        # A trainer that is to overfit some batches wants these again in each epoch.
+        # To overfit some batches, a trainer needs the same ones in each epoch.
         step = 0 if trainer is None or trainer.overfit_batches else trainer.global_step
         while True:
             micro_batches = data.accumulate if trainer is None else trainer.accumulate_grad_batches
@@ -149,26 +160,27 @@ class TrainBatches:
             step += 1
 
 
+@dataclass(frozen=True, eq=False)
 class EvalBatches:
     """Some rows of the validation split, each on exactly one process.
 
-    Processes that would otherwise have fewer rows than others get rows of nothing but padding, since they
-    wait for each other at every batch. There are fewer of those than processes.
+    Processes wait for each other at every batch, so those with fewer rows than others get rows of padding. There are
+    fewer of these rows than processes.
     """
 
-    def __init__(self, data: CharDataModule, indices: Indices, whole: bool) -> None:
-        self._data, self._indices, self._whole = data, indices, whole
+    data: CharDataModule
+    indices: Indices
+    whole: bool
 
     def __len__(self) -> int:
-        return math.ceil(len(self._indices) / (self._data.eval_batch_size * self._data.place[1]))
+        return math.ceil(len(self.indices) / (self.data.eval_batch_size * self.data.place[1]))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of `eval_batch_size` rows; the last one may have fewer."""
-        data = self._data
-        rank, world = data.place
-        together = data.eval_batch_size * world
-        for begin in range(0, len(self._indices), together):
-            indices = self._indices[begin : begin + together]
+        rank, world = self.data.place
+        together = self.data.eval_batch_size * world
+        for begin in range(0, len(self.indices), together):
+            indices = self.indices[begin : begin + together]
             padded = np.pad(indices, (0, -len(indices) % world), constant_values=-1)
-            batch = data.val.rows(padded.reshape(world, -1)[rank])
-            yield data.tensors(batch._replace(whole=self._whole))
+            batch = self.data.val.rows(padded.reshape(world, -1)[rank])
+            yield self.data.tensors(batch._replace(whole=self.whole))

@@ -1,7 +1,7 @@
 """Settings, texts, pictures and final figures for the loggers that can take them.
 
-Lightning has an interface for metrics and settings alone, so that each logger takes the rest in its own way. A logger
-of another package is given texts and pictures if it has the methods of `MediaLogger`.
+Lightning's interface covers metrics and settings only, so that each logger takes the rest in its own way. A logger of
+another package gets texts and pictures if it has the methods of `MediaLogger`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ class MediaLogger(Protocol):
     """A logger that takes tables of texts, and pictures, as Lightning's WandbLogger does."""
 
     def log_text(self, key: str, columns: list[str], data: list[list[Any]], *, step: int) -> None:
-        """Log a table by its name, the names of its columns and its rows, after `step` optimizer steps."""
+        """Log a table by its name, its column names and its rows, after `step` optimizer steps."""
 
     def log_image(self, key: str, images: list[Any], *, step: int) -> None:
-        """Log pictures by their name and the paths of their files, after `step` optimizer steps."""
+        """Log picture files by name and paths, after `step` optimizer steps."""
 
 
 def log_settings(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Log a run's settings, nested, by name. MLflow keeps those that a resumed run had before."""
+    """Log a run's settings, nested, by name. In MLflow a resumed run keeps those it had."""
     if isinstance(logger, MLFlowLogger) and logger.experiment.get_run(logger.run_id).data.params:
         return
     logger.log_hyperparams(dict(values))
 
 
 def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
-    """Log the newest of a run's sampled texts, or all of them where a logger takes a table.
+    """Log the newest of a run's sampled texts, or all of them if a logger takes a table; does nothing if it takes none.
 
-    The samples are pairs of step and text, oldest first. Loggers that take no text are left alone.
+    The samples are pairs of step and text, oldest first.
     """
     step, text = samples[-1]
     match logger:
@@ -45,7 +45,7 @@ def log_samples(logger: Logger, samples: Sequence[tuple[int, str]]) -> None:
 
 
 def log_figure(logger: Logger, path: Path, step: int) -> None:
-    """Log a PNG file under its name, after `step` optimizer steps. Loggers that take no pictures are left alone."""
+    """Log a PNG file under its name, after `step` optimizer steps, if the logger takes pictures."""
     match logger:
         case TensorBoardLogger():
             from matplotlib.image import imread
@@ -58,7 +58,7 @@ def log_figure(logger: Logger, path: Path, step: int) -> None:
 
 
 def log_summary(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Log numbers and texts by name that describe the whole run. Loggers that keep no summary are left alone."""
+    """Log numbers and texts by name that describe the whole run, if the logger keeps a summary."""
     match logger:
         case TensorBoardLogger():
             rows = [f"| {name} | {value} |" for name, value in values.items()]

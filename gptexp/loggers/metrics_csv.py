@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from gptexp.records import METRICS, Table
+from gptexp.runs.files import METRICS, append_rows
 
 WHOLE = ("step", "tokens")  # columns of whole numbers
 
@@ -15,38 +15,34 @@ WHOLE = ("step", "tokens")  # columns of whole numbers
 class MetricsCSV(Logger):
     """One row per step, with the columns of `METRICS`; other metrics are left to other loggers.
 
-    What is logged for one step, before and after its evaluation, becomes one row. A row is in the file once `flush` is
-    called or another step begins. What is in the file already may be logged again: Lightning hands out a step's metrics
-    after its callbacks, and a checkpoint must not count a row that is still to come.
+    What is logged for one step, before and after its evaluation, becomes one row. A row is written once `flush` is
+    called or another step begins. Metrics that are already in the file may be logged again: Lightning hands out a
+    step's metrics after its callbacks, and a checkpoint must not count a row that is still to come.
 
     Args:
         path: of the file; rows are appended.
 
     Attributes:
-        row: that is not in the file yet, by column.
+        row: the row that is not in the file yet, by column.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._table: Table | None = None
         self.row: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
     @property
     def name(self) -> str:
-        """None, so that what a callback keeps by it is in the run directory itself."""
+        """Empty, so that callbacks keep their files in the run directory itself."""
         return ""
+
+    version = name
 
     @property
     def save_dir(self) -> str:
         """The run directory."""
         return str(self.path.parent)
-
-    @property
-    def version(self) -> str:
-        """None, as for the name."""
-        return ""
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
@@ -56,25 +52,16 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of a step."""
         row = {k: float(metrics[k]) for k in METRICS if k in metrics} | {"step": float(step or 0)}
-        if len(row) == 1:  # nothing of these columns
-            return
-        if row["step"] == self._written.get("step") and row.keys() <= self._written.keys():
+        again = row["step"] == self._written.get("step") and row.keys() <= self._written.keys()
+        if len(row) == 1 or again:
             return
         if self.row and self.row["step"] != row["step"]:
             self.flush()
-        self.row = row | self.row  # what came first: the seconds of training, not those of the evaluation
+        self.row = row | self.row  # the first value stays: the seconds of training, not those of the evaluation
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the row that is open, if there is one."""
+        """Write the open row, if there is one."""
         if len(self.row) > 1:
-            self._table = self._table or Table(self.path, METRICS)
-            self._table.append({k: int(v) if k in WHOLE else v for k, v in self.row.items()})
+            append_rows(self.path, METRICS, [{k: int(v) if k in WHOLE else v for k, v in self.row.items()}])
             self._written, self.row = self.row, {}
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Close the file; a row may still grow, as Lightning calls this between training and a last evaluation."""
-        if self._table:
-            self._table.close()
-            self._table = None

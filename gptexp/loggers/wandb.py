@@ -1,9 +1,8 @@
-"""Lightning's W&B logger, without questions: online where an API key is configured, offline elsewhere."""
+"""Lightning's W&B logger, which never asks a question: online with an API key, offline without."""
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,28 +10,28 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from gptexp.tracking import open_wandb
+from gptexp.loggers.wandb_run import open_wandb
 
 log = logging.getLogger("gptexp")
 
 PATIENCE = 10
-"""Seconds that W&B's server may take to answer; asked in vain, it would stop training for 19 each time."""
+"""Seconds that W&B's server may take to answer; without an answer, each call would stop training for 19."""
 
 SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "val/bpc": "min,last", "val/accuracy": "max,last"}
-"""Which of a metric's values count, as W&B's summary shows them."""
+"""What W&B's summary shows of a metric."""
 
 
 class WandbLogger(LightningWandbLogger):
-    """A W&B run that neither an unreachable server nor the loss of W&B's own process can stop.
+    """A W&B run. Training continues if its server cannot be reached or W&B's own process dies.
 
     Args:
         project: W&B's.
-        mode: "auto" is online where an API key is configured, else offline.
+        mode: "auto" is online with an API key, else offline.
         save_dir: the folder in which W&B keeps its files.
         log_model: upload checkpoints: True at the end, "all" as they are saved.
         watch: what to log of the model's tensors: "gradients", "parameters" or "all".
         settings: of `wandb.Settings`.
-        id: of the W&B run; a run that is resumed goes on in the one that has it.
+        id: of the W&B run; a resumed run continues the one that has it.
         name: of the W&B run.
         options: of `wandb.init`, such as `entity`, `group` and `tags`.
 
@@ -65,17 +64,19 @@ class WandbLogger(LightningWandbLogger):
         self.watched = watch
         self._deaf = False  # W&B or its server
 
-    @contextmanager
-    def _spared(self, asks: bool = False) -> Iterator[None]:
-        """Around what a run can do without.
+    def _try(self, do: Callable[..., None], *args: Any, asks: bool = False, **kwargs: Any) -> None:
+        """Do what a run can do without.
 
         Args:
-            asks: W&B asks its server before it returns, as for a table or an artifact. Without an answer it is the last
-                such thing.
+            do: to call with the other arguments.
+            asks: W&B asks its server before it returns, as for a table or an artifact. Without an answer nothing is
+                asked again.
         """
+        if asks and self._deaf:
+            return
         start, problem = time.monotonic(), ""
         try:
-            yield
+            do(*args, **kwargs)
         except ConnectionError:
             problem = "its process has ended"
         except Exception as error:
@@ -85,38 +86,30 @@ class WandbLogger(LightningWandbLogger):
         if asks and time.monotonic() - start > PATIENCE:
             problem = f"no answer within {PATIENCE} s"
         if problem and not self._deaf:
-            log.warning("W&B: %s; the run goes on, and keeps its samples and checkpoints in %s alone", problem,
+            log.warning("W&B: %s; the run continues, and keeps its samples and checkpoints only in %s", problem,
                         self.save_dir)  # fmt: skip
             self._deaf = True
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Add to the W&B run's configuration."""
-        with self._spared():
-            super().log_hyperparams(params)
+        self._try(super().log_hyperparams, params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row to the W&B run's history."""
-        with self._spared():
-            super().log_metrics(metrics, step)
+        self._try(super().log_metrics, metrics, step)
 
     @rank_zero_only
     def log_table(self, *args: Any, **kwargs: Any) -> None:
         """Log a table; takes Lightning's arguments."""
-        if not self._deaf:
-            with self._spared(asks=True):
-                super().log_table(*args, **kwargs)
+        self._try(super().log_table, *args, asks=True, **kwargs)
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
-        """Upload a checkpoint, or remember it for the end, as `log_model` says."""
-        if not self._deaf:
-            with self._spared(asks=True):
-                super().after_save_checkpoint(checkpoint_callback)
+        """Upload a checkpoint now or at the end, as `log_model` says."""
+        self._try(super().after_save_checkpoint, checkpoint_callback, asks=True)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Upload the checkpoints that are still to be uploaded. The W&B run itself goes on, as Lightning has it."""
-        if not self._deaf:
-            with self._spared(asks=True):
-                super().finalize(status)
+        """Upload the remaining checkpoints. The W&B run stays open, as with Lightning's logger."""
+        self._try(super().finalize, status, asks=True)

@@ -1,16 +1,32 @@
-"""The simpler models that a GPT is measured against: a table of bigrams, and an MLP over the last few symbols."""
+"""Simple models to measure a GPT against: a table of bigrams, and an MLP over the last few symbols."""
 
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.language_model import LanguageModel, initialise
-from gptexp.models.norms import build_norm
-from gptexp.models.settings import BigramConfig, MLPConfig
+from gptexp.config.sections import ModelConfig
+from gptexp.config.settings import VARIANT, settings
+from gptexp.models.initialization import initialize
+from gptexp.models.language_model import LanguageModel
+from gptexp.models.norms import NormSite, build_norm
+from gptexp.models.settings import NormedConfig, NormName
+from gptexp.registry import MODELS
 
 
+@settings
+class BigramConfig(ModelConfig):
+    """A table of logits with one row per symbol: the next symbol depends on the last one alone."""
+
+    name: Literal["bigram"] = "bigram"
+    init: Literal["gpt2", "torch"] = "gpt2"
+    """The standard deviation of the initial weights: 0.02 for `gpt2`, 1 for `torch`, as in `nn.Embedding`."""
+
+
+@MODELS.register("bigram", BigramConfig)
 class Bigram(LanguageModel):
     """logits[n, l] = wte[ids[n, l]]: V x V parameters."""
 
@@ -18,7 +34,7 @@ class Bigram(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
-        initialise(self, seed, None if config.init == "torch" else lambda name: 0.02)
+        initialize(self, seed, None if config.init == "torch" else lambda name: 0.02)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L) to (N, L, V)."""
@@ -26,10 +42,46 @@ class Bigram(LanguageModel):
         return logits
 
 
+@settings
+class MLPConfig(NormedConfig):
+    """The last `context` symbols, embedded, through hidden layers: Bengio et al. 2003."""
+
+    name: Literal["mlp"] = "mlp"
+    context: Annotated[int, Ge(1)] = 3
+    """How many symbols the model sees."""
+    n_embd: Annotated[int, Ge(1)] = 16
+    """Channels of a symbol's embedding."""
+    n_hidden: Annotated[int, Ge(1)] = 256
+    """Width of the hidden layers."""
+    n_layer: Annotated[int, Ge(1)] = 1
+    """Number of hidden layers."""
+    residual: bool = False
+    """Add each hidden layer's input to its output, from the second layer on."""
+    norm: Annotated[NormName, VARIANT] = "none"
+    """The norm between a hidden layer's linear map and its tanh."""
+
+    @property
+    def used_norms(self) -> dict[str, NormSite]:
+        """The norms in use, each with the first of its sites."""
+        return {self.norm: NormSite(self.n_hidden, self.block_size, True, "hidden")}
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which a dashboard finds this variant."""
+        return ["mlp", self.norm]
+
+    def problems(self) -> list[str]:
+        """Problems between settings that are each valid alone; one line per problem."""
+        alone = self.residual and self.n_layer == 1
+        own = ["model.residual=true: has no effect with model.n_layer=1"] if alone else []
+        return super().problems() + own
+
+
+@MODELS.register("mlp", MLPConfig)
 class MLP(LanguageModel):
     """The last `context` symbols, embedded side by side, through hidden layers tanh(norm(W h + b)), to logits.
 
-    Before a row's first symbol stands symbol 0, which is the terminator of `data=names`. Source: Bengio et al. 2003,
+    A row's first symbol is preceded by symbol 0, which is the terminator of `data=names`. Source: Bengio et al. 2003,
     "A Neural Probabilistic Language Model", without its direct connections.
     """
 
@@ -39,13 +91,13 @@ class MLP(LanguageModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         widths = [config.context * config.n_embd] + [config.n_hidden] * config.n_layer
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
-        settings, shape = config.norm_settings(config.norm), config.used_norms[config.norm]
-        self.norms = nn.ModuleList(build_norm(config.norm, settings, shape) for _ in self.hidden)
+        settings, site = config.norm_settings(config.norm), config.used_norms[config.norm]
+        self.norms = nn.ModuleList(build_norm(config.norm, settings, site) for _ in self.hidden)
         self.head = nn.Linear(config.n_hidden, config.vocab_size)
-        initialise(self, seed, self._deviation)
+        initialize(self, seed, self._deviation)
 
     def _deviation(self, name: str) -> float:
-        """5/3 over the root of the inputs keeps the size of what a tanh passes on; the first logits are near 0."""
+        """5/3 over the root of the inputs keeps the size of a tanh's output; a head of 0.01 keeps the logits near 0."""
         if name == "wte.weight":
             return 1.0
         if name == "head.weight":

@@ -1,85 +1,202 @@
-"""A decoder-only GPT, its parts in the order in which data meets them."""
+"""A decoder-only GPT, from its settings to its logits, in the order in which data meets its parts.
 
-import math
-from collections.abc import Callable
+The parts with modules of their own: `attention`, `positions`, `norms`, `batch_norms`, `placements`, `activations`,
+`ngrams`; the initial values of the weights are a table in `initialization`.
+"""
+
+from dataclasses import field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le, Lt, Predicate
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gptexp.models.attention import CausalSelfAttention, rope_table, sinusoidal_table
-from gptexp.models.generation import CachedDecoder, Positions
-from gptexp.models.language_model import LanguageModel, initialise
-from gptexp.models.norms import Positional, build_norm
-from gptexp.models.settings import GPTConfig
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()  # So et al. 2021, "Primer"
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu_squared": _relu_squared,
-    "swiglu": F.silu,
-}  # fmt: skip
+from gptexp.config.settings import VARIANT, settings
+from gptexp.inference.kv_cache import CachedDecoder, Positions
+from gptexp.models.activations import Activation
+from gptexp.models.attention import CausalSelfAttention
+from gptexp.models.initialization import gpt_std, initialize
+from gptexp.models.language_model import LanguageModel
+from gptexp.models.ngrams import NGrams
+from gptexp.models.norms import NormSite, build_norm, normalized
+from gptexp.models.placements import Placement
+from gptexp.models.positions import Relative
+from gptexp.models.settings import NormedConfig, NormName, table_of
+from gptexp.registry import ACTIVATIONS, MODELS, PLACEMENTS, POSITIONS
 
 
-class NGrams(nn.Embedding):
-    """The sum of embeddings of the last 2, 3 .. n tokens, initialized to 0.
+@settings
+class GPTConfig(NormedConfig):
+    """A decoder-only transformer."""
 
-    Each length has a table of its own, with a row for each n-gram where there are `ngram_rows` or fewer, else with
-    that many rows, of which a hash chooses one. Positions before the first token count as a further symbol, V.
-    Sources: Huang et al. 2025, "Over-Tokenized Transformer"; Pagnoni et al. 2024, "Byte Latent Transformer" (hashing).
-    """
+    name: Literal["gpt"] = "gpt"
+    placement: Annotated[str, Predicate(PLACEMENTS.__contains__), VARIANT] = "pre"
+    """Where the norms are."""
+    placements: table_of(PLACEMENTS) = field(default_factory=PLACEMENTS.defaults)  # type: ignore[valid-type]
+    """Settings of each placement, by its name; only those of the one in use have an effect."""
+    n_layer: Annotated[int, Ge(0)] = 4
+    """Blocks, each an attention and a feed-forward sub-layer."""
+    n_head: Annotated[int, Ge(1), VARIANT] = 4
+    """Attention heads; must divide `n_embd`."""
+    n_embd: Annotated[int, Ge(1)] = 128
+    """Channels C of the residual stream."""
+    n_inner: Annotated[int, Ge(0)] | None = None
+    """Width of the feed-forward layer; null is 4 n_embd (8/3 n_embd for a gated activation; n_embd without
+    `projection`), 0 leaves it out."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Probability of dropping an embedding, an attention weight or a sub-layer's output."""
+    bias: bool = False
+    """Give linear layers, layernorm and an untied head a bias."""
+    qkv_bias: bool | None = None
+    """The bias of the query, key and value projections alone; null follows `bias`."""
+    norm_attention: NormName | None = None
+    """The norm around attention; null follows `norm`."""
+    norm_mlp: NormName | None = None
+    """The norm around the feed-forward layer; null follows `norm`."""
+    norm_final: NormName | None = None
+    """The norm before the head; null follows `norm`."""
+    final_norm: bool | None = None
+    """A norm before the head; null follows the placement."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: `head` for each head by itself, `full` for all heads together."""
+    attention_scale: bool = True
+    """Divide the attention's logits by the square root of the head size."""
+    residual: bool = True
+    """Add each sub-layer's input to its output."""
+    projection: bool = True
+    """A linear layer at the end of each sub-layer."""
+    activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
+    """The non-linearity of the feed-forward layer."""
+    tie_weights: bool = True
+    """Share the token embedding with the LM head."""
+    position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
+    """The position encoding."""
+    ngram: Annotated[int, Ge(1), Le(8)] = 1
+    """Also embed the last 2, 3 .. `ngram` tokens together, and add that to each token's embedding; 1 does not."""
+    ngram_rows: Annotated[int, Ge(1)] = 16384
+    """The most rows in the table of each length; n-grams share rows where there are more of them."""
+    init: Literal["gpt2", "xavier", "torch"] = "gpt2"
+    """Initial weights: `gpt2` as GPT-2's (DeepNet's for placement=deepnorm), `xavier` as the first Transformer's,
+    `torch` as torch's own layers."""
+    zero_init: bool = False
+    """Start the linear layer at the end of each sub-layer at 0, so that each block starts as the identity."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        base, rows = config.vocab_size + 1, config.ngram_rows
-        sizes = [min(rows, base**k) for k in range(2, config.ngram + 1)]
-        super().__init__(sum(sizes), config.n_embd)
-        self.base, self.sizes = base, sizes
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head, D."""
+        return self.n_embd // self.n_head
 
-    def forward(self, ids: Tensor, preceding: Tensor | None = None) -> Tensor:
-        """(N, L, C).
+    @property
+    def inner_dim(self) -> int:
+        """Width of the feed-forward layer; 0 for none."""
+        if self.n_inner is not None:
+            return self.n_inner
+        if not self.projection:
+            return self.n_embd
+        return -(-self.n_embd // 3) * 8 if self.act.gated else 4 * self.n_embd
 
-        Args:
-            ids: (N, L) int64.
-            preceding: the tokens before those, (N, n - 1), V where there are none; None where ids begin their rows.
-        """
-        (N, L), n = ids.shape, len(self.sizes) + 1
-        if preceding is None:
-            preceding = ids.new_full((N, n - 1), self.base - 1)
-        tokens, number = torch.cat([preceding, ids], dim=1), ids
-        found, offset = [], 0
-        for k, size in enumerate(self.sizes, 2):
-            power = (self.base ** (k - 1) + 2**63) % 2**64 - 2**63  # wrapped, as int64 products are
-            number = number + tokens[:, n - k : n - k + L] * power  # one for each k-gram
-            row = number if size == self.base**k else _hashed(number) % size
-            found.append(row + offset)
-            offset += size
-        return F.embedding(torch.stack(found, dim=-1), self.weight).sum(-2)
+    @property
+    def components(self) -> list[type]:
+        """The classes of the norms and other registered parts."""
+        return [*super().components, type(self.place), self.act, POSITIONS[self.position].made]
 
+    @property
+    def place(self) -> Placement:
+        """The placement, with its settings."""
+        settings = self.placements.get(self.placement, {})
+        return PLACEMENTS[self.placement].made(**settings)  # type: ignore[no-any-return]
 
-def _hashed(number: Tensor) -> Tensor:
-    """40-bit hashes of int64 numbers: Fibonacci hashing, Knuth 6.4."""
-    return (number * -0x61C8864680B583EB >> 24) & (2**40 - 1)
+    @property
+    def act(self) -> type[Activation]:
+        """The activation."""
+        return ACTIVATIONS[self.activation].made  # type: ignore[no-any-return]
+
+    @property
+    def used_norms(self) -> dict[str, NormSite]:
+        """The norms in use, each with the first of its sites."""
+        parts = ["final"] * self.has_final_norm + ["mlp"] * (self.inner_dim > 0) + ["attention"]
+        found = dict([self.qk_norm_site]) if self.qk_norm != "none" else {}
+        return found | {self.norm_of(part): self.site(part, 0) for part in parts}
+
+    @property
+    def qk_norm_site(self) -> tuple[str, NormSite]:
+        """The norm of `qk_norm`, and what it is built for."""
+        channels = self.head_dim if self.qk_norm == "head" else self.n_embd
+        return "rmsnorm", NormSite(channels, self.block_size, part="qkv")
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting that has an effect."""
+        own = self.placements.get(self.placement)
+        return super().tree() | {"placements": {self.placement: own} if own else {}}
+
+    def norm_of(self, part: str) -> str:
+        """The norm of a part: "attention", "mlp" or "final"."""
+        own: str | None = getattr(self, f"norm_{part}")
+        return self.norm if own is None else own
+
+    def site(self, part: str, layer: int) -> NormSite:
+        """What the norm of this part of the block `layer` is built for."""
+        of_heads = part == "attention" and self.place.at(part, layer, self.n_layer).qkv
+        channels = self.head_dim if of_heads else self.n_embd
+        return NormSite(channels, self.block_size, self.bias, part, layer, self.n_layer)
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether there is a norm before the head."""
+        return self.place.final if self.final_norm is None else self.final_norm
+
+    @property
+    def tags(self) -> list[str]:
+        """The words by which a dashboard finds this variant."""
+        own = {part: self.norm_of(part) for part in ("attention", "mlp", "final")}
+        others = [f"{part}_{name}" for part, name in own.items() if name != self.norm]
+        return [self.norm, *others, self.placement, f"h{self.n_head}"]
+
+    def problems(self) -> list[str]:
+        """Problems between settings that are each valid alone; one line per problem."""
+        problems = []
+        if self.n_embd % self.n_head:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
+            problems.append(f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}; nearest: "
+                            f"{', '.join(map(str, near))}")  # fmt: skip
+        rules = {
+            f"model.residual=false: model.placement={self.placement} weighs the residual connection":
+                not self.residual and self.place.needs_residual,
+            f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false":
+                not self.projection and self.inner_dim not in (0, self.n_embd),
+            "model.final_norm=true: has no effect with model.norm=none":
+                self.final_norm and self.norm_of("final") == "none",
+            f"model.norm_final={self.norm_final}: has no effect without a final norm":
+                self.norm_final is not None and not self.has_final_norm,
+            f"model.norm_mlp={self.norm_mlp}: has no effect with model.n_inner=0":
+                self.norm_mlp is not None and not self.inner_dim,
+            f"model.ngram_rows={self.ngram_rows}: has no effect with model.ngram=1":
+                self.ngram == 1 and self.ngram_rows != GPTConfig.ngram_rows,
+            "model.zero_init=true: has no effect with model.projection=false": self.zero_init and not self.projection,
+            f"model.init={self.init}: model.placement={self.placement} has initial weights of its own":
+                self.init != "gpt2" and self.place.beta(1) is not None,
+        }  # fmt: skip
+        problems += [f"model.position={self.position}: {line}"
+                     for line in POSITIONS[self.position].made.problems(self)]
+        problems += [f"model.placement={self.placement}: {line}" for line in self.place.problems(self)]
+        return [*problems, *(problem for problem, applies in rules.items() if applies), *super().problems()]
 
 
 class FeedForward(nn.Module):
     """Two linear layers around a non-linearity, 4C wide; projection=false omits the second.
 
-    swiglu has a third, gating layer, and is 8C/3 wide (rounded up to a multiple of 8) so that the number of parameters
-    stays the same. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    With a gated activation there is a third, and all are 8C/3 wide (rounded up to a multiple of 8).
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.act, self.dropout = _ACTIVATIONS[config.activation], config.dropout
-        width = config.inner_dim
-        self.gate = nn.Linear(config.n_embd, width, bias=config.bias) if config.activation == "swiglu" else None
-        self.fc = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.bias) if config.projection else None
+        self.act, self.dropout = config.act.function, config.dropout
+        linear = partial(nn.Linear, bias=config.bias)
+        self.gate = linear(config.n_embd, config.inner_dim) if config.act.gated else None
+        self.fc = linear(config.n_embd, config.inner_dim)
+        self.proj = linear(config.inner_dim, config.n_embd) if config.projection else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, L, C)."""
@@ -87,99 +204,54 @@ class FeedForward(nn.Module):
         return torch.dropout(h if self.proj is None else self.proj(h), self.dropout, self.training)
 
 
-class Residual(nn.Module):
-    """around(alpha x + after(f(before(x)))): a residual connection with the norms of a placement.
-
-    residual=false omits alpha x.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        place = config.place
-        self.alpha = (place.alpha(config.n_layer) if place.alpha else 1.0) if config.residual else 0.0
-        self.before, self.after, self.around = (
-            _norm(config) if wanted else None for wanted in (place.before, place.after, place.around)
-        )
-
-    def forward(
-        self, x: Tensor, f: Callable[[Tensor], Tensor], mask: Tensor | None, positions: Positions | None = None
-    ) -> Tensor:
-        """(N, L, C) to (N, L, C); positions are those of x, None for the first L."""
-        y = _normalized(self.after, f(_normalized(self.before, x, mask, positions)), mask, positions)
-        if self.alpha:
-            y = (x if self.alpha == 1.0 else self.alpha * x) + y
-        return _normalized(self.around, y, mask, positions)
-
-
 class Block(nn.Module):
     """An attention and a feed-forward sub-layer, each with its residual connection and norms."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.residual1, self.attn = Residual(config), CausalSelfAttention(config)
-        self.residual2 = Residual(config) if config.inner_dim else None
+        self.residual1, self.attn = _connection(config, "attention", layer), CausalSelfAttention(config, layer)
+        self.residual2 = _connection(config, "mlp", layer) if config.inner_dim else None
         self.mlp = FeedForward(config) if config.inner_dim else None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, positions: Positions | None = None,
+        self, x: Tensor, mask: Tensor | None, relative: Relative, positions: Positions | None = None,
         cache: CachedDecoder | None = None,
     ) -> Tensor:  # fmt: skip
-        """(N, L, C) to (N, L, C); see `CausalSelfAttention` for rope and cache."""
-        x = self.residual1(x, lambda h: self.attn(h, rope, cache=cache), mask, positions)
+        """(N, L, C) to (N, L, C); see `CausalSelfAttention` for relative and cache."""
+        x = self.residual1(x, lambda h: self.attn(h, relative, cache=cache), mask, positions)
         return x if self.residual2 is None or self.mlp is None else self.residual2(x, self.mlp, mask, positions)
 
 
+@MODELS.register("gpt", GPTConfig)
 class GPT(LanguageModel):
     """Token ids (N, L) to logits (N, L, V).
 
     Args:
         config: the architecture.
-        seed: a parameter's initial value is a function of this seed, its name and its shape alone.
+        seed: of the initial weights, see `initialization`.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.dropout = config, config.dropout
+        self.config, self.place, self.dropout = config, config.place, config.dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngram = NGrams(config) if config.ngram > 1 else None
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
-        if config.position == "rope":
-            self.register_buffer("rope", torch.stack(rope_table(config.block_size, config.head_dim)), persistent=False)
-        elif config.position == "sinusoidal":
-            self.register_buffer("sinusoidal", sinusoidal_table(config.block_size, config.n_embd), persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        final = config.place.final if config.final_norm is None else config.final_norm
-        self.norm_f = _norm(config) if final else None
+        self.wpe = POSITIONS[config.position].made(POSITIONS.settings(config.position), config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm_f = _norm(config, "final", config.n_layer) if config.has_final_norm else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias and not config.tie_weights)
         if config.tie_weights:
             self.head.weight = self.wte.weight
-        initialise(self, seed, None if config.init == "torch" else self._std)
+        shapes = {name: p.shape for name, p in self.named_parameters()}
+        initialize(self, seed, None if config.init == "torch" else lambda name: gpt_std(config, name, shapes[name]))
         for name, p in self.named_parameters():
             if name == "ngram.weight" or (config.zero_init and name.endswith("proj.weight")):
                 nn.init.zeros_(p)
 
-    def _std(self, name: str) -> Any:
-        """The standard deviation of a weight's initial values.
-
-        GPT-2 (Radford et al. 2019, section 2.3): 0.02, and 0.02 / sqrt(2 n_layer) for the projections back to the
-        residual stream. Xavier (Glorot, Bengio 2010): sqrt(2 / (inputs + outputs)), and sqrt(1 / n_embd) for
-        embeddings. DeepNet: as Xavier within the blocks, times beta except for queries and keys.
-        """
-        c, in_block = self.config, name.startswith("blocks.")
-        if in_block and (c.place.beta or c.init == "xavier"):
-            rows, columns = self.get_parameter(name).shape
-            beta = c.place.beta(c.n_layer) if c.place.beta else 1.0
-            if name.endswith("qkv.weight"):
-                return torch.tensor([1.0, 1.0, beta]).repeat_interleave(c.n_embd)[:, None] * c.n_embd**-0.5
-            return beta * math.sqrt(2 / (rows + columns))
-        if c.init == "xavier":
-            return c.n_embd**-0.5 if name != "head.weight" else math.sqrt(2 / (c.n_embd + c.vocab_size))
-        return 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
-
     def flops_per_token(self) -> float:
         """Floating-point operations per token of one training step (forward and backward).
 
-        6 for each weight of a linear layer, and the attention scores: Chowdhery et al. 2022, "PaLM", appendix B.
+        6 per weight of a linear layer, plus the attention scores: Chowdhery et al. 2022, "PaLM", appendix B.
         """
         c: GPTConfig = self.config
         return super().flops_per_token() + 12.0 * c.n_layer * c.n_embd * c.block_size
@@ -199,30 +271,24 @@ class GPT(LanguageModel):
         Returns:
             (N, L, V).
         """
-        positions, rope = slice(ids.shape[1]) if cache is None else cache.positions, None
+        positions = slice(ids.shape[1]) if cache is None else cache.positions
         x = self.wte(ids)  # (N, L, C)
         if self.ngram is not None:
             x = x + self.ngram(ids, None if cache is None else cache.preceding)
-        if self.wpe is not None:
-            x = x + self.wpe.weight[positions]
-        elif self.config.position == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + self.get_buffer("sinusoidal")[positions]
-        elif self.config.position == "rope":
-            cos, sin = self.get_buffer("rope")[:, positions]
-            rope = (cos, sin) if cos.ndim == 2 else (cos[:, None], sin[:, None])  # (L, D) or (N, 1, 1, D)
-        x = torch.dropout(x, self.dropout, self.training)
+        x, relative = self.wpe.embed(x, positions), self.wpe.relative(positions)
+        x = self.place.enter(torch.dropout(x, self.dropout, self.training))
         for block in self.blocks:
-            x = block(x, mask, rope, positions, cache)
-        logits: Tensor = self.head(_normalized(self.norm_f, x, mask, positions))
+            x = block(x, mask, relative, positions, cache)
+        logits: Tensor = self.head(self.place.leave(x, lambda y: normalized(self.norm_f, y, mask, positions)))
         return logits
 
 
-def _normalized(norm: nn.Module | None, x: Tensor, mask: Tensor | None, positions: Positions | None) -> Tensor:
-    if norm is None:
-        return x
-    y: Tensor = norm(x, mask, positions=positions) if isinstance(norm, Positional) else norm(x, mask)
-    return y
+def _connection(config: GPTConfig, part: str, layer: int) -> nn.Module:
+    place = config.place.at(part, layer, config.n_layer)
+    alpha = place.alpha(config.n_layer) if config.residual else 0.0
+    return place.connection(lambda: _norm(config, part, layer), alpha)
 
 
-def _norm(config: GPTConfig) -> nn.Module:
-    return build_norm(config.norm, config.norm_settings(config.norm), config.used_norms[config.norm])
+def _norm(config: GPTConfig, part: str, layer: int) -> nn.Module:
+    name = config.norm_of(part)
+    return build_norm(name, config.norm_settings(name), config.site(part, layer))

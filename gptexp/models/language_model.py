@@ -1,13 +1,14 @@
-"""The base class of all models, which samples text, and the initial values of parameters."""
+"""The base class of all models, which samples text."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gptexp.models.generation import Decoder, next_token_logits, sample_tokens
+from gptexp.inference.kv_cache import Decoder, next_token_logits
+from gptexp.inference.sampling import sample_tokens
+from gptexp.models.initialization import seeded
 
 
 class LanguageModel(nn.Module):
@@ -44,7 +45,7 @@ class LanguageModel(nn.Module):
         return 6.0 * sum(m.weight.numel() for m in linear)
 
     def decoder(self, n_rows: int) -> Decoder:
-        """Computes the next-token logits of `n_rows` growing rows, each time anew from their last tokens."""
+        """Computes the next-token logits of `n_rows` growing rows, each time from all of their last tokens."""
         return lambda rows: next_token_logits(self, [row[-self.config.block_size :] for row in rows])
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: object) -> list[list[int]]:
@@ -72,7 +73,7 @@ class LanguageModel(nn.Module):
             seed: of the random numbers.
 
         Yields:
-            each row's new token, None for a row that has ended.
+            each row's new token; None for a row that has ended.
 
         Raises:
             ValueError: without a prompt, or for an empty one.
@@ -85,7 +86,7 @@ class LanguageModel(nn.Module):
             rows, decoder = [list(p) for p in prompts], self.decoder(len(prompts))
             starts = [len(r) for r in rows]
             done = [False] * len(rows)
-            generators = [_generator(seed, f"row {i}") for i in range(len(rows))]
+            generators = [seeded(seed, f"row {i}") for i in range(len(rows))]
             numbers = [torch.rand(max_new_tokens, dtype=torch.float32, generator=g) for g in generators]
             for uniform in torch.stack(numbers, dim=1):  # (N,)
                 logits = decoder(rows).float().cpu()  # (N, V)
@@ -98,36 +99,3 @@ class LanguageModel(nn.Module):
                     return
         finally:
             self.train(was_training)
-
-
-def initialise(model: nn.Module, seed: int, std: Callable[[str], float | Tensor] | None = None) -> None:
-    """Draw the weights of linear layers and embeddings, each a pure function of (seed, name, shape).
-
-    Norms keep the constants that they start with.
-
-    Args:
-        model: whose parameters are set, in place.
-        seed: any integer.
-        std: the standard deviation of a weight, by the parameter's name; its mean is 0, and biases are 0. None for the
-            distributions that torch's layers have: normal embeddings; uniform linear layers, their biases included.
-    """
-    for name, p in model.named_parameters():  # a tied parameter once, under its first name
-        module = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        generator = _generator(seed, name)
-        if std is None and isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            nn.init.uniform_(p, -bound, bound, generator=generator)
-        elif std is None:
-            nn.init.normal_(p, generator=generator)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
-        else:
-            with torch.no_grad():
-                p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

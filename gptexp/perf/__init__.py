@@ -4,9 +4,9 @@ from gptexp.perf import mkl_kernels, openmp_spin
 
 
 def prepare() -> None:
-    """Settle what must be settled before torch is loaded; afterwards, do nothing.
+    """Do what must be done before torch is loaded; afterwards, do nothing.
 
-    It changes no result: `mkl_kernels.choose` says later which kernels a run has.
+    No result changes: `mkl_kernels.choose` decides later which kernels a run has.
     """
     openmp_spin.prepare()
     mkl_kernels.prepare()

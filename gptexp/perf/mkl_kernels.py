@@ -1,11 +1,11 @@
-"""Has Intel's MKL, which multiplies torch's matrices, use its fastest kernels on other makers' processors, too.
+"""Makes Intel's MKL, which multiplies torch's matrices, use its fastest kernels on other makers' processors, too.
 
-MKL takes its fastest kernels if its function `mkl_serv_intel_cpu_true` says that the processor is Intel's. A library
-with a function of that name, loaded before torch, is found first by the dynamic linker and asked instead. No file is
-changed. The kernels have the same precision and round differently, so results differ in their last digits.
+MKL uses its fastest kernels if its function `mkl_serv_intel_cpu_true` returns true. The dynamic linker finds a function
+of that name in a library that is loaded before torch, and MKL calls that one instead. No file is changed. The kernels
+have the same precision and round differently, so results differ in their last digits.
 
-MKL asks once in a process, at its first product of matrices. Until then the answer can be chosen; from then on it
-stands. The function counts its calls, so it is known whether MKL asked at all.
+MKL calls the function once per process, at its first product of matrices. Until then the answer can be chosen; then it
+is final. The function counts its calls, so we know whether MKL called it at all.
 
 Source: the pull request pytorch/builder#1245, which advises builders of torch for AMD to preload such a library.
 """
@@ -26,24 +26,24 @@ CALLS_AND_ANSWER = b"gptexp_calls_and_answer"
 
 @dataclass
 class Library:
-    """The loaded library, which Python never unloads."""
+    """The loaded library; Python never unloads it."""
 
     data: ctypes.Array[ctypes.c_uint32]  # calls and answer, in the library's own memory
-    chosen: bool | None = None  # what the runs of this process asked for; None before the first
+    chosen: bool | None = None  # what runs of this process asked for; None before the first
 
 
-@cache  # loaded once in a process; a later call changes nothing
+@cache  # loaded once per process
 def prepare() -> Library | None:
-    """Load the library, if torch is not loaded yet and this processor gains by it.
+    """Load the library, if torch is not loaded yet and this processor gains from it.
 
-    Until `choose` is called it gives MKL's own answer, and nothing changes.
+    Until `choose` is called, it gives MKL's own answer, and nothing changes.
     """
     if "torch" in sys.modules or not gains(first_processor()):
         return None
-    with suppress(OSError, AttributeError, ValueError):  # no code but that of files may run, or Python lacks the call
+    with suppress(OSError, AttributeError, ValueError):  # a system that runs only code from files, or an older Python
         file = os.memfd_create("mkl_kernels")
         os.write(file, shared_library(QUESTION, CALLS_AND_ANSWER))
-        # The file stays open, for the linker knows the library by this name.
+        # The file stays open, because the linker knows the library by this name.
         library = ctypes.CDLL(f"/proc/self/fd/{file}", ctypes.RTLD_GLOBAL)
         return Library((ctypes.c_uint32 * 2).in_dll(library, CALLS_AND_ANSWER.decode()))
     return None
@@ -69,7 +69,7 @@ def choose(wanted: bool) -> str | None:
 
 
 def active() -> bool:
-    """Whether MKL has asked, and was answered that this is Intel's processor. Makes it ask by a small product."""
+    """Whether MKL called the function and got the answer true; a small product makes it call."""
     library = prepare()
     if library is None:
         return False
@@ -82,27 +82,27 @@ def active() -> bool:
 
 
 def first_processor() -> str:
-    """What Linux says of the first processor; elsewhere nothing."""
+    """The first processor's part of Linux's /proc/cpuinfo; empty on other systems."""
     with suppress(OSError):
         return Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     return ""
 
 
 def gains(cpuinfo: str) -> bool:
-    """Whether a processor of this paragraph of /proc/cpuinfo runs faster kernels than MKL would choose for it."""
+    """Whether the processor of this paragraph of /proc/cpuinfo can run faster kernels than MKL would choose."""
     return "GenuineIntel" not in cpuinfo and {"avx2", "fma"} <= set(cpuinfo.split())
 
 
 def shared_library(function: bytes, data: bytes) -> bytes:
     """An ELF shared library for x86-64 with a function that counts its calls and returns a number that can be set.
 
-    The file is mapped twice: at 0 to be run, and at 0x10000 to be written to, by the dynamic linker and the function.
+    The file is mapped twice: executable at 0, and writable at 0x10000, for the dynamic linker and the function.
 
     Source: System V Application Binary Interface, chapters 4 and 5; its AMD64 supplement.
 
     Args:
         function: its name.
-        data: the name of the two 32-bit numbers that it counts in and returns, both 0 at first.
+        data: the name of two 32-bit numbers, the count and the value to return, both initially 0.
     """
     strings = b"\0" + function + b"\0" + data + b"\0"
     dynamic = 64 + 4 * 56  # behind the header of the file and those of four segments

@@ -1,36 +1,33 @@
-"""Trains the model of a run directory, from its start or from its last checkpoint."""
+"""Trains the model of a run directory, from its start or from its last checkpoint.
+
+`_fit` shows every step in order: data, module, callbacks, loggers, trainer, result.
+"""
 
 import logging
 import math
+import platform
 import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 
+import lightning
+import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from gptexp.config import Config
-from gptexp.console import silenced
+from gptexp.audits.influence import Share, train_mode
+from gptexp.config.schema import Config
 from gptexp.data.datamodule import CharDataModule
-from gptexp.data.settings import DataConfig
-from gptexp.data.tokenizer import Tokenizer
-from gptexp.errors import Diverged, GroupFailed, Interrupted, Stopped, UserError
+from gptexp.errors import Diverged, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
-from gptexp.models.audits import Share, train_mode
-from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels
-from gptexp.runs import Run, Status
+from gptexp.processes.group import Processes
+from gptexp.runs.run import Run, Status
 from gptexp.training.callbacks.checkpoints import RunCheckpoints
 from gptexp.training.callbacks.diagnostics import Diagnostics
 from gptexp.training.callbacks.divergence import Divergence
-from gptexp.training.callbacks.early_stopping import EarlyStopping
 from gptexp.training.callbacks.evaluations import Evaluations
 from gptexp.training.callbacks.interruption import Interruption
 from gptexp.training.callbacks.progress import ProgressReport
@@ -38,21 +35,21 @@ from gptexp.training.callbacks.pruning import Pruning, Watch
 from gptexp.training.callbacks.samples import Samples
 from gptexp.training.callbacks.slowdown import SlowdownWarning
 from gptexp.training.callbacks.throughput import Throughput
-from gptexp.training.checkpoint import read_checkpoint
 from gptexp.training.hardware import describe_device, peak_flops, thread_count, trainer_arguments, world_size
-from gptexp.training.loggers import close_loggers, open_loggers
+from gptexp.training.load import load_data, read_checkpoint
+from gptexp.training.loggers import opened_loggers
 from gptexp.training.module import GPTModule
 from gptexp.training.objects import build
-from gptexp.training.outcome import leave_results, versions
-from gptexp.training.processes import Processes, connected
+from gptexp.training.recording import recorded
+from gptexp.training.results import leave_results
 
 log = logging.getLogger("gptexp")
 
 
 def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool = False) -> float:
-    """Train a run from its start or its last checkpoint to its end, and write everything that it leaves behind.
+    """Train a run to its end, from its start or its last checkpoint, and write its results.
 
-    The function `watch` is given the step and loss of each evaluation, and may prune the run.
+    The function `watch` is called with the step and loss of each evaluation, and may prune the run.
 
     Returns:
         the lowest validation loss, in nats per token; nan for a run that diverged before its first evaluation.
@@ -61,18 +58,16 @@ def fit(run: Run, processes: Processes, watch: Watch | None = None, quiet: bool 
         Interrupted: after Ctrl-C or SIGTERM; the run is saved and marked "interrupted".
         UserError: for a mistake in the settings, the data or the checkpoint.
     """
-    status = _status(run) if processes.first else nullcontext()
-    # Lightning's and torch's remarks concern settings that the user never made.
-    with silenced("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings(), _log_file(run), status:
-        warnings.filterwarnings("ignore", module="lightning|torch")
-        with connected(processes, run.log_path):
-            return _fit(run, run.config, processes, watch, quiet)
+    with recorded(run, processes):
+        return _fit(run, run.config, processes, watch, quiet)
 
 
 def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, quiet: bool) -> float:
     if problem := mkl_kernels.choose(config.hardware.fast_mkl):
         raise UserError(problem)
-    world_size(config, processes)
+    world_size(config, processes)  # refuses a machine that has fewer devices than when the run began
+    resuming = _checkpoint_to_resume(run, config)
+
     data = load_data(run, config)
     module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
                        chars_per_token=data.chars_per_token)  # fmt: skip
@@ -81,47 +76,49 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
     if config.hardware.compile:
         # Training has one shape of batches; the last, smaller one of an evaluation must not make that dynamic.
         module.model.compile(dynamic=False, mode="reduce-overhead" if config.hardware.compile == "graphs" else None)
-    resuming = _checkpoint_to_resume(run, config)
     share = train_mode(module.model.config)  # on all ranks: some norms sum over them
     if processes.first:
-        _introduce(run, config, data, module.model, processes, share)
-        if resuming is None:
-            for path in run.growing:
-                path.unlink(missing_ok=True)
+        _introduce(run, config, data, module, processes, share)
+        for path in run.growing if resuming is None else ():
+            path.unlink(missing_ok=True)
+
     record = MetricsCSV(run.metrics_path)
     callbacks = _callbacks(run, config, processes, data, module, record, watch, quiet)
-    loggers: list[Logger] = []
-    status: Status | None = None
-    try:
-        open_loggers(run, config, module, loggers)
-        loggers.append(record)  # the last: `trainer.logger` is one of the user's
+    with opened_loggers(run, config, module) as loggers:
+        loggers.append(record)  # last, so that `trainer.logger` is the user's
         trainer = make_trainer(config, processes, loggers, callbacks, run.path)
-        try:
-            trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
-            if data.eval_windows is not None:  # so far, only some windows were evaluated
-                trainer.validate(module, data, verbose=False)
-            status = "pruned" if any(isinstance(c, Pruning) and c.pruned for c in callbacks) else "done"
-        except Stopped as stop:
-            status, number = "interrupted", stop.signal
-        except Diverged:
-            status = "diverged"
-        except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
-            raise KeyboardInterrupt from stop
+        status, stopped_by = _train(trainer, module, data, resuming)
         if config.trainer.profiler and processes.first:
             log.info("%s", trainer.profiler.summary())
         record.flush()
         best = leave_results(run, status, trainer) if processes.first else math.nan
-    finally:
-        close_loggers(loggers, succeeded=status in ("done", "pruned"))
-    if status == "interrupted":
-        raise Interrupted(number)
+    if stopped_by is not None:
+        raise Interrupted(stopped_by)
     return best
+
+
+def _train(
+    trainer: Trainer, module: GPTModule, data: CharDataModule, resuming: Path | None
+) -> tuple[Status, int | None]:
+    """Train to the end; returns the run's status, and the signal if one interrupted it."""
+    try:
+        trainer.fit(module, data, ckpt_path=resuming, weights_only=True)
+        if data.eval_windows is not None:  # training evaluated only some windows; now evaluate all
+            trainer.validate(module, data, verbose=False)
+    except Stopped as stop:
+        return "interrupted", stop.signal
+    except Diverged:
+        return "diverged", None
+    except SystemExit as stop:  # what Lightning makes of a second Ctrl-C
+        raise KeyboardInterrupt from stop
+    pruned = any(isinstance(callback, Pruning) and callback.pruned for callback in trainer.callbacks)
+    return "pruned" if pruned else "done", None
 
 
 def make_trainer(
     config: Config, processes: Processes, loggers: list[Logger], callbacks: list[Callback], folder: Path
 ) -> Trainer:
-    """Lightning's Trainer by the settings.
+    """Lightning's Trainer, built from the settings.
 
     Raises:
         UserError: when it refuses its arguments.
@@ -133,111 +130,38 @@ def make_trainer(
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _introduce(
-    run: Run, config: Config, data: CharDataModule, model: LanguageModel, processes: Processes, share: Share
-) -> None:
-    """Write what computes into run.json, and say it."""
-    device, before = describe_device(config, processes), run.info.get("device", {}).get("devices", processes.world_size)
-    if before != processes.world_size:
-        log.warning("%s: trained by %d processes so far, now by %d: last digits and dropout differ from an unbroken "
-                    "run's", run.path, before, processes.world_size)  # fmt: skip
-    run.update(
-        status="running", error=None, device=device, versions=versions(), parameters=model.n_params,
-        train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
-    )  # fmt: skip
-    log.info(
-        "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{model.n_params:,}",
-        run.info["data"]["corpus"], f"{len(data.encoded.ids):,}", processes.world_size, device["name"],
-        device["precision"],
-    )  # fmt: skip
-    if share.looks_ahead:
-        log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
-                    config.model.label)  # fmt: skip
-
-
 def _callbacks(
     run: Run, config: Config, processes: Processes, data: CharDataModule, module: GPTModule,
     record: MetricsCSV, watch: Watch | None, quiet: bool,
 ) -> list[Callback]:  # fmt: skip
+    """Our callbacks and the user's; those that save and interrupt come last."""
     monitor = "val/loss" if config.eval_windows is None else "val/loss_windows"
     interval = config.checkpoint_interval or config.eval_interval
     checkpoints = RunCheckpoints(run, record, config.fingerprint(), monitor, interval)
     # Slurm's warning before a job's time is up; srun hands it to all processes.
     warning = [signal.SIGUSR1] if config.hardware.cluster == "slurm" else []
-    folder = run.checkpoint("last").parent
-    more: list[Callback] = [build(f"callbacks.{name}", entry, dirpath=folder)
-                            for name, entry in config.callbacks.items()]  # fmt: skip
-    if config.early_stop_patience:
-        more.append(EarlyStopping(monitor, patience=config.early_stop_patience))
-    sampler = _sampler(module.model, config, data.encoded.tokenizer, data.encoded.documents)
-    bars = any(isinstance(callback, ProgressBar) for callback in more) or config.trainer.enable_progress_bar is False
+    folder = checkpoints.dirpath
+    own = [build(f"callbacks.{name}", entry, dirpath=folder) for name, entry in config.callbacks.items()]
+    silent = any(isinstance(callback, ProgressBar) for callback in own) or config.trainer.enable_progress_bar is False
     loss = "loss that sees later tokens" if run.sees_later_tokens else "loss"
-    return [
-        Evaluations(),
-        *([Diagnostics(run, config.diagnostics_interval)] if config.diagnostics_interval else []),
+
+    callbacks: list[Callback] = [Evaluations()]
+    if config.diagnostics_interval:
+        callbacks.append(Diagnostics(run, config.diagnostics_interval))
+    callbacks += [
         Throughput(record, module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size)),
         SlowdownWarning(),
         Divergence(monitor, interval),
-        *([Samples(run, sampler)] if sampler else []),
-        *([] if bars else [ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet))]),
-        *([Pruning(watch, monitor)] if watch else []),
-        *more,
-        checkpoints,
-        Interruption(checkpoints, warning),
     ]
-
-
-def load_data(run: Run, config: Config) -> CharDataModule:
-    """The data of the corpus that the run was begun with, which may be the fallback of the one that it asked for.
-
-    Raises:
-        UserError: when that corpus is gone or has changed.
-    """
-    known = run.info["data"]
-    settings = replace(config.data, name=known["corpus"], offline_fallback=None)
-    if not known["documents"]:  # the fallback is running text, whatever was asked for
-        unused = {name: getattr(DataConfig, name) for name in ("terminator", "split_seed")}
-        settings = replace(settings, documents=False, **unused)
-    if settings.name == "file":
-        settings = replace(settings, path=known["path"])
-    data = CharDataModule(
-        settings,
-        block_size=config.model.block_size,
-        batch_size=config.batch_size,
-        accumulate=config.gradient_accumulation_steps,
-        eval_batch_size=config.eval_batch_size,
-        eval_windows=config.eval_windows,
-        seed=config.seed,
-    )
-    data.setup()
-    if data.encoded.fingerprint != run.info["fingerprints"]["data"]:
-        raise UserError(f"resume={run.path}: {known['path']} has changed since the run began")
-    return data
-
-
-def _sampler(
-    model: LanguageModel, config: Config, tokenizer: Tokenizer, documents: bool
-) -> Callable[[GPTModule], str] | None:
-    """A function that samples a text: one long one, or ten documents.
-
-    None where none is wanted, or where no process holds the whole model; then `gptexp.sample` reads a checkpoint.
-    """
-    if not config.sample_tokens or config.hardware.strategy == "fsdp":
-        return None
-    opening = [0]
-    with suppress(UserError):  # a corpus without a newline
-        opening = tokenizer.encode("\n").tolist()
-    prompts = [opening] * (10 if documents else 1)
-    stop = opening if documents else []
-
-    def sample(module: GPTModule) -> str:
-        with module.trainer.precision_plugin.forward_context():
-            rows = model.generate(prompts, config.sample_tokens, stop=stop, seed=config.seed)
-        if documents:
-            return "\n".join(tokenizer.decode(r[:-1] if r[-1:] == stop else r) for r in rows)
-        return tokenizer.decode(rows[0])
-
-    return sample
+    if config.sample_tokens and config.hardware.strategy != "fsdp":  # under FSDP no process holds the whole model
+        callbacks.append(Samples(run, config, data))
+    if not silent:
+        callbacks.append(ProgressReport(run.info["name"], monitor, loss, Console(quiet=quiet)))
+    if watch:
+        callbacks.append(Pruning(watch, monitor))
+    if config.early_stop_patience:
+        callbacks.append(EarlyStopping(monitor, patience=config.early_stop_patience))
+    return [*callbacks, *own, checkpoints, Interruption(checkpoints, warning)]
 
 
 def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
@@ -245,54 +169,31 @@ def _checkpoint_to_resume(run: Run, config: Config) -> Path | None:
     last = run.checkpoint("last")
     if not last.exists() and not run.info.get("resumable"):
         return None
-    checkpoint = read_checkpoint(last, f"resume={run.path}", weights=False)
+    checkpoint = read_checkpoint(last, f"resume={run.path}")
     if checkpoint["gptexp"]["config"] not in run.fingerprints:
         raise UserError(f"resume={run.path}: {last} belongs to another configuration than {run.path / 'config.yaml'}")
     return last if checkpoint["global_step"] else None
 
 
-@contextmanager
-def _log_file(run: Run) -> Iterator[None]:
-    """Copy all messages, and the traceback of an error, to train.log."""
-    handler = logging.FileHandler(run.log_path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
-    loggers = (log, logging.getLogger("lightning.pytorch"))
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        log.debug("started: %s", " ".join(sys.argv))
-        yield
-    except (Exception, GroupFailed):
-        log.debug("failed", exc_info=True)
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _status(run: Run) -> Iterator[None]:
-    """Hold the run's lock, and leave the right status behind whatever happens."""
-    with run.lock():
-        try:
-            yield
-        except BaseException as error:
-            try:
-                _record(run, error)
-            except OSError:  # a full disk: the error itself is what the user must see
-                log.warning("%s: cannot write run.json", run.path)
-            raise
-
-
-def _record(run: Run, error: BaseException) -> None:
-    """Write what ended a run; GroupFailed is what ended another of its processes."""
-    status = error.status if isinstance(error, GroupFailed) else 2 if isinstance(error, UserError) else 1
-    text = str(error) if isinstance(error, UserError | GroupFailed) else f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyboardInterrupt) or status > 128:
-        if run.info["status"] == "running":  # else it was saved, and its results are written
-            run.finish("interrupted")
-    elif status == 2 and run.info.get("resumable"):  # a mistake that is found before training can be corrected
-        run.update(error=text)
-    else:
-        run.finish("failed", error=text)
+def _introduce(
+    run: Run, config: Config, data: CharDataModule, module: GPTModule, processes: Processes, share: Share
+) -> None:
+    """Record and log what trains the run."""
+    device, before = describe_device(config, processes), run.info.get("device", {}).get("devices", processes.world_size)
+    if before != processes.world_size:
+        log.warning("%s: trained by %d processes so far, now by %d: last digits and dropout differ from an unbroken "
+                    "run's", run.path, before, processes.world_size)  # fmt: skip
+    parameters = module.model.n_params
+    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, lightning, np)}}
+    run.update(
+        status="running", error=None, device=device, versions=versions, parameters=parameters,
+        train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
+    )  # fmt: skip
+    log.info(
+        "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{parameters:,}",
+        run.info["data"]["corpus"], f"{len(data.encoded.ids):,}", processes.world_size, device["name"],
+        device["precision"],
+    )  # fmt: skip
+    if share.looks_ahead:
+        log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
+                    config.model.label)  # fmt: skip

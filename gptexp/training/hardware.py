@@ -1,4 +1,4 @@
-"""Turns the settings into a Trainer's arguments, and says what the machine is."""
+"""What the hardware settings mean on this machine: a Trainer's arguments, CPU threads, and the machine itself."""
 
 import os
 import platform
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.nn import functional as F
 
-from gptexp.config import Config
+from gptexp.config.schema import Config
+from gptexp.config.sections import HardwareConfig, check_batch
 from gptexp.errors import UserError
 from gptexp.models.gpt import Block
 from gptexp.models.language_model import LanguageModel
 from gptexp.perf import mkl_kernels, openmp_spin
+from gptexp.processes.group import Processes
 from gptexp.training.callbacks.checkpoints import DurableCheckpointIO
-from gptexp.training.processes import Processes
-from gptexp.training.settings import HardwareConfig, check_batch
 
 TORCH_THREADS = torch.get_num_threads()
 """Torch's own choice of threads, before a run of this process had another: OMP_NUM_THREADS, or the physical cores."""
@@ -46,6 +47,22 @@ def accelerator(config: HardwareConfig) -> str:
             return kind
     have = " and ".join(sorted(kind for kind in there if there[kind]))
     raise UserError(f"hardware.accelerator={config.accelerator}: this machine has none; allowed here: {have}")
+
+
+def precision(config: HardwareConfig) -> str:
+    """The precision that the settings mean on this machine, by Lightning's name.
+
+    Raises:
+        UserError: for a precision that the machine does not have.
+    """
+    kind = accelerator(config)
+    if config.precision == "16-mixed" and kind == "cpu":
+        raise UserError("hardware.precision=16-mixed: a CPU has none; allowed: 32-true, bf16-mixed, bf16-true, 64-true")
+    if config.precision != "auto":
+        return config.precision
+    if kind != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def world_size(config: Config, processes: Processes) -> int:
@@ -82,9 +99,9 @@ def world_size(config: Config, processes: Processes) -> int:
 
 
 def thread_count(model: LanguageModel, config: Config, devices: int, before: int | None = None) -> int:
-    """The number of CPU threads that the settings mean: a rule, so the same run has the same threads on this machine.
+    """The number of CPU threads, by a rule: the same run always has the same number on this machine.
 
-    A resumed run keeps the number that it had (`before`), since its last digits depend on it.
+    A resumed run keeps the number that it had, `before`, since its last digits depend on it.
     """
     threads = config.hardware.threads
     if threads != "auto" or accelerator(config.hardware) != "cpu":
@@ -115,31 +132,15 @@ def cpu_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
         return None
 
 
-def precision(config: HardwareConfig) -> str:
-    """The precision that the settings mean on this machine, by Lightning's name.
-
-    Raises:
-        UserError: for a precision that the machine does not have.
-    """
-    if config.precision == "16-mixed" and accelerator(config) == "cpu":
-        raise UserError("hardware.precision=16-mixed: a CPU has none; allowed: 32-true, bf16-mixed, bf16-true, 64-true")
-    if config.precision != "auto":
-        return config.precision
-    if accelerator(config) != "cuda":
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
 def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
-    """The arguments of Lightning's Trainer that the settings stand for."""
+    """The settings as arguments of Lightning's Trainer."""
     hardware, kind = config.hardware, accelerator(config.hardware)
     strategy: Any = "auto"
-    if hardware.strategy == "fsdp":  # block by block, so that no process ever holds the whole model
-        strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="sharded")
+    if hardware.strategy == "fsdp":  # block by block; only to save does a process hold the whole model
+        strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
     elif hardware.strategy == "ddp" or processes.world_size > 1:
         # Norms share their statistics themselves, so no buffer needs to be sent around.
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    further = {k: v for k, v in asdict(config.trainer).items() if v is not None}
     return {
         "accelerator": "gpu" if kind == "cuda" else kind,
         "devices": processes.per_node,
@@ -158,46 +159,52 @@ def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
-        **further,
+        **{k: v for k, v in asdict(config.trainer).items() if v is not None},
     }
 
 
 def peak_flops(config: Config, devices: int) -> float:
-    """Floating-point operations a second that all devices can reach together.
+    """Floating-point operations per second that all devices can reach together.
 
-    A GPU's figure is its data sheet's, where that is known; elsewhere a square matrix product is timed.
+    A GPU's figure is its data sheet's, where Lightning knows it; elsewhere a square matrix product is timed.
     """
-    from lightning.fabric.utilities.throughput import get_available_flops
-
     kind, name = accelerator(config.hardware), precision(config.hardware)
     dtypes = (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64))
     dtype = next((d for part, d in dtypes if part in name), torch.float32)
     if kind == "cuda" and (known := get_available_flops(torch.device("cuda", 0), dtype)):
         return float(known) * devices
-    return _timed_flops(kind, dtype, torch.get_num_threads()) * devices
+    return _timed_flops(kind, dtype) * devices * (torch.get_num_threads() if kind == "cpu" else 1)
 
 
 @cache
-def _timed_flops(kind: str, dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations per second of a square matrix product on `threads` threads, timed once per process."""
-    size = 8192 if kind == "cuda" else 1024
-    numbers = torch.Generator(kind)  # of its own: those of the run go on as if nothing was timed
-    a, b = (torch.randn(size, size, device=kind, dtype=dtype, generator=numbers) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + 0.1
-    while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        float(F.linear(a, b)[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
+def _timed_flops(kind: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a GPU, or of one CPU thread: the best of many square matrix products.
+
+    On a CPU each takes about a millisecond and a single thread, so that some of them run undisturbed even on a busy
+    machine. Products of 1024 rows on all threads seldom do: their best was half of this, and less than training itself.
+    """
+    size, threads = {"cuda": 8192, "mps": 4096, "cpu": 384}[kind], torch.get_num_threads()
+    a = torch.ones(size, size, device=kind, dtype=dtype)  # not random: a run's random numbers go on undisturbed
+    best, end = float("inf"), time.perf_counter() + 0.2
+    torch.set_num_threads(1)
+    try:
+        while time.perf_counter() < end or best == float("inf"):
+            start = time.perf_counter()
+            float(F.linear(a, a)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return 2 * size**3 / best
 
 
 def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
     """What run.json says of the machine."""
     kind = accelerator(config.hardware)
-    name = torch.cuda.get_device_name(0) if kind == "cuda" else processor()
+    found = re.search(r"^model name\s*: (.+)", mkl_kernels.first_processor(), re.MULTILINE)
+    processor = found[1] if found else platform.processor() or platform.machine()
     return {
         "accelerator": kind,
-        "name": name,
+        "name": torch.cuda.get_device_name(0) if kind == "cuda" else processor,
         "devices": processes.world_size,
         "nodes": processes.nodes,
         "precision": precision(config.hardware),
@@ -205,9 +212,3 @@ def describe_device(config: Config, processes: Processes) -> dict[str, Any]:
         "fast_mkl": mkl_kernels.active(),
         "spin_count": openmp_spin.active(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    found = re.search(r"^model name\s*: (.+)", mkl_kernels.first_processor(), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()

@@ -10,15 +10,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gptexp.config import read_section
+from gptexp.config.schema import read_section
+from gptexp.config.sections import ModelConfig, OptimizerConfig, ScheduleConfig
 from gptexp.data.batches import Batch, draw
 from gptexp.models.language_model import LanguageModel
-from gptexp.models.settings import ModelConfig, build_model
+from gptexp.models.settings import build_model
+from gptexp.tasks.metrics import LanguageModelMetrics, summed_loss
 from gptexp.training.callbacks.evaluations import evaluation_due
-from gptexp.training.metrics import LanguageModelMetrics, summed_loss
-from gptexp.training.optimizers import build_optimizer
-from gptexp.training.schedules import lr_factor
-from gptexp.training.settings import OptimizerConfig, ScheduleConfig
+from gptexp.training.optimizers import Parameters
 
 DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 
@@ -26,15 +25,15 @@ DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 class GPTModule(LightningModule):
     """Trains a language model with any Trainer; `GPTModule.load_from_checkpoint(path)` gives it back.
 
-    At the steps whose metrics the Trainer gives to loggers, before an evaluation and at the last step, it logs
-    `train/loss` (nats per token, the mean over the optimizer step), `grad_norm` (before clipping) and `learning_rate`;
-    at other steps it does not, because that takes a tenth of a small model's step. In validation it logs `val/loss`,
-    `val/perplexity`, `val/accuracy` and `val/bpc`, or `val/loss_windows` alone where a batch says that it is not of the
-    whole split. With both goes `step`, the number of optimizer steps done, which is the step that loggers get.
+    Every `log_every_n_steps`, before an evaluation and at the last step, it logs `train/loss` (nats per token, the
+    mean over the optimizer step), `grad_norm` (before clipping) and `learning_rate`; to do so at every step would cost
+    a tenth of a small model's time. In validation it logs `val/loss`, `val/perplexity`, `val/accuracy` and `val/bpc`,
+    or `val/loss_windows` alone if a batch says that it is not of the whole split. Each time it logs `step`, too, the
+    number of optimizer steps done, which Lightning passes on to loggers.
 
     Args:
         model: settings of the model: a mapping such as `{"norm": "rmsnorm", "n_layer": 2, "vocab_size": 65}`, or one of
-            `gptexp.models.settings`.
+            `ModelConfig`.
         optimizer: settings of the optimizer, in the same way, such as `{"name": "adamw", "learning_rate": 1e-3}`.
         schedule: settings of the learning rate, in the same way, such as `{"name": "cosine", "warmup_steps": 100}`.
         seed: of the initial weights and of dropout.
@@ -148,11 +147,10 @@ class GPTModule(LightningModule):
         """The configured optimizer, and a scheduler that moves its learning rates at every step."""
         fused = self.trainer.precision != "16-mixed"  # a fused step would skip the unscaling that clipping needs
         hidden = {f"model.{name}": parts for name, parts in self.model.hidden_matrices.items()}
-        optimizer = build_optimizer(
-            self.optimizer_config, self.named_parameters(), self.matrices, hidden, fused, self.learning_rate
-        )
+        parameters = Parameters(list(self.named_parameters()), self.matrices, hidden)
+        optimizer = self.optimizer_config.build(parameters, self.learning_rate, fused)
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_config, step, int(steps)))
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule_config.factor(step, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -1,12 +1,18 @@
 """Muon: momentum whose updates of matrices are made orthogonal; AdamW for all other parameters."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from gptexp.config.sections import OptimizerConfig
+from gptexp.config.settings import settings
+from gptexp.registry import OPTIMIZERS
+from gptexp.training.optimizers import Parameters
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -14,9 +20,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     """Matrices (n, rows, columns), rows <= columns, with all singular values near 1 and the singular vectors unchanged.
 
-    A quintic Newton-Schulz iteration: each singular value s becomes a s + b s^3 + c s^5, after a division by the
-    Frobenius norm; the coefficients are those that raise small values fastest, so that the values end between 0.7
-    and 1.2, which is near enough.
+    A quintic Newton-Schulz iteration: after a division by the Frobenius norm, each singular value s becomes
+    a s + b s^3 + c s^5, with the coefficients that raise small values fastest. The values end between 0.7 and 1.2,
+    which is near enough.
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
     a, b, c = COEFFICIENTS
@@ -28,15 +34,14 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
 
 
 class Muon(Optimizer):
-    """The optimizer of two kinds of parameter groups, each with "lr" and "weight_decay".
+    """Muon for the parameter groups that have "parts", AdamW for the others; each has an "lr" and a "weight_decay".
 
     A group with "parts" holds matrices, each of that many matrices of equal size one below the other, such as the
     three of queries, keys and values: with momentum m, and gradient g,
     m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g, w <- w (1 - lr weight_decay) - lr scale O(u),
     where O makes orthogonal and scale is the root of max(1, rows / columns), as in `torch.optim.Muon`. That one works
-    in bfloat16 on one matrix at a time; this one in the gradient's own precision, and on all matrices of a shape
-    together, which takes less than half of the time on a CPU without bfloat16. Every other group is AdamW's, with its
-    betas and eps, and in one kernel if `fused`.
+    in bfloat16 on one matrix at a time; this one in the gradient's precision on all matrices of a shape together, which
+    takes less than half the time on a CPU without bfloat16.
     """
 
     def __init__(
@@ -93,3 +98,49 @@ class Muon(Optimizer):
             foreach=False, fused=group["fused"], amsgrad=False, maximize=False, beta1=group["betas"][0],
             beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
+
+
+@OPTIMIZERS.register("muon")
+@settings
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices of hidden layers (Jordan et al. 2024), AdamW for everything else."""
+
+    name: Literal["muon"] = "muon"
+    learning_rate: Annotated[float, Gt(0)] = 0.02
+    """The peak for the matrices of hidden layers; the schedule moves both learning rates alike."""
+    adam_learning_rate: Annotated[float, Gt(0)] = 0.01
+    """The peak for everything else."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Of the matrices: how much of its direction each step keeps."""
+    iterations: Annotated[int, Ge(1)] = 5
+    """Newton-Schulz iterations that make an update orthogonal."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.8
+    """AdamW's, for everything else."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """AdamW's, for everything else."""
+    eps: Annotated[float, Gt(0)] = 1e-10
+    """AdamW's, for everything else."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Of the matrices of hidden layers."""
+
+    def build(self, parameters: Parameters, peak: float, fused: bool) -> Optimizer:
+        """Muon in a group for each number of parts, AdamW in another one."""
+        named, hidden = parameters.named, parameters.hidden
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in named if hidden.get(n) == parts], "parts": parts, "lr": peak,
+             "weight_decay": self.weight_decay} for parts in sorted(set(hidden.values()))
+        ]  # fmt: skip
+        others = self.adam_learning_rate * peak / self.learning_rate
+        groups.append({"params": [p for n, p in named if n not in hidden], "lr": others})
+        return Muon(groups, momentum=self.momentum, iterations=self.iterations, betas=(self.beta1, self.beta2),
+                    eps=self.eps, fused=fused)  # fmt: skip
+
+    def problems(self, model: Any, hardware: Any) -> list[str]:
+        """It needs whole matrices of hidden layers."""
+        rules = {
+            "optimizer.name=muon: needs whole matrices, which hardware.strategy=fsdp cuts in pieces":
+                hardware and hardware.strategy == "fsdp",
+            "optimizer.name=muon: model.name=bigram has no hidden layers; allowed: adamw, sgd":
+                model and model.name == "bigram",
+        }  # fmt: skip
+        return [problem for problem, applies in rules.items() if applies]

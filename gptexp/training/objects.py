@@ -10,23 +10,23 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
-from gptexp.config import Config
+from gptexp.config.schema import Config
+from gptexp.config.settings import nearest, read_fields, show
 from gptexp.errors import UserError
-from gptexp.validation import nearest, read_fields, show
 
 KINDS = {"callbacks": Callback, "logger": Logger}
 
 SUPPLIED = {"callbacks": ("dirpath",), "logger": ("save_dir", "run_name")}
-"""Arguments that a run adds where a class has them and its entry leaves them out."""
+"""Arguments that a run adds if a class has them and its entry leaves them out."""
 
 IDENTITIES = ("id", "run_id")
-"""Arguments by which a logger goes on in a run of its service, such as W&B's."""
+"""Arguments by which a logger continues a run of its service, such as W&B's."""
 
 PACKAGES: dict[type, tuple[tuple[str, ...], str]] = {
     TensorBoardLogger: (("tensorboard",), "tensorboard"),
     MLFlowLogger: (("mlflow", "sqlalchemy", "alembic"), "mlflow"),
 }
-"""What Lightning's loggers need and import only once they are built, and the extra of this package that brings it."""
+"""Packages that Lightning's loggers import only when they are built, and the extra that installs them."""
 
 
 def check_objects(config: Config) -> None:
@@ -77,7 +77,7 @@ def parameters(cls: type) -> Mapping[str, inspect.Parameter]:
 
 
 def build(key: str, entry: Mapping[str, Any], **defaults: Any) -> Any:
-    """Build an object of its `_target_` and arguments; `defaults` are for those that the class has and the entry lacks.
+    """Build an object from its `_target_` and arguments; `defaults` fill in what the class has and the entry lacks.
 
     Raises:
         UserError: when the class refuses its arguments; the line begins with key.

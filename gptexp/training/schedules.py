@@ -1,25 +1,81 @@
-"""Learning-rate schedules: plain functions of the step, without state."""
+"""Learning-rate schedules: functions of the step, without state."""
 
 import math
+from typing import Annotated, Literal
 
-from gptexp.training.settings import CosineConfig, LinearConfig, ScheduleConfig, WSDConfig
+from annotated_types import Ge, Gt, Le
+
+from gptexp.config.sections import ScheduleConfig
+from gptexp.config.settings import settings
+from gptexp.registry import SCHEDULES
+
+Fraction = Annotated[float, Ge(0), Le(1)]
 
 
-def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """The learning rate of a step, from 0 on, as a fraction of the peak.
+@settings
+class _Decaying(ScheduleConfig):
+    decay_steps: Annotated[int, Ge(1)] | None = None
+    """The step at which the decay ends; null is `max_steps`."""
+    min_lr_ratio: Fraction = 0.1
+    """The learning rate where the decay ends, as a fraction of the peak."""
 
-    Warmup climbs in a straight line and reaches the peak at step `warmup_steps`: (step + 1) / (warmup_steps + 1).
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    match config:
-        case CosineConfig() | LinearConfig():
-            end = config.decay_steps or max_steps
-            done = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
-            left = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(config, CosineConfig) else 1 - done
-        case WSDConfig():
-            decay = max(1, round(max_steps * config.decay_fraction))
-            left = min(1.0, (max_steps - step) / decay)
-        case _:
-            return 1.0
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * max(0.0, left)
+    def after_warmup(self, step: int, max_steps: int) -> float:
+        end = self.decay_steps or max_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, end - self.warmup_steps))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * self.left(done)
+
+    def left(self, done: float) -> float:
+        """What is left of the decay once this fraction of its steps is done."""
+        raise NotImplementedError
+
+
+@SCHEDULES.register("cosine")
+@settings
+class Cosine(_Decaying):
+    """Falls in half a cosine: Loshchilov, Hutter 2017, "SGDR", without its restarts."""
+
+    name: Literal["cosine"] = "cosine"
+
+    def left(self, done: float) -> float:
+        """Half a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+
+@SCHEDULES.register("linear")
+@settings
+class Linear(_Decaying):
+    """Falls in a line."""
+
+    name: Literal["linear"] = "linear"
+
+    def left(self, done: float) -> float:
+        """A line."""
+        return 1 - done
+
+
+@SCHEDULES.register("constant")
+@settings
+class Constant(ScheduleConfig):
+    """The learning rate stays at its peak."""
+
+    name: Literal["constant"] = "constant"
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps in which the learning rate climbs in a straight line to its peak."""
+
+
+@SCHEDULES.register("wsd")
+@settings
+class WSD(ScheduleConfig):
+    """Warm-up, stable, decay: falls in a line over the last `decay_fraction` of `max_steps` (Hu et al. 2024)."""
+
+    name: Literal["wsd"] = "wsd"
+    decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.2
+    """The share of `max_steps` over which the learning rate falls."""
+    min_lr_ratio: Fraction = 0.0
+    """The learning rate where it ends, as a fraction of the peak."""
+
+    def after_warmup(self, step: int, max_steps: int) -> float:
+        """The peak, and then a line."""
+        decay = max(1, round(max_steps * self.decay_fraction))
+        left = max(0.0, min(1.0, (max_steps - step) / decay))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left

@@ -1,7 +1,7 @@
 """Looks inside training: gradients, updates, activations and attention of every layer, every so many steps.
 
 What is measured, of the step to come. The first two are of the whole step, the drifts of the first micro-batch on all
-ranks, the others of the first rank's share of it. Padding enters nothing.
+ranks, the others of rank 0's share of it. Padding is left out everywhere.
 
     grad_norm            |gradient| (L2) of a layer's own parameters, before clipping
     update_ratio         |change of the parameters by the step| / |parameters before it|; none while they are all 0
@@ -28,14 +28,15 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gptexp.audits.influence import named_layers
 from gptexp.data.batches import Batch
 from gptexp.models.attention import CausalSelfAttention
-from gptexp.models.audits import named_layers
 from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
 from gptexp.models.norms import DynamicTanh
-from gptexp.records import Measurement, Table
-from gptexp.runs import Run
+from gptexp.models.positions import NOTHING, Relative
+from gptexp.runs.files import Measurement, append_rows
+from gptexp.runs.run import Run
 from gptexp.training.module import GPTModule
 
 FLAT, FLAT_TANH = 0.05, 0.97
@@ -51,8 +52,8 @@ Values = dict[tuple[str, str], Tensor | float]
 class Diagnostics(Callback):
     """Measures before step s, for s = 0 and every `interval` steps, into diagnostics.csv and to the loggers.
 
-    Training goes on exactly as it would without: the model is hooked for one forward pass, and the hooks draw no
-    random number and change nothing. Comes before `Throughput`, which then counts the time of this as training.
+    Training is the same with it and without: the model is hooked for one forward pass, and the hooks draw no random
+    number and change nothing. It comes before `Throughput`, which so counts its time as training.
     """
 
     def __init__(self, run: Run, interval: int) -> None:
@@ -96,11 +97,8 @@ class Diagnostics(Callback):
                 change = norm([_wide(p) - _wide(old) for p, old in zip(parameters, before, strict=True)])
                 self._values[layer, "update_ratio"] = float(change) / size
         self._before = {}
-        table = Table(self.run.diagnostics_path, Measurement._fields)
         rows = [Measurement(self._step, *names, float(value)) for names, value in self._values.items()]
-        for row in rows:
-            table.append(row._asdict())
-        table.close()
+        append_rows(self.run.diagnostics_path, Measurement._fields, (row._asdict() for row in rows))
         logged: dict[str, float] = {f"diagnostics/{row.quantity}/{row.layer}": row.value for row in rows}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=self._step)
@@ -166,7 +164,7 @@ def watch(model: nn.Module, mask: Tensor | None, values: Values) -> list[Removab
 
 
 def attention(
-    layer: CausalSelfAttention, real: Callable[[Tensor], Tensor], x: Tensor, rope: tuple[Tensor, Tensor] | None = None
+    layer: CausalSelfAttention, real: Callable[[Tensor], Tensor], x: Tensor, relative: Relative = NOTHING
 ) -> dict[str, Tensor]:
     """attention_entropy and max_attention_logit of the layer's input x (N, L, C), in the precision of its weights.
 
@@ -175,7 +173,7 @@ def attention(
     L, x = x.shape[1], x.to(layer.qkv.weight.dtype)
     entropy, largest = [], []
     for some in torch.split(x, max(1, AT_ONCE // (layer.n_head * L * L))):
-        logits = _wide(layer.logits(some, rope))  # (n, H, L, L)
+        logits = _wide(layer.logits(some, relative))  # (n, H, L, L)
         entropy.append(torch.special.entr(logits.softmax(-1)).sum(-1))
         largest.append(logits.amax(-1))  # (n, H, L)
     mean, most = (real(torch.cat(parts).transpose(1, 2)) for parts in (entropy, largest))

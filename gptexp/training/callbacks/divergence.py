@@ -14,17 +14,17 @@ from gptexp.training.module import GPTModule
 class Divergence(Callback):
     """Raises `Diverged`, before anything of that step is saved.
 
-    On the CPU the gradient's norm is looked at after every step. Elsewhere a look waits for the device, so there it
-    comes with the rows of metrics and with checkpoints, every `interval` steps. Every rank sees the same norm, so all
-    stop together.
+    On the CPU the gradient's norm is checked after every step. Elsewhere a check would wait for the device, so it is
+    made with each row of metrics and each checkpoint, every `interval` steps. All ranks see the same norm, and stop
+    together.
     """
 
     def __init__(self, monitor: str, interval: int) -> None:
         self.monitor, self.interval = monitor, interval
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: GPTModule, *_: Any) -> None:
-        """Look at the gradient's norm."""
-        if trainer.precision == "16-mixed":  # a loss scaler meets infinite gradients in the normal course of things
+        """Check the gradient's norm."""
+        if trainer.precision == "16-mixed":  # where infinite gradients are normal: the loss scaler skips their steps
             return
         step = trainer.global_step
         due = step % trainer.log_every_n_steps == 0 or step % self.interval == 0 or evaluation_due(trainer)
@@ -34,6 +34,6 @@ class Divergence(Callback):
             raise Diverged
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Look at the validation loss."""
+        """Check the validation loss."""
         if not math.isfinite(float(trainer.callback_metrics.get(self.monitor, 0.0))):
             raise Diverged

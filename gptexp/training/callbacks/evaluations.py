@@ -9,7 +9,7 @@ class Evaluations(Callback):
     """Evaluates before the first step and after the last one, besides Lightning's every `val_check_interval`."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the untrained model, once every callback has started."""
+        """Evaluate the untrained model, once all callbacks have started."""
         if trainer.global_step == 0 and trainer.enable_validation and not trainer.fast_dev_run:
             trainer.validating = True  # as Lightning's own loop does around an evaluation
             trainer.fit_loop.epoch_loop.val_loop.run()

@@ -16,10 +16,10 @@ from gptexp.training.callbacks.throughput import log_step
 
 
 class Interruption(Checkpoint):
-    """Lets Ctrl-C, SIGTERM and more signals finish the current step, saves it, and raises `Stopped`.
+    """On Ctrl-C, SIGTERM and the signals `more`: finishes the current step, saves, and raises `Stopped`.
 
-    A second Ctrl-C stops at once, without saving. A `Checkpoint`, so that Lightning calls it after all other callbacks
-    and after `RunCheckpoints`.
+    A second Ctrl-C stops at once, without saving. It is a `Checkpoint` so that Lightning calls it last, after
+    `RunCheckpoints`.
 
     Attributes:
         signal: the number of the signal that came, or None.
@@ -48,7 +48,7 @@ class Interruption(Checkpoint):
         self.signal = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop after a step, unless an evaluation follows that belongs to it."""
+        """Stop after a step; if an evaluation follows, after that."""
         step = trainer.global_step
         if step == self._step or evaluation_due(trainer):  # or between the micro-batches of a step
             return
@@ -60,7 +60,7 @@ class Interruption(Checkpoint):
             self._stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the final evaluation end: in a signal, Lightning's handler waits for ranks that may not have got it."""
+        """Let the final evaluation end: Lightning's own handler waits for ranks that may not have got the signal."""
         if trainer.state.fn == "validate" and trainer.world_size > 1:
             self._take()
 
@@ -72,7 +72,7 @@ class Interruption(Checkpoint):
             self._restore()
 
     def _noted(self, trainer: Trainer) -> bool:
-        """Whether any rank got a signal, so that all stop together."""
+        """Whether any rank got a signal; then all stop together."""
         noted = self.signal is not None
         return trainer.strategy.reduce_boolean_decision(noted, all=False) if trainer.world_size > 1 else noted
 

@@ -78,7 +78,8 @@ class ProgressReport(ProgressBar):
         self._line_at = now
         parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps > 0 else f"step {step}"]
         parts += [f"{self.loss} {shown['loss']}"] if shown["loss"] != "-" else []
-        parts += [f"val loss {shown['val']}"] if evaluated else []
+        whole = "" if self.monitor == "val/loss" else " (some windows)"
+        parts += [f"val loss {shown['val']}{whole}"] if evaluated else []
         parts += [f"{shown['rate']} tok/s"] if shown["rate"] != "-" else []
         if self._first < step < steps:
             left = (now - self._start) / (step - self._first) * (steps - step)

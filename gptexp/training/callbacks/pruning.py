@@ -6,11 +6,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 Watch = Callable[[int, float], bool]
-"""Is given the step and the loss of an evaluation; returns whether the run is to be pruned."""
+"""Takes the step and the loss of an evaluation; returns whether to prune the run."""
 
 
 class Pruning(Callback):
-    """Reports each evaluation of a metric to `watch`, and stops the run where that says so.
+    """Reports each evaluation of a metric to `watch`, and stops the run if it returns True.
 
     Attributes:
         pruned: whether it stopped the run.
@@ -24,15 +24,11 @@ class Pruning(Callback):
         return {"pruned": self.pruned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a checkpoint's."""
+        """Continue from a checkpoint."""
         self.pruned = state_dict["pruned"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop again a run that was killed after it was pruned."""
-        trainer.should_stop = trainer.should_stop or self.pruned
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report an evaluation; the last one is no longer worth a stop."""
+        """Report an evaluation; after the last one there is nothing left to prune."""
         if trainer.state.fn != "fit" or trainer.should_stop:
             return
         poor = self.watch(trainer.global_step, float(trainer.callback_metrics[self.monitor]))

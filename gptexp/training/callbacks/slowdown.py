@@ -1,4 +1,4 @@
-"""Says so, and why, when training becomes much slower than it was at first."""
+"""Warns when training becomes much slower than it was at first, and says why."""
 
 import logging
 import math
@@ -19,10 +19,10 @@ UNKNOWN = ("no other process seems to take its cores; perhaps it waits for memor
 
 
 class SlowdownWarning(Callback):
-    """Warns in one line when a run's speed falls to a fraction of its first, or others slow it from the beginning.
+    """Warns in one line when a run's speed falls far below its first, or when other processes slow it from the start.
 
     Each measurement covers `seconds` of training, without evaluations and checkpoints. Two slow ones in a row lead to a
-    warning, once for each likely cause. A run's first speed is the best of its first three measurements.
+    warning, once per likely cause. A run's first speed is the best of its first three measurements.
     """
 
     def __init__(self, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -30,7 +30,7 @@ class SlowdownWarning(Callback):
         self._warned: set[tuple[bool, bool]] = set()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin anew: a resumed run has a first speed of its own, on a machine that may be another one."""
+        """Begin anew: a resumed run, perhaps on another machine, has a first speed of its own."""
         self._first: list[float] = []
         self._slow = 0  # measurements in a row
         self._mark: float | None = None  # when the last batch ended; None if something else has happened since

@@ -15,8 +15,8 @@ from gptexp.training.module import GPTModule
 class Throughput(Callback):
     """Logs `tokens`, `seconds`, `tokens_per_second` and `mfu` with the training metrics.
 
-    Also gives metrics.csv its training metrics at every evaluation, where Lightning logs them at every
-    `log_every_n_steps` alone.
+    Also gives metrics.csv the training metrics of each evaluation's step; Lightning logs them only every
+    `log_every_n_steps`.
 
     Args:
         record: writes metrics.csv.
@@ -32,30 +32,23 @@ class Throughput(Callback):
     def __init__(self, record: MetricsCSV, flops_per_token: float, peak_flops: Callable[[], float]) -> None:
         self.record, self.flops_per_token, self.peak_flops = record, flops_per_token, peak_flops
         self.tokens, self.seconds, self.eval_seconds = 0, 0.0, 0.0
-        self._peak: float | None = None
         self._logged = 0, 0.0  # tokens and seconds
-        self._step = 0
-        self._mark = 0.0
+        self._step, self._mark, self._peak = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"tokens": self.tokens, "seconds": self.seconds, "eval_seconds": self.eval_seconds}
+        return {name: getattr(self, name) for name in ("tokens", "seconds", "eval_seconds")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
-        self.eval_seconds = state_dict["eval_seconds"]
+        """Continue counting from a checkpoint."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     def on_train_start(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Start the clock."""
+        """Start the clock, once the devices' peak is known."""
+        self._peak = self.peak_flops()
         self._logged, self._step = (self.tokens, self.seconds), trainer.global_step
         self._mark = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: GPTModule, *_: Any) -> None:
-        """Time the devices' peak once, after the first evaluation: by then loggers have started their own processes."""
-        if self._peak is None:
-            self._peak = self.peak_flops()
-            self._mark = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GPTModule, outputs: Any, batch: Batch, batch_idx: int
@@ -65,41 +58,39 @@ class Throughput(Callback):
             return
         self._step = trainer.global_step
         self.tokens += round(batch.tokens * trainer.world_size * trainer.accumulate_grad_batches)
-        self._tick()
+        self.seconds += self._lap()
         evaluates = evaluation_due(trainer)
         if trainer.fast_dev_run or (not evaluates and self._step % trainer.log_every_n_steps):
             return
         tokens, seconds = self.tokens - self._logged[0], self.seconds - self._logged[1]
         self._logged, rate = (self.tokens, self.seconds), tokens / max(seconds, 1e-9)
         self._log(pl_module, tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate,
-                  mfu=rate * self.flops_per_token / (self._peak or float("inf")))  # fmt: skip
+                  mfu=rate * self.flops_per_token / self._peak)  # fmt: skip
         self.record.log_metrics(training_metrics(trainer), step=self._step)
         if not evaluates:
             self.record.flush()
 
     def on_validation_start(self, trainer: Trainer, pl_module: GPTModule) -> None:
         """Time evaluations apart from training."""
+        lap = self._lap()
         if trainer.state.fn == "fit":
-            self._tick()
-        self._mark = time.perf_counter()
+            self.seconds += lap
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Log with an evaluation what else its metrics can be drawn over."""
+        """Log tokens and seconds with an evaluation, as further axes to draw its metrics over."""
         self._log(pl_module, tokens=self.tokens, seconds=self.seconds)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
-        """Let the clock of training go on."""
-        now = time.perf_counter()
-        self.eval_seconds += now - self._mark
-        self._mark = now
+        """Restart the clock of training."""
+        self.eval_seconds += self._lap()
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
 
     def _log(self, pl_module: GPTModule, **values: float) -> None:
         pl_module.log_dict({name: pl_module.exact(value) for name, value in values.items()})
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
 
 
 def training_metrics(trainer: Trainer) -> dict[str, float]:

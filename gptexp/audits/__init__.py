@@ -1,0 +1,1 @@
+"""What a prediction depends on, and how much train mode and eval mode differ."""

@@ -1,0 +1,53 @@
+"""The groups that a command chooses from. Nothing here imports Hydra."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from gptexp.registry import (
+    ACTIVATIONS,
+    CORPORA,
+    MODELS,
+    NORMS,
+    OPTIMIZERS,
+    PLACEMENTS,
+    POSITIONS,
+    SCHEDULES,
+    TASKS,
+    TOKENIZERS,
+    Kind,
+)
+
+SECTIONS = {"model": MODELS, "task": TASKS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+"""Groups whose choices are a section each, with settings of its own."""
+
+VALUES = {"norm": ("model", NORMS), "placement": ("model", PLACEMENTS), "position": ("model", POSITIONS),
+          "activation": ("model", ACTIVATIONS), "tokenizer": ("data", TOKENIZERS)}  # fmt: skip
+"""Groups whose choices are the value of one setting, by its section: norm=rmsnorm is model.norm=rmsnorm."""
+
+HEADS = (1, 2, 4, 6, 8, 12, 16)
+"""The choices of the group `heads`, h1 and so on, for Hydra takes no number for a choice; model.n_head takes any."""
+
+
+def conf_dir() -> str:
+    """The folder of the configuration files: beside the package in a checkout, inside it once installed."""
+    package = Path(str(files("gptexp")))
+    inside, beside = package / "conf", package.parent / "conf"
+    return str(inside if inside.is_dir() else beside)
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """What there is to choose from: for each group, the meaning of each of its choices."""
+    kinds: dict[str, Kind] = {**{group: kind for group, (_, kind) in VALUES.items()}, **SECTIONS, "data": CORPORA}
+    found = {group: {name: component.summary for name, component in kind.items()} for group, kind in kinds.items()}
+    found["heads"] = {f"h{n}": f"{n} attention head{'s' * (n > 1)}." for n in HEADS}
+    for folder in sorted(path for path in Path(conf_dir()).iterdir() if path.is_dir()):
+        files = sorted(folder.rglob("*.yaml"))
+        found[folder.name] = {str(f.relative_to(folder).with_suffix("")): _comment(f) for f in files}
+    return found
+
+
+def _comment(file: Path) -> str:
+    """The first sentence of the comment at the top of a file."""
+    lines = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(line for line in lines if not line.startswith("@"))
+    return text.partition(". ")[0].rstrip(".") + "."

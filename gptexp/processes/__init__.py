@@ -1,0 +1,1 @@
+"""The processes of a command: what they print, how they meet, and how they end."""

@@ -1,0 +1,20 @@
+"""hydra/sweeper=grid and hydra/sweeper=optuna."""
+
+from dataclasses import asdict
+
+from hydra.core.config_store import ConfigStore
+
+from gptexp.sweeps import grid, optuna, search
+
+
+class GridSweeper(grid.Grid):
+    """Every combination of the values."""
+
+
+class OptunaSweeper(optuna.OptunaSearch):
+    """A search by Optuna."""
+
+
+for name, sweeper, defaults in (("grid", GridSweeper, {}), ("optuna", OptunaSweeper, asdict(search.SearchConfig()))):
+    node = {"_target_": f"{__name__}.{sweeper.__name__}", "params": None, **defaults}
+    ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="gptexp")
