@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import write
-from gptexp.analysis.stats import judge
-from gptexp.runs import Run
+from gptexp.analysis.statistics import judge
+from gptexp.runs.run import Run
 
 SMALL = ["model.n_layer=1", "model.n_embd=32", "model.block_size=16", "heads=h2", "max_steps=200", "eval_interval=200",
          "schedule.warmup_steps=20", "sample_tokens=0", "logger=none", "data=pydocs"]  # fmt: skip

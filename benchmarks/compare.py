@@ -5,13 +5,11 @@ them by the real command, and prints the seconds and the peak memory of it.
 """
 
 import argparse
-import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import write
-from gptexp import records
-from gptexp.config import read_config
-from gptexp.runs import Run
+from tests.synthetic import write_run
 
 NORMS = ("layernorm", "rmsnorm", "batchnorm", "scalenorm", "dyt")
 RATES = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 1e-2, 10))
-
-
-def write_run(
-    path: Path, settings: Mapping[str, Any], losses: Sequence[float], *, rows: int = 0, status: str = "done",
-    data: str = "d" * 64, precision: str = "32-true", **info: Any,
-) -> Run:  # fmt: skip
-    """Write the directory of a run that never was.
-
-    Args:
-        path: the directory to make.
-        settings: of its configuration, nested; the rest are the defaults.
-        losses: of its evaluations, nats a token, evenly spaced over its rows.
-        rows: of metrics.csv; at least one an evaluation.
-        status: how it ended.
-        data: fingerprint of its corpus.
-        precision: that it computed in.
-        info: further entries of run.json.
-    """
-    config = read_config(settings)
-    run = Run.claim(path, config, {
-        "name": path.name, "group": path.parent.name, "variant": config.variant,
-        "fingerprints": {"config": config.fingerprint(), "data": data, "code": "c" * 64},
-        "data": {"corpus": "shakespeare"}, "command": ["gptexp/train.py", "-m", "seed=1,2"], "error": None,
-        "device": {"accelerator": "cpu", "name": "none", "precision": precision},
-        "train_loss": {"sees_later_tokens": config.model.norm == "batchnorm", "sees_other_sequences": False}, **info,
-    })  # fmt: skip
-    metrics = records.Table(run.metrics_path, records.METRICS)
-    rows = max(rows, len(losses))
-    evaluations = dict(zip(np.linspace(0, rows - 1, len(losses)).astype(int).tolist(), losses, strict=True))
-    for step in range(rows):
-        row = {"step": step, "tokens": step * 768, "train/loss": 2.5, "learning_rate": 1e-3, "seconds": step / 100}
-        metrics.append(row | ({"val/loss": evaluations[step]} if step in evaluations else {}))
-    metrics.close()
-    if status in ("done", "diverged", "interrupted"):
-        best = min(filter(math.isfinite, losses), default=None)
-        run.write_result({"status": status, "best_val_loss": best, "parameters": 1000, "seconds": rows / 100,
-                          "tokens_per_second": 76800.0})  # fmt: skip
-    run.finish(status)  # type: ignore[arg-type]
-    return run
 
 
 def write_sweep(folder: Path, runs: int, rows: int) -> None:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import parser, spread, take_turns, write
+from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
-from gptexp.data.encoded import encode_corpus
-from gptexp.data.settings import DataConfig
+from gptexp.data.encoding import encode_corpus
 
 
 def encode(path: str) -> None:
@@ -26,7 +26,7 @@ def encode(path: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
     config = DataConfig(name="file", path=path)
-    encode_corpus(find_corpus(config), config)
+    encode_corpus(find_corpus(config))
     seconds = time.perf_counter() - begin
     print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import NanoGPT
+from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
-from gptexp.data.settings import DataConfig
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import generate, measure, overhead, sweep
 from benchmarks.nanogpt import BABY_RECIPE, CPU_RECIPE, NanoGPT
+from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
-from gptexp.data.settings import DataConfig
-from gptexp.records import TIMES, last_row, read_metrics
+from gptexp.runs.files import TIMES, last_row, read_metrics
 
 Figures = dict[str, Any]
 

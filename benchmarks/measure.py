@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from gptexp.records import read_metrics
+from gptexp.runs.files import read_metrics
 
 CPU = "hardware.accelerator=cpu"
 """For what is compared on the CPU, whatever else the machine has."""

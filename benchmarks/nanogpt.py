@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from gptexp.data.batches import split_corpus
-from gptexp.data.corpora import find_corpus
-from gptexp.data.encoded import encode_corpus
-from gptexp.data.settings import DataConfig
+from gptexp.config.sections import DataConfig
+from gptexp.data.encoding import read_corpus
+from gptexp.tasks.text import Text
 
 CPU_RECIPE: dict[str, Any] = {
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
@@ -93,7 +92,7 @@ class NanoGPT:
         """The loss of a checkpoint over the whole validation split, as `val/loss` is: nats a token."""
         import torch  # slow to import, and all else works without it
 
-        from gptexp.training.metrics import summed_loss
+        from gptexp.tasks.metrics import summed_loss
 
         spec = importlib.util.spec_from_file_location("nanogpt_model", self.folder / "model.py")
         assert spec is not None
@@ -105,7 +104,8 @@ class NanoGPT:
             model = module.GPT(module.GPTConfig(**stored["model_args"])).eval()
         model.load_state_dict(stored["model"])
         config = DataConfig(offline_fallback=None)
-        _, val = split_corpus(encode_corpus(find_corpus(config), config), config, stored["model_args"]["block_size"])
+        reading = read_corpus(config, Text())
+        _, val = reading.task.splits(reading.encoded, config, stored["model_args"]["block_size"])
         total = 0.0
         with torch.no_grad():
             for begin in range(0, val.n_rows, 64):

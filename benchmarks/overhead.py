@@ -17,11 +17,9 @@ from rich.table import Table
 
 from benchmarks.measure import CPU, command_seconds, parser, ratios, spread, take_turns, told, write
 from gptexp import perf
-from gptexp.config import Config
-from gptexp.data.batches import split_corpus
-from gptexp.data.corpora import find_corpus
-from gptexp.data.encoded import encode_corpus
-from gptexp.overrides import compose_config
+from gptexp.config.command_line import compose_config
+from gptexp.config.schema import Config
+from gptexp.data.encoding import read_corpus
 
 SKIPPED = 20  # steps at the start
 
@@ -33,21 +31,21 @@ def bare(config: Config) -> float:
     import torch
 
     from gptexp.models.settings import build_model
+    from gptexp.tasks.metrics import summed_loss
     from gptexp.training.hardware import accelerator, precision, thread_count
-    from gptexp.training.metrics import summed_loss
-    from gptexp.training.optimizers import build_optimizer
+    from gptexp.training.optimizers import Parameters
 
-    encoded = encode_corpus(find_corpus(config.data), config.data)
-    train, _ = split_corpus(encoded, config.data, config.model.block_size)
+    reading = read_corpus(config.data, config.task)
+    train, _ = reading.task.splits(reading.encoded, config.data, config.model.block_size)
     device = torch.device(accelerator(config.hardware))
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a run does, before cuBLAS is first used
         torch.use_deterministic_algorithms(config.hardware.deterministic)
-    model = build_model(config.sized(encoded.tokenizer.vocab_size), config.seed).to(device)
+    model = build_model(config.sized(reading.encoded.tokenizer.vocab_size), config.seed).to(device)
     torch.set_num_threads(thread_count(model, config, 1))
-    optimizer = build_optimizer(config.optimizer, list(model.named_parameters()),
-                                {n for n, p in model.named_parameters() if p.ndim >= 2},
-                                model.hidden_matrices)  # fmt: skip
+    named = list(model.named_parameters())
+    parameters = Parameters(named, {n for n, p in named if p.ndim >= 2}, model.hidden_matrices)
+    optimizer = config.optimizer.build(parameters, config.optimizer.learning_rate, fused=True)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision(config.hardware) == "bf16-mixed")
 
     def now() -> float:

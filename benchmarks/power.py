@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.measure import write
-from gptexp.analysis.stats import Array, interval, judge, sign_flip
+from gptexp.analysis.statistics import Array, interval, judge, sign_flip
 
 
 @dataclass(frozen=True)

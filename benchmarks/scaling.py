@@ -20,8 +20,9 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from benchmarks.measure import CPU, parser, spread, write
-from gptexp.models.settings import GPTConfig, build_model
-from gptexp.records import read_metrics
+from gptexp.models.gpt import GPTConfig
+from gptexp.models.settings import build_model
+from gptexp.runs.files import read_metrics
 
 BASE = {"model.n_layer": 4, "model.n_embd": 128, "model.block_size": 64, "batch_size": 12}
 VALUES = {

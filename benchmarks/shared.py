@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import CPU, parser, ratios, spread, take_turns, told, write
-from gptexp.records import last_row
+from gptexp.runs.files import last_row
 
 SKIPPED = 20  # steps at the start
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import parser, spread, take_turns, write
-from gptexp.records import last_row
+from gptexp.runs.files import last_row
 
 TRAIN = [sys.executable, "-m", "gptexp.train"]
 

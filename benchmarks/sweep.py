@@ -19,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import CPU_RECIPE, NanoGPT
+from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
-from gptexp.data.settings import DataConfig
 
 WINDOWS = 2 * CPU_RECIPE["eval_iters"] * CPU_RECIPE["batch_size"]
 """Of an evaluation of nanoGPT, which draws as many from the training split as from the validation split."""

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from benchmarks.measure import CPU, command_seconds, equal_work, parser, ratios, spread, take_turns, told, write
 from benchmarks.nanogpt import NanoGPT
+from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
-from gptexp.data.settings import DataConfig
 
 SKIPPED = 20  # steps at the start
 TOKENS = 12 * 64  # of a step of the recipe

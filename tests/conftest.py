@@ -20,12 +20,13 @@ import pytest
 from hydra import initialize_config_dir
 from hypothesis import HealthCheck, settings
 
-from benchmarks.compare import write_run
 from gptexp import perf
-from gptexp.config import Config, plain, read_config
-from gptexp.groups import VERSION_BASE, Composer, conf_dir, register_choices
-from gptexp.records import METRICS, TIMES
-from gptexp.runs import Run
+from gptexp.config.choices import conf_dir
+from gptexp.config.composition import VERSION_BASE, Composer, plain, register_choices
+from gptexp.config.schema import Config, read_config
+from gptexp.runs.files import METRICS, TIMES
+from gptexp.runs.run import Run
+from tests.synthetic import write_run
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; the programs would not get it either
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,10 +64,12 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _leaves_nothing_behind() -> Iterator[None]:
     """The next test finds no process, no handler of messages and no number of threads that this one has left.
 
-    Nor do the processes that it starts share the W&B service of a run of this process.
+    Nor do the processes that it starts share the W&B service of a run of this process. Packages change the root
+    logger, too: alembic, for one, gives it a handler of its own.
     """
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else 0
+    handlers, level = logging.root.handlers[:], logging.root.level
     yield
     while _processes:
         process = _processes.pop()
@@ -76,18 +79,11 @@ def _leaves_nothing_behind() -> Iterator[None]:
     log = logging.getLogger("gptexp")
     log.handlers, log.propagate = [], True
     log.setLevel(logging.NOTSET)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
     os.environ.pop("WANDB_SERVICE", None)
     if torch and threads:
         torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _root_logger() -> Iterator[None]:
-    """Takes back what packages do to the root logger: alembic, for one, gives it a handler of its own."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -200,8 +196,8 @@ def _composer() -> Composer:
 
 def train(config: Config, path: Path) -> float:
     """Train a configuration in a new directory, in this process."""
+    from gptexp.processes.group import processes
     from gptexp.training.launch import claim, start
-    from gptexp.training.processes import processes
 
     return start(claim(config, path, path.name, None, ["test"]), processes())
 

@@ -2,11 +2,10 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ import pytest
 from benchmarks import gpu_parts
 from benchmarks.gpu import attempt
 from benchmarks.gpu_parts import FIGURES, PARTS, Stage, as_far_as_it_comes, check_close, differences, killed_and_resumed
-from gptexp.overrides import compose_config
-from gptexp.records import METRICS, last_row
-from gptexp.runs import Run
+from gptexp.config.command_line import compose_config
+from gptexp.runs.files import last_row
+from gptexp.runs.run import Run
 from tests.conftest import REPOSITORY
 from tests.test_benchmarks import numbers
 
@@ -45,8 +44,8 @@ def peer(tmp_path: Path) -> Path:
     return tmp_path / "peer"
 
 
-def stage(folder: Path, **settings: bool) -> Stage:
-    return Stage(settings.get("gpu", False), folder, math.inf)
+def stage(folder: Path, gpu: bool = False) -> Stage:
+    return Stage(gpu, folder, math.inf)
 
 
 def test_all_parts_together_stay_under_nine_minutes() -> None:
@@ -94,9 +93,8 @@ def test_a_part_that_hangs_is_killed_with_all_its_processes_and_keeps_its_figure
                  setsid sleep 600 & echo $! > {tmp_path / "pid"}; echo on the way; wait"""
     done = attempt(["sh", "-c", script], tmp_path, 2.0)
     assert done["seconds"] < 60
-    assert {key: done[key] for key in ("status", "figures", "error")} == {
-        "status": "out of time", "figures": {"shown": "half"}, "error": ["on the way"],
-    }  # fmt: skip
+    found = done["status"], done["figures"], done["error"]
+    assert found == ("out of time", {"shown": "half"}, ["on the way"])
     stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
     deadline = time.monotonic() + 60
     while stat.exists() and ") Z " not in stat.read_text():
@@ -107,25 +105,24 @@ def test_a_part_that_hangs_is_killed_with_all_its_processes_and_keeps_its_figure
 def test_a_part_that_fails_keeps_its_figures_and_last_lines(tmp_path: Path) -> None:
     script = f"""printf '{{"loss": 2.5}}' > {tmp_path / FIGURES}; seq 100; exit 3"""
     done = attempt(["sh", "-c", script], tmp_path, 60)
-    assert (done["status"], done["figures"]) == ("failed", {"loss": 2.5})
-    assert done["error"] == [str(n) for n in range(41, 101)]
+    found = done["status"], done["figures"], done["error"]
+    assert found == ("failed", {"loss": 2.5}, [str(n) for n in range(41, 101)])
 
 
-def test_differences_of_two_runs_are_found(tiny: Callable[..., Run]) -> None:
-    first, again, other = tiny("first"), tiny("again"), tiny("other", "seed=2")
-    assert differences(first.path, again.path) == []
-    assert len(differences(first.path, other.path)) == len(first.metrics_path.read_text().splitlines()) - 1
-    rows = again.metrics_path.read_text().splitlines()
-    last = rows[-1].split(",")
-    loss, seconds = METRICS.index("val/loss"), METRICS.index("seconds")
-    last[seconds] = "1e9"
-    again.metrics_path.write_text("\n".join([*rows[:-1], ",".join(last)]) + "\n")
-    assert differences(first.path, again.path) == []
-    exact, last[loss] = last[loss], last[loss] + "1"
-    again.metrics_path.write_text("\n".join([*rows[:-1], ",".join(last)]) + "\n")
-    assert differences(again.path, first.path) == [f"step 24: val/loss {exact}1 against {exact}"]
-    again.metrics_path.write_text("\n".join(rows[:-1]) + "\n")
-    assert differences(again.path, first.path) == [f"{len(rows) - 2} rows against {len(rows) - 1}"]
+def leave(folder: Path, *losses: str) -> Path:
+    """What a run leaves of its metrics: a row with a validation loss every 400 steps, and times that vary."""
+    folder.mkdir(exist_ok=True)
+    rows = [f"{400 * n},{loss},{time.monotonic()}\n" for n, loss in enumerate(losses)]
+    (folder / "metrics.csv").write_text("step,val/loss,seconds\n" + "".join(rows))
+    return folder
+
+
+def test_differences_of_two_runs_are_found(tmp_path: Path) -> None:
+    run = leave(tmp_path / "run", "4.0", "2.0")
+    assert differences(run, leave(tmp_path / "again", "4.0", "2.0")) == []
+    other = leave(tmp_path / "other", "4.5", "2.01")
+    assert differences(run, other) == ["step 0: val/loss 4.0 against 4.5", "step 400: val/loss 2.0 against 2.01"]
+    assert differences(run, leave(tmp_path / "short", "4.0")) == ["2 rows against 1"]
 
 
 @pytest.mark.parametrize(("resumed", "problem"), [
@@ -137,29 +134,21 @@ def test_a_run_that_resumes_to_other_bits_fails(
 ) -> None:
     """With commands that only leave what a run would."""
 
-    def leave(folder: str, loss: str) -> None:
-        Path(folder).mkdir(exist_ok=True)
-        Path(folder, "metrics.csv").write_text(f"step,val/loss,seconds\n0,4.0,\n400,{loss},{time.monotonic()}\n")
-
     def train(where: str, *_: str) -> float:
         key, _, folder = where.partition("=")
-        leave(folder, resumed if key == "resume" else "2.0")
+        leave(Path(folder), "4.0", resumed if key == "resume" else "2.0")
         return 1.0
 
     def killed_after(step: int, folder: Path, *_: str) -> int:
-        leave(str(folder), "3.0")
+        leave(folder, "4.0", "3.0")
         return step
 
     monkeypatch.setattr(gpu_parts, "train", train)
     monkeypatch.setattr(gpu_parts, "killed_after", killed_after)
     figures: dict[str, object] = {}
-    stopped: str | None = None
-    try:
+    with pytest.raises(SystemExit, match=problem) if problem else nullcontext():
         for more in killed_and_resumed(stage(tmp_path), {"exact": []}):
             figures |= more
-    except SystemExit as stop:
-        stopped = str(stop)
-    assert stopped == problem
     assert figures["exact"] == {
         "first_val_loss": 4.0, "val_loss": 2.0, "killed_after": 60,
         "differences": [problem.partition("differs: ")[2]] if problem else [],
@@ -199,17 +188,10 @@ def test_a_run_that_is_out_of_time_saves_and_is_told(tmp_path: Path, monkeypatch
 ])  # fmt: skip
 def test_what_a_gpu_is_asked_for_is_a_configuration(own: list[str], tmp_path: Path) -> None:
     """All that a CPU cannot run of it."""
-    config = compose_config(stage(tmp_path, gpu=True).settings(*own))
+    gpu = stage(tmp_path, gpu=True)
+    config = compose_config(gpu.settings(*own))
     assert config.hardware.accelerator == "gpu"
-    assert config.batch_size * config.model.block_size == stage(tmp_path, gpu=True).tokens
-
-
-def test_pages_say_what_was_not_measured_on_a_gpu() -> None:
-    if any((REPOSITORY / "benchmarks" / "results").glob("*.json")):
-        pytest.skip("it was measured")
-    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
-    speaking = [page for page in pages if re.search(r"\bGPUs?\b|[AH]100", page.read_text())]
-    assert [page.name for page in speaking if "not yet measured" not in page.read_text()] == []
+    assert config.batch_size * config.model.block_size == gpu.tokens
 
 
 @pytest.mark.slow
@@ -232,10 +214,3 @@ def test_all_parts_run_in_miniature(peer: Path, tmp_path: Path) -> None:
     assert set(figures["throughput"]["rounds"][0]) == {"gptexp", "nanoGPT"}
     assert set(figures["overhead"]["rounds"][0]) == {"command", "bare loop"}
     assert set(figures["generate"]) == {"loading_seconds", "samples=1", "samples=2", "shown"}
-
-
-@pytest.mark.slow
-def test_runs_side_by_side_without_a_launcher(tmp_path: Path) -> None:
-    settings = stage(tmp_path).settings("experiment=nanogpt_cpu")
-    assert gpu_parts.side_by_side(tmp_path, None, 2, 4, settings) > 0
-    assert [Run.open(tmp_path / seed).info["status"] for seed in ("1", "2")] == ["done", "done"]

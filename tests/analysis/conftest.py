@@ -8,7 +8,7 @@ import pytest
 
 from gptexp.analysis.collect import collect
 from gptexp.analysis.study import Study, build_study
-from gptexp.runs import Run
+from gptexp.runs.run import Run
 
 Write = Callable[..., Run]
 

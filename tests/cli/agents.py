@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 
 from tests.cli.test_sweep_processes import alive, children
-from tests.conftest import spawn
+from tests.conftest import TINY, spawn
+
+SLURM = [*(o for o in TINY if o != "hardware=cpu"), "hardware=slurm"]
+"""Overrides of a tiny run whose processes Slurm has started."""
 
 
 def free_port() -> int:
@@ -16,33 +19,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def torchrun(*arguments: list[str], cwd: Path, per_node: int = 1, **options: object) -> list[subprocess.Popen[str]]:
-    """Agents of torchrun, one for each list of arguments, which they give to gptexp.train.
-
-    Args:
-        arguments: of the agents.
-        cwd: their folder.
-        per_node: processes of each agent.
-        options: of Popen.
-    """
+def torchrun(*arguments: list[str], cwd: Path) -> list[subprocess.Popen[str]]:
+    """Agents of torchrun, one for each list of arguments, which they give to gptexp.train."""
     flags = [
-        "--nnodes", str(len(arguments)), "--nproc-per-node", str(per_node), "--rdzv-backend", "c10d",
+        "--nnodes", str(len(arguments)), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", "-m", "gptexp.train",
     ]  # fmt: skip
-    return [spawn(*flags, *each, cwd=cwd, module="torch.distributed.run", **options) for each in arguments]
+    return [spawn(*flags, *each, cwd=cwd, module="torch.distributed.run") for each in arguments]
 
 
-def srun(
-    *arguments: list[str], cwd: Path, only: int | None = None, **options: object
-) -> list[subprocess.Popen[str]]:
-    """Tasks of srun, one for each list of arguments, which they give to gptexp.train.
-
-    Args:
-        arguments: of the tasks.
-        cwd: their folder.
-        only: the one task that comes; without it all do.
-        options: of Popen.
-    """
+def srun(*arguments: list[str], cwd: Path, only: int | None = None) -> list[subprocess.Popen[str]]:
+    """Tasks of srun, one for each list of arguments, which they give to gptexp.train; of them, `only` one may come."""
     count = len(arguments)
     slurm = {
         "SLURM_JOB_ID": 4711, "SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": count,
@@ -52,7 +39,7 @@ def srun(
     for rank, each in enumerate(arguments):
         if only in (None, rank):
             own = {k: str(v) for k, v in (slurm | {"SLURM_PROCID": rank, "SLURM_NODEID": rank}).items()}
-            tasks.append(spawn(*each, cwd=cwd, env=os.environ | own, **options))
+            tasks.append(spawn(*each, cwd=cwd, env=os.environ | own))
     return tasks
 
 

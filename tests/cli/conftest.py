@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptexp.runs import Run
+from gptexp.runs.run import Run
 from tests.conftest import TINY
 
 

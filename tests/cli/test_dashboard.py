@@ -2,15 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptexp import dashboard
-from gptexp.config import known_keys
-from gptexp.records import METRICS
+from gptexp.config.schema import known_keys
+from gptexp.runs.files import METRICS
 
 Command = Callable[..., int]
 
@@ -30,6 +30,7 @@ def setting(name: str) -> dict[str, str]:
     return {"type": "Config", "name": name}
 
 
+FACTORS = ["model.norm", "model.placement", "model.n_head"]
 LOWEST = {"type": "SummaryMetric", "name": "val/loss.min"}
 
 
@@ -42,9 +43,8 @@ def test_the_sections(view: dict[str, Any]) -> None:
         "val/loss by step", "val/loss by tokens", "val/loss by seconds", "train/loss by step"]  # fmt: skip
     assert "val/bpc by step" in titles["loss"]
     assert [(p["groupby_aggfunc"], p["groupby_rangefunc"]) for p in found["loss"]] == [("mean", "minmax")] * 6
-    factors = ["model.norm", "model.placement", "model.n_head"]
-    assert titles["variants"][:3] == [f"lowest val/loss by {factor}" for factor in factors]
-    assert [panel["groupby"] for panel in found["variants"][:3]] == list(map(setting, factors))
+    assert titles["variants"][:3] == [f"lowest val/loss by {factor}" for factor in FACTORS]
+    assert [panel["groupby"] for panel in found["variants"][:3]] == list(map(setting, FACTORS))
     assert (found["variants"][3]["x"], found["variants"][3]["y"]) == (setting("optimizer.learning_rate"), LOWEST)
     assert [column["metric"] for column in found["variants"][4]["columns"]][3:] == [
         setting("optimizer.learning_rate"), LOWEST]  # fmt: skip
@@ -54,42 +54,36 @@ def test_the_sections(view: dict[str, Any]) -> None:
     assert found["samples"][0]["table_name"] == "samples"
 
 
+def parts(value: Any) -> Iterator[dict[str, Any]]:
+    """A part of a specification, and all parts of it."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from parts(part)
+
+
 def test_every_metric_and_key_exists(view: dict[str, Any]) -> None:
-    metrics: set[str] = set()
-    keys: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, list):
-            for item in value:
-                look(item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                if key in ("x", "y", "metrics") and not isinstance(item, int | dict):
-                    metrics.update([item] if isinstance(item, str) else item)
-                look(item)
-            if value.get("type") == "Config":
-                keys.add(value["name"])
-            elif value.get("type") in ("SummaryMetric", "Summary"):
-                metrics.add(value["name"])
-
-    look(view)
+    found = list(parts(view))
+    named = {kind: {part["name"] for part in found if part.get("type") in kind}
+             for kind in (("Config",), ("SummaryMetric", "Summary"))}  # fmt: skip
+    axes = [part.get(key) for part in found for key in ("x", "y", "metrics")]
+    metrics = {metric for axis in axes for metric in ([axis] if isinstance(axis, str) else axis or ())
+               if isinstance(metric, str)} | named["SummaryMetric", "Summary"]  # fmt: skip
+    metrics -= {"name", "type"}  # of axes that are parts themselves
     assert {m.removesuffix(".min") for m in metrics} <= {*METRICS, "trainer/global_step"}
     assert {"trainer/global_step", "tokens", "seconds", "val/loss", "val/loss.min"} <= metrics
-    assert keys == {"model.norm", "model.placement", "model.n_head", "optimizer.learning_rate"}
-    assert keys <= set(known_keys())
+    assert named["Config",] == {*FACTORS, "optimizer.learning_rate"} <= set(known_keys())
 
 
 def test_runs_are_grouped_by_sweep_and_variant(view: dict[str, Any]) -> None:
     runs = view["runset_settings"]
-    assert runs["groupby"] == [
-        {"type": "Metric", "name": "Group"}, setting("model.norm"), setting("model.placement"), setting("model.n_head"),
-    ]  # fmt: skip
+    assert runs["groupby"] == [{"type": "Metric", "name": "Group"}, *map(setting, FACTORS)]
     assert "compare" in runs["filters"]
     assert runs["order"][0]["item"] == {"type": "Summary", "name": "val/loss.min"}
     assert runs["order"][0]["ascending"]
 
 
-def test_mistakes_are_told_together(command: Command, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_mistakes_are_reported_together(command: Command, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command("porject=mine", "now", "name=a", "name=b", main=dashboard.main) == 2
     assert capfd.readouterr().err.splitlines() == [
         "error: now: cannot be read as a setting; a setting is written key=value",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gptexp.records import read_metrics
-from gptexp.runs import Run
+from gptexp.runs.files import read_metrics
+from gptexp.runs.run import Run
 from tests.conftest import TINY, finish, runs_of, spawn
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5"]

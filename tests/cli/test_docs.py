@@ -1,4 +1,4 @@
-"""The commands of the pages in docs/, cut short, draw each page's figure and print its table."""
+"""The site's pages: their settings, pictures and navigation, and the commands of the pages of results, cut short."""
 
 import re
 import shlex
@@ -9,53 +9,71 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY, more
 
-PAGES = sorted(p.stem for p in (REPOSITORY / "docs").glob("*.md") if p.stem not in ("statistics", "scale"))
+DOCS = REPOSITORY / "docs"
+PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+DRAWN = {"norms", "rmsnorm", "heads", "attention_scale", "warmup", "batchnorm", "ladder", "fast"}  # by sweeps
 SHORT = ["max_steps=12", "eval_interval=6", "eval_windows=2", "seed=1,2", "logger=none", "hardware=cpu",
          "schedule.warmup_steps=1", "sample_tokens=0"]  # fmt: skip
 
 
-def test_every_page_has_its_figure_and_an_experiment() -> None:
-    assert PAGES == ["attention_scale", "batchnorm", "fast", "heads", "ladder", "rmsnorm", "warmup"]
-    for page in PAGES:
-        text = (REPOSITORY / "docs" / f"{page}.md").read_text()
-        for picture in re.findall(r"\]\(([\w./]+\.png)\)", text):
-            assert (REPOSITORY / "docs" / picture).exists()
-        assert f"]({page}.png)" in text
-        assert page == "ladder" or "**Outcome**" in text
+def test_the_page_of_settings_is_what_the_program_says(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()  # in a process of its own, as a test may have registered more components in this one
+    subprocess.run([sys.executable, "-m", "gptexp.config.reference"], cwd=tmp_path, check=True)
+    assert PAGES["settings"] == (tmp_path / "docs" / "settings.md").read_text(), "run python -m gptexp.config.reference"
+
+
+def test_every_page_is_in_the_navigation_and_every_picture_in_both_themes_in_a_page() -> None:
+    site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    assert sorted(re.findall(r"(\w+)\.md", str(site["nav"]))) == sorted(PAGES)
+    assert site["theme"]["font"] is False  # which a server would have to give
+    shown = re.findall(r"\]\(figures/(\S+-(\w+)\.svg)#only-(\w+)\)", "\n".join(PAGES.values()))
+    assert all(theme == mode for _, theme, mode in shown)
+    assert {path.name for path in (DOCS / "figures").iterdir()} == {name for name, *_ in shown}
+    assert {name.replace("-light", "-dark") for name, *_ in shown} <= {name for name, *_ in shown}
+
+
+def test_the_pages_of_results_say_what_was_run_and_found() -> None:
+    told = subprocess.run([sys.executable, DOCS / "known_results.py"], check=False, capture_output=True, text=True)
+    for name in DRAWN:
+        assert re.search(rf"\b{name}\b", told.stderr)
+        assert f"$ python docs/known_results.py {name} " in PAGES[name]
+        assert "**Outcome**" in PAGES[name]
+
+
+@pytest.mark.parametrize("printed", re.findall(r"^\$ (.+\n(?:error: .+\n)+)", "\n".join(PAGES.values()), re.MULTILINE))
+def test_the_printed_mistakes_are_the_real_ones(printed: str, tmp_path: Path) -> None:
+    line, _, mistakes = printed.partition("\n")
+    words = [sys.executable, *shlex.split(line)[1:]]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, mistakes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page if page in ("heads", "rmsnorm") else more(page) for page in PAGES])
+@pytest.mark.parametrize("page", [name if name == "heads" else more(name) for name in sorted(DRAWN)])
 def test_the_commands_of_a_page(
     page: str, command: Callable[..., int], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTEXP_DATA", "")
-    text = (REPOSITORY / "docs" / f"{page}.md").read_text()
-    commands = [shlex.split(c) for c in re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE)]
-    at = next(i for i, c in enumerate(commands) if c[1].startswith("docs/"))
-    for sweep in commands[:at]:
-        assert sweep[:3] == ["python", "-m", "gptexp.train"]
-        short = [s for s in SHORT if page != "warmup" or not s.startswith(("schedule", "max_steps=12"))]
+    printed = [shlex.split(line) for line in re.findall(r"^\$ (.+)$", PAGES[page], flags=re.MULTILINE)]
+    (draw,) = (words for words in printed if words[1] == "docs/known_results.py")
+    for words in printed[: printed.index(draw)]:
+        assert words[:3] == ["python", "-m", "gptexp.train"]
+        if "-m" not in words[3:]:
+            continue
+        short = [s for s in SHORT if page != "warmup" or not s.startswith(("schedule", "max_steps"))]
         short += ["max_steps=2"] if page == "warmup" else []
-        short = short if "-m" in sweep[3:] else [s for s in short if not s.startswith("seed")]
-        arguments = [a for a in sweep[3:] if not a.startswith("seed=")]
+        arguments = [word for word in words[3:] if not word.startswith(("seed=", "hydra/launcher="))]
         assert command(*arguments, *short, "data=file", f"data.path={corpus}") == 0
-    draw = commands[at]
-    shutil.copy(REPOSITORY / "docs" / "known_results.py", tmp_path)
-    out = subprocess.run([sys.executable, *draw[1:2], *draw[2:]], check=False, capture_output=True, text=True,
-                         cwd=_with_docs(tmp_path))  # fmt: skip
+    (tmp_path / "docs").mkdir()  # so that the repository's own figures stay as they are
+    shutil.copy(DOCS / "known_results.py", tmp_path / "docs")
+    out = subprocess.run([sys.executable, *draw[1:]], check=False, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    header = next(line for line in out.stdout.splitlines() if line.startswith("| "))
-    assert header in text  # the page's table has the columns that the command prints
-    assert (tmp_path / "docs" / f"{page}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def _with_docs(folder: Path) -> Path:
-    """The folder with the script where the pages say it is; the repository's own figures stay as they are."""
-    (folder / "docs").mkdir()
-    (folder / "known_results.py").rename(folder / "docs" / "known_results.py")
-    return folder
+    for header in re.findall(r"^(\|.+)\n\|---", out.stdout, flags=re.MULTILINE):
+        assert header in PAGES[page]  # the page's tables have the columns that the command prints
+    for theme in ("light", "dark"):
+        assert (tmp_path / "docs" / "figures" / f"{page}-{theme}.svg").read_text().rstrip().endswith("</svg>")

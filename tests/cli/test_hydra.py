@@ -11,8 +11,8 @@ import pytest
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gptexp.groups import quoted
-from gptexp.runs import Run
+from gptexp.config.composition import quoted
+from gptexp.runs.run import Run
 from tests.conftest import TINY, failing, runs_of
 
 SHORT = ["max_steps=2", "eval_interval=2"]
@@ -56,25 +56,22 @@ def test_callbacks_and_the_environment_of_a_job(run: Callable[..., int]) -> None
                      "multirun end"]  # fmt: skip
 
 
-def test_a_callback_sees_that_a_job_has_failed(run: Callable[..., int]) -> None:
-    with failing():
-        assert run("-m", CALLBACK, "norm=rmsnorm,none") == 1
-    assert noted == ["start rmsnorm None", "end rmsnorm FAILED", "start none None", "end none FAILED"]
-
-
-def test_resolvers_of_hydra(run: Callable[..., int], tmp_path: Path) -> None:
+def test_resolvers_and_the_command_as_it_was_typed(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("name=${hydra:job.name}_${now:%Y}") == 0
     (path,) = (tmp_path / "runs").iterdir()
-    name = Run.open(path).config.name
-    assert name is not None
-    assert name.startswith("train_2")
+    alone = Run.open(path)
+    assert str(alone.config.name).startswith("train_2")
+    assert alone.info["command"] == sys.argv
     assert run("-m", "sweep.name=mine", "name=${hydra:job.name}", "seed=1,2") == 0
-    assert list(runs_of(tmp_path / "sweeps" / "mine")) == ["train-s1", "train-s2"]
+    runs = runs_of(tmp_path / "sweeps" / "mine")
+    assert list(runs) == ["train-s1", "train-s2"]
+    assert [run.info["command"] for run in runs.values()] == [sys.argv, sys.argv]
+    assert json.loads((tmp_path / "sweeps" / "mine" / "sweep.json").read_text())["command"] == sys.argv
 
 
 @pytest.mark.slow
 def test_a_folder_with_any_name(run: Callable[..., int], tmp_path: Path) -> None:
-    folder = tmp_path / "it's, a = \"folder\""
+    folder = tmp_path / 'it\'s, a = "folder"'
     for _ in range(2):
         assert run("-m", f"hydra.sweep.dir={quoted(str(folder))}", "seed=1,2") == 0
     assert [run.info["status"] for run in runs_of(folder).values()] == ["done", "done"]
@@ -129,24 +126,15 @@ def test_a_command_leaves_the_process_as_it_was(
     assert not [name for name in new if name.startswith(("GPTEXP", "HYDRA"))]
 
 
-@pytest.mark.slow
-def test_the_command_is_recorded_as_it_was_typed(run: Callable[..., int], tmp_path: Path) -> None:
-    assert run("-m", "sweep.name=mine", "seed=1,2") == 0
-    typed = list(sys.argv)
-    assert [run.info["command"] for run in runs_of(tmp_path / "sweeps" / "mine").values()] == [typed, typed]
-    assert json.loads((tmp_path / "sweeps" / "mine" / "sweep.json").read_text())["command"] == typed
-    assert run("name=alone") == 0
-    (path,) = (tmp_path / "runs").iterdir()
-    assert Run.open(path).info["command"] == sys.argv
-
-
 @pytest.mark.parametrize("flags", [[], ["-m"]])
 def test_a_failure_is_one_line_and_no_traceback(
     flags: list[str], run: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with failing():
-        assert run(*flags) == 1
+        assert run(*flags, CALLBACK) == 1
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: RuntimeError: in the middle; traceback in ")
     assert "Traceback" not in out
+    if flags:
+        assert noted == ["start layernorm None", "end layernorm FAILED"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptexp.runs import Run
+from gptexp.runs.run import Run
 from tests.conftest import TINY, finish, more, spawn, timeless
 
 SLOWER = ["max_steps=400", "eval_interval=40", "checkpoint_interval=30", "log_interval=10", "model.dropout=0.1"]
@@ -24,13 +24,22 @@ def begin(corpus: Path, folder: Path, *overrides: str, **options: object):  # ty
     return spawn(*settings, cwd=folder.parent, **options)
 
 
-def wait_for_rows(folder: Path, count: int, process) -> None:  # type: ignore[no-untyped-def]
+def wait_until(done: Callable[[], bool], process) -> None:  # type: ignore[no-untyped-def]
+    """Wait while a process runs, for two minutes at most."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if rows(folder) >= count:
-            return
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.002)
-    raise AssertionError(f"no {count} rows: {process.communicate()}")
+
+
+def wait_for_rows(folder: Path, count: int, process) -> None:  # type: ignore[no-untyped-def]
+    wait_until(lambda: rows(folder) >= count, process)
+
+
+def kill(process) -> None:  # type: ignore[no-untyped-def]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def rows(folder: Path) -> int:
@@ -65,11 +74,8 @@ def work_on(process, seconds: float) -> None:  # type: ignore[no-untyped-def]
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    wanted, deadline = used() + seconds, time.monotonic() + 120
-    while used() < wanted:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wanted = used() + seconds
+    wait_until(lambda: used() >= wanted, process)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +104,7 @@ def test_killed_and_resumed_is_as_unbroken(
 ) -> None:  # fmt: skip
     """The first two go on in a process of their own, the others in this one, which has trained other things before."""
     draw, folder = random.Random(seed), tmp_path / "run"
-    process = begin_and_halt(corpus, folder, draw.randint(1, 40), ROWS)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(begin_and_halt(corpus, folder, draw.randint(1, 40), ROWS))
     assert Run.open(folder).info["status"] == "running"
     if seed < 2:
         code, out, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
@@ -177,8 +181,7 @@ def test_two_processes_cannot_train_one_run(corpus: Path, tmp_path: Path) -> Non
     first = begin(corpus, folder, "max_steps=1000000")
     wait_for_rows(folder, 3, first)
     code, _, err = finish(spawn(f"resume={folder}", cwd=tmp_path))
-    first.kill()
-    first.communicate()
+    kill(first)
     assert code == 2
     assert err == f"error: resume={folder}: another process is training this run\n"
 

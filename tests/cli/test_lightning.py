@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptexp.records import read_metrics
-from gptexp.runs import Run
+from gptexp.processes.group import processes
+from gptexp.runs.files import read_metrics
+from gptexp.runs.run import Run
 from gptexp.training.launch import start
-from gptexp.training.processes import processes
 from tests.conftest import TINY, failing, timeless
 
 Tiny = Callable[..., Run]
@@ -41,10 +41,11 @@ def test_stock_callbacks_by_their_target(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_stock_early_stopping(tiny: Tiny) -> None:
-    run = tiny("run", f"+callbacks.stop._target_={CALLBACKS}.EarlyStopping", "+callbacks.stop.monitor=val/loss",
-               "+callbacks.stop.patience=1", "optimizer.learning_rate=1e-12", "eval_interval=4")  # fmt: skip
+    run = tiny("run", "callbacks=early_stopping", "callbacks.early_stopping.patience=1",
+               "optimizer.learning_rate=1e-12", "eval_interval=4")  # fmt: skip
     assert read_metrics(run.metrics_path)[-1]["step"] == 4
-    assert run.info["status"] == "done"
+    assert run.result is not None
+    assert (run.info["status"], run.result["stopped_early"]) == ("done", True)
 
 
 @pytest.mark.slow
@@ -113,9 +114,9 @@ def test_fast_dev_run_records_nothing(tiny: Tiny, capfd: pytest.CaptureFixture[s
 def test_epochs_of_lightning(tiny: Tiny) -> None:
     run = tiny("run", "trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.check_val_every_n_epoch=1",
                "eval_interval=5")  # fmt: skip
-    rows = read_metrics(run.metrics_path)
-    assert rows[-1]["step"] == 10
-    assert [row["step"] for row in rows if "val/loss" in row] == [0, 5, 10]
+    assert [row["step"] for row in read_metrics(run.metrics_path) if "val/loss" in row] == [0, 5, 10]
+    assert run.result is not None
+    assert not run.result["stopped_early"]
 
 
 def test_overfitting_a_batch(tiny: Tiny) -> None:

@@ -1,7 +1,6 @@
 """Every norm in every placement, from training to the audit, with the verdict that theory demands."""
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,23 @@ import pytest
 import torch
 
 from gptexp import sample
-from gptexp.config import load_config, read_config
+from gptexp.audits.influence import measure
+from gptexp.config.command_line import compose_config
+from gptexp.config.schema import load_config, read_config
 from gptexp.errors import RunFailed
-from gptexp.models.audits import measure
-from gptexp.models.registry import PLACEMENTS
-from gptexp.overrides import compose_config
-from gptexp.runs import Run
-from gptexp.sample import load_model
+from gptexp.processes.group import processes
+from gptexp.runs.run import Run
 from gptexp.training.launch import start
-from gptexp.training.processes import processes
+from gptexp.training.load import load_model
 from tests.conftest import TINY, failing, more, timeless, train
-from tests.models.test_causality import VERDICTS
+from tests.models.conftest import PAIRS as ALL
+from tests.models.conftest import VERDICTS, norm_settings
 
 FAST = [("rbn", "sandwich"), ("powernorm", "deepnorm")]
-SLOW = [pair for i, pair in enumerate(product(VERDICTS, PLACEMENTS)) if i % 4 == 0]
-"""Each norm and each placement among them."""
-
 PAIRS = [
-    pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.slow) if pair in SLOW else more(*pair)
-    for pair in product(VERDICTS, PLACEMENTS)
-]  # fmt: skip
+    pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.slow) if i % 5 == 0 else more(*pair)
+    for i, pair in enumerate(ALL)  # each norm and each placement among the slow ones
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +41,9 @@ def test_from_training_to_audit(
     norm: str, placement: str, base: dict[str, Any], command: Callable[..., int],
     capfd: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
-    tables, looks_ahead, couples = VERDICTS[norm]
-    changed = {"norm": norm.partition("[")[0], "placement": placement, "norms": base["model"]["norms"] | tables}
+    looks_ahead, couples = VERDICTS.get(norm, (False, False))
+    name, norms = norm_settings(norm)
+    changed = {"norm": name, "placement": placement, "norms": norms}
     config = read_config(base | {"model": base["model"] | changed})
     train(config, tmp_path / "unbroken")
     unbroken = Run.open(tmp_path / "unbroken")

@@ -41,7 +41,7 @@ def test_names_out_of_reach_are_replaced_by_running_text(
     monkeypatch.setenv("GPTEXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.delenv("GPTEXP_DATA", raising=False)
-    settings = ["data=names", *TINY[1:], "data.split_seed=7", "max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    settings = ["data=names", *TINY[1:], "task.split_seed=7", "max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
     assert command(*settings) == 0
     assert capfd.readouterr().out.count("THIS RUN READS ANOTHER TEXT") == 1
     assert command(f"resume={tmp_path / 'run'}", "max_steps=4", "schedule=constant") == 0

@@ -1,9 +1,6 @@
 """Sampling from a run at the command line."""
 
 import io
-import os
-import pty
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptexp import sample
-from gptexp.runs import Run
+from gptexp.runs.run import Run
 from tests.conftest import TINY
 
 Ask = Callable[..., tuple[int, str, str]]
@@ -81,7 +78,7 @@ def test_stop(ask: Ask) -> None:
         (["prompt="], "prompt=: is empty"),
         (["prompt_file=nowhere"], "prompt_file=nowhere: cannot be read (No such file or directory)"),
         (["prompt_per_line=true"], "prompt_per_line=true: has no effect without prompt_file"),
-        (["To be"], "To be: cannot be read as a setting"),
+        (["To be"], "To be: cannot be read as a setting; the run directory is "),
     ],
 )
 def test_mistakes(arguments: list[str], line: str, ask: Ask) -> None:
@@ -96,17 +93,14 @@ def test_mistakes(arguments: list[str], line: str, ask: Ask) -> None:
 def test_bad_checkpoints(damage: str, ask: Ask, run: Run) -> None:
     path = run.checkpoint("best")
     content = path.read_bytes()
-    try:
-        if damage == "missing":
-            path.unlink()
-        else:
-            path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"GIF89a")
-        code, _, err = ask("prompt=To")
-        assert code == 2
-        assert len(err.splitlines()) == 1
-        assert "best.ckpt" in err
-    finally:
-        path.write_bytes(content)
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"GIF89a")
+    code, _, err = ask("prompt=To")
+    path.write_bytes(content)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "best.ckpt" in err
 
 
 def test_not_a_run(command: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,30 +126,11 @@ class Terminal(io.StringIO):
             self.seen.append(self.getvalue())
 
 
-def test_a_terminal_sees_the_text_as_it_grows(
-    run: Run, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = Terminal()
+def test_a_terminal_sees_the_text_as_it_grows(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in the end the text that a file gets."""
+    arguments = ["prompt=To be", "max_new_tokens=60"]
+    plain, terminal = ask(*arguments)[1], Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert command(f"run={run.path}", "prompt=To be", "max_new_tokens=60", main=sample.main) == 0
+    assert ask(*arguments)[0] == 0
     assert [len(text) for text in terminal.seen] == [0, *range(len("To be"), len("To be") + 61)]
-
-
-def test_a_terminal_gets_the_text_that_a_file_would_get(run: Run) -> None:
-    arguments = [sys.executable, "-m", "gptexp.sample", f"run={run.path}", "prompt=To be", "max_new_tokens=60"]
-    plain = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    master, slave = pty.openpty()
-    with subprocess.Popen(arguments, stdout=slave, stderr=subprocess.DEVNULL) as process:
-        os.close(slave)
-        pieces = []
-        while True:
-            try:
-                piece = os.read(master, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
-            pieces.append(piece)
-        assert process.wait() == 0
-    os.close(master)
-    assert b"".join(pieces).decode().replace("\r\n", "\n") == plain
+    assert terminal.getvalue() == plain

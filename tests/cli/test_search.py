@@ -1,16 +1,15 @@
 """A search by Optuna: its space, its trials, what pruning does, and how it goes on."""
 
 import json
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gptexp.runs import Run
-from gptexp.search import space
+from gptexp.runs.run import Run
+from gptexp.sweeps.search import space
+from tests.cli.test_interruption import kill, wait_until
 from tests.conftest import TINY, failing, finish, spawn
 
 optuna = pytest.importorskip("optuna")
@@ -31,19 +30,16 @@ def trials(folder: Path):  # type: ignore[no-untyped-def]
     return optuna.load_study(study_name="mine", storage=f"sqlite:///{folder}/sweeps/mine/optuna.db").trials
 
 
-@pytest.mark.parametrize(
-    ("text", "distribution"),
-    [
-        ("a=x,y", optuna.distributions.CategoricalDistribution(["x", "y"])),
-        ("a=choice(1,2)", optuna.distributions.CategoricalDistribution(["1", "2"])),
-        ("a=interval(0.1,1)", optuna.distributions.FloatDistribution(0.1, 1.0)),
-        ("a=tag(log,interval(1e-4,1e-2))", optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)),
-        ("a=int(interval(2,8))", optuna.distributions.IntDistribution(2, 8)),
-        ("a=range(1,5)", optuna.distributions.IntDistribution(1, 4)),
-        ("a=range(0,1,0.25)", optuna.distributions.FloatDistribution(0.0, 0.75, step=0.25)),
-        ("a=range(2,9,3)", optuna.distributions.IntDistribution(2, 8, step=3)),
-    ],
-)
+@pytest.mark.parametrize(("text", "distribution"), [
+    ("a=x,y", optuna.distributions.CategoricalDistribution(["x", "y"])),
+    ("a=choice(1,2)", optuna.distributions.CategoricalDistribution(["1", "2"])),
+    ("a=interval(0.1,1)", optuna.distributions.FloatDistribution(0.1, 1.0)),
+    ("a=tag(log,interval(1e-4,1e-2))", optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)),
+    ("a=int(interval(2,8))", optuna.distributions.IntDistribution(2, 8)),
+    ("a=range(1,5)", optuna.distributions.IntDistribution(1, 4)),
+    ("a=range(0,1,0.25)", optuna.distributions.FloatDistribution(0.0, 0.75, step=0.25)),
+    ("a=range(2,9,3)", optuna.distributions.IntDistribution(2, 8, step=3)),
+])  # fmt: skip
 def test_a_space_in_hydras_words(text: str, distribution: object) -> None:
     assert space([OverridesParser.create().parse_override(text)]) == {"a": distribution}
 
@@ -86,27 +82,14 @@ def test_a_poor_trial_is_pruned_from_within(
     assert f"pruned: {pruned} of 3 trials, which saved {saved:.0%} of all steps" in capfd.readouterr().out
 
 
-@pytest.mark.slow
-def test_no_trial_repeats_another(search: Callable[..., int], tmp_path: Path) -> None:
-    assert search("norm=layernorm,rmsnorm", "seed=1,2", "max_steps=2") == 0
-    ran = [p for p in (tmp_path / "sweeps" / "mine").iterdir() if p.name.startswith("trial-")]
-    assert len(ran) == 4  # all there are, and no more, though 6 were wanted
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["seed=1"], "there is nothing to search"),
-        ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: must be one of tpe, random, gp, qmc; did"),
-        ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
-        ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
-        ([RATES, "hydra.sweeper.seed=-5"], "hydra.sweeper.seed=-5: must be an integer of at least 0"),
-        ([RATES, "hydra.sweeper.startup_trials=-1"], "hydra.sweeper.startup_trials=-1: must be an integer of at"),
-        ([RATES, "hydra.sweeper.n_trials=abc"], "hydra.sweeper.n_trials=abc"),
-        ([RATES, "hydra.sweeper.foo=1"], "hydra.sweeper.foo=1"),
-        ([RATES, "hardware=ddp_cpu"], "hydra.sweeper.pruner=median: a trial of hardware.strategy=ddp"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["seed=1"], "there is nothing to search"),
+    ([RATES, "hydra.sweeper.sampler=tep"], "hydra.sweeper.sampler=tep: must be one of tpe, random, gp, qmc; did"),
+    ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
+    ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
+    ([RATES, "hydra.sweeper.foo=1"], "hydra.sweeper.foo=1"),
+    ([RATES, "hardware=ddp_cpu"], "hydra.sweeper.pruner=median: a trial of hardware.strategy=ddp"),
+])  # fmt: skip
 def test_mistakes(
     overrides: list[str], told: str, search: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,11 +106,8 @@ def test_killed_and_resumed_it_comes_to_the_planned_number(corpus: Path, tmp_pat
     folder = tmp_path / "sweeps" / "mine"
     for wanted in (2, 5):
         process = spawn(*command, cwd=tmp_path)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(list(folder.glob("trial-*/metrics.csv"))) < wanted:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        wait_until(lambda n=wanted: len(list(folder.glob("trial-*/metrics.csv"))) >= n, process)
+        kill(process)
     code, _, err = finish(spawn(*command, cwd=tmp_path))
     assert code == 0, err
     known = trials(tmp_path)
@@ -171,9 +151,10 @@ def test_a_trial_that_was_half_asked_for_is_not_trained(search: Callable[..., in
 
 
 @pytest.mark.slow
-def test_a_space_that_is_used_up(
+def test_no_trial_repeats_another(
     search: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a space that is used up before the wanted number is reached."""
     for _ in range(2):
         assert search("norm=layernorm,rmsnorm", *OVER_NORMS) == 0
         assert "n_trials=6: there are no more than 2 combinations" in capfd.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 from gptexp.analysis.collect import collect
 from gptexp.analysis.study import build_study
 from gptexp.analysis.tables import comparisons_table, runs_table, variants_table
+from tests.cli.test_interruption import kill, wait_until
 from tests.conftest import TINY, finish, runs_of, spawn, timeless
 
 
@@ -32,13 +33,9 @@ def test_killed_five_times_and_the_same_in_the_end(corpus: Path, tmp_path: Path)
     folder = tmp_path / "killed" / "sweeps" / "mine"
     for number in range(5):
         process = begin(corpus, tmp_path / "killed", *TWELVE)
-        # somewhere in the jobs that are left
-        wanted, deadline = draw.uniform(2 * number, 2 * number + 2), time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and progress(folder) < wanted:
-            time.sleep(0.02)
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        wanted = draw.uniform(2 * number, 2 * number + 2)  # somewhere in the jobs that are left
+        wait_until(lambda n=wanted: progress(folder) >= n, process)
+        kill(process)
     code, again, err = finish(begin(corpus, tmp_path / "killed", *TWELVE))
     assert code == 0, err
     whole, killed = runs_of(tmp_path / "whole" / "sweeps" / "mine"), runs_of(folder)
@@ -89,9 +86,7 @@ def test_two_at_once_share_the_work(corpus: Path, tmp_path: Path) -> None:
 def test_interrupted_it_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweeps" / "mine"
     process = begin(corpus, tmp_path, "seed=1,2", "max_steps=2000", "eval_interval=500")
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and progress(folder) < 1:
-        time.sleep(0.02)
+    wait_until(lambda: progress(folder) >= 1, process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, err) == (130, "")
@@ -136,8 +131,7 @@ def test_workers_end_with_the_process_that_has_started_them(
     long = ["seed=1,2", "max_steps=20000", "eval_interval=50", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     process = begin(corpus, tmp_path, *long)
     folder, deadline = tmp_path / "sweeps" / "mine", time.monotonic() + 180
-    while process.poll() is None and time.monotonic() < deadline and len(list(folder.glob("*/metrics.csv"))) < 2:
-        time.sleep(0.1)
+    wait_until(lambda: len(list(folder.glob("*/metrics.csv"))) >= 2, process)
     workers = children(process.pid)
     assert len(workers) >= 2
     process.send_signal(number)

@@ -1,18 +1,22 @@
-"""Two agents of torchrun, as on two machines: one run, one decision, one error, whatever happens to either."""
+"""Several processes of one command, as on two machines: one run, one decision, one error, whatever befalls either."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gptexp.runs import Run
-from tests.cli.agents import errors, finish_all, kill_all, torchrun
+from gptexp.runs.run import Run
+from tests.cli.agents import SLURM, errors, finish_all, kill_all, srun, torchrun
 from tests.cli.faulty import faulty
 from tests.cli.test_distributed import check_close
 from tests.cli.test_interruption import check_same, wait_for_rows
 from tests.conftest import TINY, finish, more, runs_of, spawn, timeless
 
 LONGER = ["max_steps=60", "eval_interval=20", "log_interval=5", "model.dropout=0.1"]
+STARTED: dict[str, tuple[Callable[..., Any], list[str]]] = {"torchrun": (torchrun, TINY), "srun": (srun, SLURM)}
+"""What starts two processes, each with its arguments, and the settings of a tiny run of theirs."""
 
 
 @pytest.mark.slow
@@ -28,44 +32,46 @@ def test_two_machines_follow_one_process(corpus: Path, tmp_path: Path) -> None:
     one, two = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     check_close(one, two)
     assert two.info["status"] == "done"
-    assert (two.info["device"]["devices"], two.info["device"]["nodes"]) == (2, 2)
     assert len(list((tmp_path / "two" / "wandb").glob("offline-run-*"))) == 1
     assert out.count("step 24/24") == 1  # one of the two speaks
     assert two.log_path.read_text().count("started: ") == 2  # but both trained
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
-def test_killed_and_resumed_to_the_bit(corpus: Path, tmp_path: Path) -> None:
-    common = [*TINY, *LONGER, f"data.path={corpus}"]
+@pytest.mark.parametrize("by", ["srun", more("torchrun")])
+def test_killed_and_resumed_to_the_bit(by: str, corpus: Path, tmp_path: Path) -> None:
+    start, settings = STARTED[by]
+    common = [*settings, *LONGER, f"data.path={corpus}"]
     for name in ("unbroken", "run"):
-        agents = torchrun(*[[*common, f"hydra.run.dir={tmp_path / name}"]] * 2, cwd=tmp_path)
+        both = start(*[[*common, f"hydra.run.dir={tmp_path / name}"]] * 2, cwd=tmp_path)
         if name == "unbroken":
-            assert finish_all(agents)[0] == [0, 0]
-    wait_for_rows(tmp_path / "run", 7, agents[0])
-    kill_all(agents)
-    run, unbroken = Run.open(tmp_path / "run"), Run.open(tmp_path / "unbroken")
+            assert finish_all(both)[0] == [0, 0]
+    wait_for_rows(tmp_path / "run", 7, both[0])
+    kill_all(both)
+    run = Run.open(tmp_path / "run")
     assert run.info["status"] == "running"
-    codes, out, err = finish_all(torchrun(*[[f"resume={tmp_path / 'run'}"]] * 2, cwd=tmp_path))
-    assert codes == [0, 0], err
+    codes, out, err = finish_all(start(*[[f"resume={tmp_path / 'run'}"]] * 2, cwd=tmp_path))
+    assert (codes, errors(err)) == ([0, 0], [])
     assert out.count("resuming") == 1
-    check_same(run, unbroken)
+    check_same(run, Run.open(tmp_path / "unbroken"))
+    assert (run.info["device"]["devices"], run.info["device"]["nodes"]) == (2, 2)
 
 
 @pytest.mark.slow
-def test_a_multirun_killed_and_continued(corpus: Path, tmp_path: Path) -> None:
-    common = ["-m", *TINY, *LONGER, f"data.path={corpus}", "norm=layernorm,batchnorm"]
+@pytest.mark.parametrize("by", ["torchrun", more("srun")])
+def test_a_multirun_killed_and_continued(by: str, corpus: Path, tmp_path: Path) -> None:
+    start, settings = STARTED[by]
+    common = ["-m", *settings, *LONGER, f"data.path={corpus}", "norm=layernorm,batchnorm"]
     for name in ("unbroken", "killed"):
-        agents = torchrun(*[[*common, f"hydra.sweep.dir={tmp_path / name}"]] * 2, cwd=tmp_path)
+        both = start(*[[*common, f"hydra.sweep.dir={tmp_path / name}"]] * 2, cwd=tmp_path)
         if name == "unbroken":
-            codes, out, err = finish_all(agents)
+            codes, out, err = finish_all(both)
             assert codes == [0, 0], err
             assert out.count("2 jobs, best val/loss first") == 1
-    wait_for_rows(tmp_path / "killed" / "batchnorm-pre-h2-s1337", 5, agents[0])
-    kill_all(agents)
+    wait_for_rows(tmp_path / "killed" / "batchnorm-pre-h2-s1337", 5, both[0])
+    kill_all(both)
     assert [r.info["status"] for r in runs_of(tmp_path / "killed").values()] == ["running", "done"]
-    codes, out, err = finish_all(
-        torchrun(*[[*common, f"hydra.sweep.dir={tmp_path / 'killed'}"]] * 2, cwd=tmp_path))
+    codes, out, err = finish_all(start(*[[*common, f"hydra.sweep.dir={tmp_path / 'killed'}"]] * 2, cwd=tmp_path))
     assert codes == [0, 0], err
     killed, unbroken = runs_of(tmp_path / "killed"), runs_of(tmp_path / "unbroken")
     assert list(killed) == list(unbroken) == ["batchnorm-pre-h2-s1337", "layernorm-pre-h2-s1337"]
@@ -76,11 +82,15 @@ def test_a_multirun_killed_and_continued(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "how"), [(1, "kill"), more(0, "raise"), more(1, "raise"), more(0, "kill")])
-def test_a_failure_of_one_ends_all_with_one_line(rank: int, how: str, corpus: Path, tmp_path: Path) -> None:
-    common = [*TINY, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}", *faulty(rank, how)]
-    codes, _, err = finish_all(torchrun(*[common] * 2, cwd=tmp_path))
-    assert codes == [1, 1]  # torchrun's own, whatever the processes end with
+@pytest.mark.parametrize(("by", "rank", "how"), [
+    ("torchrun", 1, "kill"), more("torchrun", 0, "raise"), more("torchrun", 1, "raise"), more("torchrun", 0, "kill"),
+    more("srun", 0, "raise"), more("srun", 1, "raise"),
+])  # fmt: skip
+def test_a_failure_of_one_ends_all_with_one_line(by: str, rank: int, how: str, corpus: Path, tmp_path: Path) -> None:
+    start, settings = STARTED[by]
+    common = [*settings, f"data.path={corpus}", f"hydra.run.dir={tmp_path / 'run'}", *faulty(rank, how)]
+    codes, _, err = finish_all(start(*[common] * 2, cwd=tmp_path))
+    assert codes == [1, 1]  # also torchrun's own, whatever the processes end with
     run = Run.open(tmp_path / "run")
     (line,) = errors(err)
     if how == "raise":
@@ -163,20 +173,21 @@ def test_two_machines_with_different_settings(how: str, corpus: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrong", "line"), [
-    (["norm=rmsnrom"], "error: norm=rmsnrom: unknown; did you mean rmsnorm?"),
-    more(["batch_size=5"], "error: batch_size=5: must be a multiple of 2 processes * gradient_accumulation_steps=1"),
-    more(["-m", "seed=1,2", "hydra/launcher=joblib"], "error: hydra/launcher: torchrun or srun has started several "),
+@pytest.mark.parametrize(("by", "wrong", "line"), [
+    ("torchrun", ["norm=rmsnrom"], "norm=rmsnrom: unknown; did you mean rmsnorm?"),
+    more("torchrun", ["batch_size=5"], "batch_size=5: must be a multiple of 2 processes * gradient_accumulation_steps"),
+    more("torchrun", ["-m", "seed=1,2", "hydra/launcher=joblib"], "hydra/launcher: torchrun or srun has started "),
+    more("srun", ["norm=rmsnrom"], "norm=rmsnrom: unknown; did you mean rmsnorm?"),
 ])  # fmt: skip
-def test_a_mistake_of_all_is_told_once(wrong: list[str], line: str, corpus: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "outputs"
+def test_a_mistake_of_all_is_told_once(by: str, wrong: list[str], line: str, corpus: Path, tmp_path: Path) -> None:
+    start, settings = STARTED[by]
     flags = [argument for argument in wrong if argument == "-m"]
-    settings = [*flags, *TINY, f"data.path={corpus}", *wrong[len(flags) :]]
-    codes, _, err = finish_all(torchrun(settings, settings, cwd=tmp_path))
-    assert codes == [1, 1]
+    command = [*flags, *settings, f"data.path={corpus}", *wrong[len(flags) :]]
+    codes, _, err = finish_all(start(command, command, cwd=tmp_path))
+    assert codes == ([1, 1] if by == "torchrun" else [2, 2])
     (told,) = errors(err)
-    assert told.startswith(line)
-    assert not list(folder.rglob("run.json"))
+    assert told.startswith(f"error: {line}")
+    assert not list(tmp_path.rglob("run.json"))
 
 
 @pytest.mark.slow

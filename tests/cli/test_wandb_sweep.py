@@ -10,11 +10,11 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
-from gptexp.config import known_keys
-from gptexp.groups import register_choices
-from gptexp.overrides import check
-from gptexp.records import METRICS
-from gptexp.runs import Run
+from gptexp.config.command_line import check
+from gptexp.config.composition import register_choices
+from gptexp.config.schema import known_keys
+from gptexp.runs.files import METRICS
+from gptexp.runs.run import Run
 from tests.cli.wandb_file import read_run
 from tests.conftest import REPOSITORY, TINY, finish, spawn
 

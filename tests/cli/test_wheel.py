@@ -1,5 +1,6 @@
-"""The wheel carries its configuration and works from an empty folder."""
+"""What is published: an sdist that has all that its tests need, and a wheel that works from an empty folder."""
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,10 +12,31 @@ import pytest
 from tests.conftest import REPOSITORY, TINY
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(autouse=True)
+def _without_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
 @pytest.mark.slow
-def test_the_wheel_trains_from_an_empty_folder(corpus: Path, tmp_path: Path) -> None:
+def test_the_tests_of_the_sdist_can_be_collected(sdist: Path) -> None:
+    subprocess.run([sys.executable, "-m", "pytest", "--collect-only"], cwd=sdist, check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_from_an_empty_folder(sdist: Path, corpus: Path, tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
-    subprocess.run([*build, REPOSITORY], check=True)
+    subprocess.run([*build, sdist], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"

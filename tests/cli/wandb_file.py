@@ -3,7 +3,7 @@
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,62 +67,50 @@ def records(path: Path) -> Iterator[bytes]:
         raise EOFError(path)
 
 
-def read_run(path: Path) -> Record:
-    """Everything of interest in the file of a run that has ended.
+def read_run(path: Path, ended: bool = True) -> Record:
+    """Everything of interest in a run's file; as far as it is written if the run has not ended, or was killed.
 
     W&B's own process writes the file, and goes on doing so for a moment after the run is over. It ends with the
-    process that began it, which waits for it. Where that is this process, it ends here.
+    process that began it, which waits for it. If that is this process, it ends here.
     """
-    wandb.teardown()
-    return read(records(path))
-
-
-def read_so_far(path: Path) -> Record:
-    """The same of a run that goes on, or was killed, as far as it is written."""
-
-    def whole() -> Iterator[bytes]:
-        with suppress(EOFError):
-            yield from records(path)
-
-    return read(whole())
-
-
-def read(contents: Iterable[bytes]) -> Record:
-    """What a file's records say."""
-    found, names = Record(), {}
-    for content in contents:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
-        match record.WhichOneof("record_type"):
-            case "run":
-                run = record.run
-                found.id, found.name, found.group = run.run_id, run.display_name, run.run_group
-                found.entity, found.sweep = run.entity, run.sweep_id
-                found.project, found.job_type, found.tags = run.project, run.job_type, list(run.tags)
-                found.config |= {u.key or u.nested_key[0]: u.value_json for u in run.config.update}
-            case "config":
-                found.config |= {u.key or u.nested_key[0]: u.value_json for u in record.config.update}
-            case "history":
-                found.history.append(
-                    {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-                )
-            case "metric":
-                metric = record.metric
-                names[metric.name] = (metric.step_metric, metric.summary.min)
-            case "summary":
-                found.summary |= {u.key or "/".join(u.nested_key): u.value_json for u in record.summary.update}
-            case "request" if record.request.WhichOneof("request_type") == "log_artifact":
-                found.artifacts |= _artifact(record.request.log_artifact.artifact)
-            case "artifact":
-                found.artifacts |= _artifact(record.artifact)
-            case "environment" if record.environment.program:
-                found.program, found.args = record.environment.program, list(record.environment.args)
-            case "telemetry":
-                found.imported |= {field.name for field, _ in record.telemetry.imports_init.ListFields()}
-            case "exit":
-                found.exit_code = record.exit.exit_code
-    found.metrics = names
+    if ended:
+        wandb.teardown()
+    found = Record()
+    with suppress(*() if ended else (EOFError,)):
+        for content in records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            _add(found, record)
     return found
+
+
+def _add(found: Record, record: Any) -> None:
+    match record.WhichOneof("record_type"):
+        case "run":
+            run = record.run
+            found.id, found.name, found.group = run.run_id, run.display_name, run.run_group
+            found.entity, found.sweep = run.entity, run.sweep_id
+            found.project, found.job_type, found.tags = run.project, run.job_type, list(run.tags)
+            found.config |= {u.key or u.nested_key[0]: u.value_json for u in run.config.update}
+        case "config":
+            found.config |= {u.key or u.nested_key[0]: u.value_json for u in record.config.update}
+        case "history":
+            row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            found.history.append(row)
+        case "metric":
+            found.metrics[record.metric.name] = (record.metric.step_metric, record.metric.summary.min)
+        case "summary":
+            found.summary |= {u.key or "/".join(u.nested_key): u.value_json for u in record.summary.update}
+        case "request" if record.request.WhichOneof("request_type") == "log_artifact":
+            found.artifacts |= _artifact(record.request.log_artifact.artifact)
+        case "artifact":
+            found.artifacts |= _artifact(record.artifact)
+        case "environment" if record.environment.program:
+            found.program, found.args = record.environment.program, list(record.environment.args)
+        case "telemetry":
+            found.imported |= {field.name for field, _ in record.telemetry.imports_init.ListFields()}
+        case "exit":
+            found.exit_code = record.exit.exit_code
 
 
 def _artifact(record: Any) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""A W&B server on this machine, as far as a run asks anything of it; it can hang and vanish."""
+"""A W&B server on this machine that keeps what a run sends; it can hang and vanish."""
 
 import gzip
 import json
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from benchmarks.wandb_server import answer
+
 
 class Server(ThreadingHTTPServer):
     """Takes what a run sends.
@@ -18,6 +20,7 @@ class Server(ThreadingHTTPServer):
         artifacts: names of the artifacts.
         asked: names of the GraphQL operations.
         asking: set once somebody has sent anything.
+        hanging: once set, no request is answered.
     """
 
     daemon_threads = True
@@ -42,37 +45,21 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None:
         """A run that has ended leaves connections open."""
 
-    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0911
-        """To a GraphQL operation."""
-        self.asked.append(operation)
-        match operation:
-            case "RunResumeStatus":
-                rows = self.history.get(variables["name"], [])
-                tail = json.dumps([json.dumps(row) for row in rows[-1:]])
-                bucket = {
-                    "id": "b", "name": variables["name"], "displayName": variables["name"], "config": "{}",
-                    "summaryMetrics": "{}", "historyLineCount": len(rows), "historyTail": tail, "eventsTail": "[]",
-                    "logLineCount": 0, "eventsLineCount": 0, "tags": [], "notes": None, "wandbConfig": '{"t": 1}',
-                }  # fmt: skip
-                project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "team"}}
-                return {"model": project | {"bucket": bucket if rows else None}}
-            case "UpsertBucket":
-                project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "team"}}
-                bucket = {"id": "b", "name": variables["name"], "displayName": variables["name"], "project": project}
-                return {"upsertBucket": {"bucket": bucket, "inserted": True}}
-            case "CreateRunFiles":
-                files = [{"name": name, "uploadUrl": f"{self.url}/{name}"} for name in variables["files"]]
-                return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-            case "Viewer":
-                return {"viewer": {"id": "v", "entity": "team", "username": "me", "flags": "{}",
-                                   "teams": {"edges": []}}}  # fmt: skip
-            case "ArtifactType":
-                return {"project": None}
-            case "CreateArtifact":
-                self.artifacts.append(variables["input"]["artifactCollectionName"])
-                artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
-                return {"createArtifact": {"artifact": artifact}}
-        return {}
+    def answer(self, body: bytes) -> dict[str, Any]:
+        """To a GraphQL operation. A run that has sent rows can be resumed."""
+        content, query = answer(body), json.loads(body)
+        variables = query.get("variables") or {}
+        self.asked += re.findall(r"(?:query|mutation)\s+(\w+)", query["query"])
+        if name := variables.get("input", {}).get("artifactCollectionName"):
+            self.artifacts.append(name)
+        if rows := self.history.get(variables.get("name", "")):
+            content["data"]["model"]["bucket"] = {
+                "id": "run", "name": variables["name"], "displayName": variables["name"], "config": "{}",
+                "summaryMetrics": "{}", "historyLineCount": len(rows), "eventsTail": "[]", "logLineCount": 0,
+                "historyTail": json.dumps([json.dumps(rows[-1])]), "eventsLineCount": 0, "tags": [], "notes": None,
+                "wandbConfig": '{"t": 1}',
+            }  # fmt: skip
+        return content
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,22 +79,19 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        answer: dict[str, Any] = {}
+        content: dict[str, Any] = {}
         if self.path == "/graphql":
-            query = json.loads(body)
-            operation = re.search(r"(query|mutation)\s+(\w+)", query["query"])
-            assert operation
-            answer = {"data": self.server.answer(operation[2], query.get("variables") or {})}
-        elif stream := re.fullmatch(r"/files/team/[^/]+/([^/]+)/file_stream", self.path):
+            content = self.server.answer(body)
+        elif stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             rows = self.server.history.setdefault(stream[1], [])
             if lines := json.loads(body).get("files", {}).get("wandb-history.jsonl"):
                 rows[lines["offset"] :] = [flat(json.loads(line)) for line in lines["content"]]
-        content = json.dumps(answer).encode()
+        data = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(data)
 
     do_GET = do_POST = do_PUT = respond
 

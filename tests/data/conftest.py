@@ -3,12 +3,15 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gptexp.data import corpora
+from gptexp.config.sections import DataConfig
+from gptexp.data.batches import Split
+from gptexp.data.corpora import Names, Shakespeare
+from gptexp.data.encoding import Encoded
+from gptexp.tasks.text import Lines, Text
 
 REAL_DATA = os.environ.get("GPTEXP_DATA")
 
@@ -26,8 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: str) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("GPTEXP_CACHE", str(folder))
     monkeypatch.delenv("GPTEXP_DATA", raising=False)
-    for name, source in list(corpora.SOURCES.items()):
-        monkeypatch.setitem(corpora.SOURCES, name, replace(source, urls=(f"{nobody}/",)))
+    for source in (Shakespeare, Names):
+        monkeypatch.setattr(source, "urls", (f"{nobody}/",))
     return folder
 
 
@@ -39,3 +42,10 @@ def real_file() -> Callable[[str], Path]:
         return Path(REAL_DATA) / name
 
     return find
+
+
+def cut(
+    encoded: Encoded, block_size: int, documents: bool = False, val_fraction: float = 0.1, split_seed: int = 1337
+) -> tuple[Split, Split]:
+    task = Lines(split_seed=split_seed) if documents else Text()
+    return task.splits(encoded, DataConfig(val_fraction=val_fraction), block_size)

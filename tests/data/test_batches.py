@@ -3,33 +3,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptexp.data.batches import (
-    BATCH_STREAM,
-    SPLIT_STREAM,
-    Documents,
-    Split,
-    Windows,
-    chars_per_token,
-    draw,
-    split_corpus,
-)
-from gptexp.data.encoded import Encoded
-from gptexp.data.settings import DataConfig
-from gptexp.data.tokenizer import ByteTokenizer, CharTokenizer
+from gptexp.data.batches import BATCH_STREAM, SPLIT_STREAM, Documents, Split, Windows, chars_per_token, draw
+from gptexp.data.encoding import Encoded
+from gptexp.data.tokenizers import ByteTokenizer, CharTokenizer
 from gptexp.errors import UserError
+from tests.data.conftest import cut
 
 SEEDS = st.integers(0, 2**64 - 1)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def text_of(ids: np.ndarray) -> Encoded:
-    return Encoded(ids, CharTokenizer("".join(map(chr, range(max(2, int(ids.max()) + 1))))), "", False)
+    return Encoded(ids, CharTokenizer("".join(map(chr, range(max(2, int(ids.max()) + 1))))), "")
 
 
 def documents_of(lines: list[str], end: str = "") -> Encoded:
     tokenizer = CharTokenizer("." + LETTERS, ".")
     ids = tokenizer.encode("\n".join(lines) + end).astype(np.uint8)
-    return Encoded(ids, tokenizer, "", True)
+    return Encoded(ids, tokenizer, "")
 
 
 def read(rows, index) -> str:
@@ -66,21 +57,17 @@ def test_draws_are_in_range_and_pure(seed, step, count, n):
     assert (draw(seed, step, count + 1, n)[:-1] == drawn).all()
 
 
-def test_steps_share_no_numbers():
-    drawn = np.concatenate([draw(1, step, 5_000, 2**63) for step in range(20)])
-    assert len(np.unique(drawn)) == len(drawn)
-
-
-def test_draws_are_uniform():
+def test_draws_are_uniform_and_share_no_numbers():
     counts = np.bincount(draw(3, 5, 100_000, 10), minlength=10)
     chi2 = ((counts - 10_000) ** 2 / 10_000).sum()
     assert chi2 < 27.9  # 9 degrees of freedom, p = 0.001
+    assert len(np.unique([draw(1, step, 5_000, 2**63) for step in range(20)])) == 100_000
 
 
 @settings(deadline=None)
 @given(st.integers(20, 400), st.integers(1, 17), st.floats(0.05, 0.8), SEEDS, st.integers(0, 2**40))
 def test_training_windows_stay_in_the_training_split(n, block_size, fraction, seed, step):
-    train, val = split_corpus(text_of(np.arange(n)), DataConfig(val_fraction=fraction), min(block_size, 3))
+    train, val = cut(text_of(np.arange(n)), min(block_size, 3), val_fraction=fraction)
     n_train = n - val.n_tokens  # ids are their own positions, so anything from the validation split shows
     x, y, mask, tokens, _ = train.train_batch(seed, step, 32)
     assert x.dtype == y.dtype == np.int64
@@ -96,7 +83,7 @@ def test_training_windows_stay_in_the_training_split(n, block_size, fraction, se
 
 
 def test_training_windows_reach_both_ends():
-    train, _ = split_corpus(text_of(np.arange(20)), DataConfig(val_fraction=0.5), 4)
+    train, _ = cut(text_of(np.arange(20)), 4, val_fraction=0.5)
     x, y, *_ = train.train_batch(0, 0, 1000)
     assert (x.min(), y.max()) == (0, 9)
     assert sorted(set(x[:, 0].tolist())) == [0, 1, 2, 3, 4, 5]
@@ -125,7 +112,7 @@ def test_windows_cover_every_target_once(n, block_size, fraction, batch, of_trai
 
 @pytest.mark.parametrize("split", [Windows(np.arange(9), 4, 9, 3), None])
 def test_filler_rows(split):
-    split = split or split_corpus(documents_of(["a", "bcd"]), DataConfig(val_fraction=0.5), 9)[0]
+    split = split or cut(documents_of(["a", "bcd"]), 9, documents=True, val_fraction=0.5)[0]
     x, y, mask, tokens, _ = split.rows([-1, 0])
     assert not x[0].any()
     assert (y[0] == -1).all()
@@ -136,15 +123,15 @@ def test_filler_rows(split):
 
 @pytest.mark.parametrize("n", [1_115_394, 10, 1000])
 def test_nanogpt_sizes(n):
-    train, val = split_corpus(text_of(np.zeros(n, np.uint8)), DataConfig(), 8)
+    train, val = cut(text_of(np.zeros(n, np.uint8)), 8)
     assert val.n_tokens == n - int(n * 0.9)
     assert train.n_tokens + 1 + val.n_tokens == n
     assert chars_per_token(val, CharTokenizer("ab")) == 1.0
 
 
 def test_the_share_for_validation_is_not_lost_to_rounding():
-    assert split_corpus(text_of(np.arange(10)), DataConfig(val_fraction=0.7), 1)[1].n_tokens == 7
-    assert split_corpus(documents_of(["a"] * 10), DataConfig(val_fraction=0.9), 2)[0].n_rows == 1
+    assert cut(text_of(np.arange(10)), 1, val_fraction=0.7)[1].n_tokens == 7
+    assert cut(documents_of(["a"] * 10), 2, documents=True, val_fraction=0.9)[0].n_rows == 1
 
 
 LINES = st.lists(st.text("abcxyz", max_size=9), min_size=2, max_size=40).filter(lambda lines: sum(map(bool, lines)) > 1)
@@ -153,8 +140,7 @@ LINES = st.lists(st.text("abcxyz", max_size=9), min_size=2, max_size=40).filter(
 @settings(deadline=None)
 @given(LINES, st.sampled_from(["", "\n", "\n\n"]), st.integers(0, 5))
 def test_every_document_is_in_one_split_once(lines, end, split_seed):
-    config = DataConfig(documents=True, terminator=".", val_fraction=0.5, split_seed=split_seed)
-    splits = split_corpus(documents_of(lines, end), config, 10)
+    splits = cut(documents_of(lines, end), 10, documents=True, val_fraction=0.5, split_seed=split_seed)
     kept = [line for line in lines if line]
     found = []
     for split in splits:
@@ -172,7 +158,7 @@ def test_the_shuffle_is_fixed_by_its_seed():
     lines = [letter * 2 for letter in LETTERS]
 
     def validation(seed: int) -> list[str]:
-        val = split_corpus(documents_of(lines), DataConfig(documents=True, split_seed=seed, val_fraction=0.2), 8)[1]
+        val = cut(documents_of(lines), 8, documents=True, split_seed=seed, val_fraction=0.2)[1]
         rows = val.rows(np.arange(val.n_rows))
         return [read(rows, index)[0] for index in range(val.n_rows)]
 
@@ -182,8 +168,8 @@ def test_the_shuffle_is_fixed_by_its_seed():
 
 
 def batches() -> list[Split]:
-    windows = split_corpus(text_of(np.arange(100)), DataConfig(), 7)[0]
-    documents = split_corpus(documents_of([LETTERS[:n] for n in range(1, 20)]), DataConfig(documents=True), 32)[0]
+    windows = cut(text_of(np.arange(100)), 7)[0]
+    documents = cut(documents_of([LETTERS[:n] for n in range(1, 20)]), 32, documents=True)[0]
     return [windows, documents]
 
 
@@ -206,19 +192,12 @@ def test_batches_differ_between_steps_and_seeds(split):
     assert (split.train_batch(2, 1, 8).x != x).any()
 
 
-def test_documents_as_long_as_the_row_need_no_padding_but_have_a_mask():
-    split = split_corpus(documents_of(["ab", "cd"]), DataConfig(documents=True, val_fraction=0.5), 3)[0]
-    rows = split.rows([0])
-    assert rows.mask.all()
-    assert read(rows, 0) in {"ab", "cd"}
-
-
 def test_characters_per_byte():
     text = "aé中😀\nbé\n" * 8
     ids = np.frombuffer(text.encode(), np.uint8)
-    val = split_corpus(Encoded(ids, ByteTokenizer(), "", False), DataConfig(val_fraction=0.5), 5)[1]
+    val = cut(Encoded(ids, ByteTokenizer(), ""), 5, val_fraction=0.5)[1]
     assert chars_per_token(val, ByteTokenizer()) == pytest.approx(len(text) / len(text.encode()))
-    documents = split_corpus(Encoded(ids, ByteTokenizer(), "", True), DataConfig(documents=True, val_fraction=0.5), 20)
+    documents = cut(Encoded(ids, ByteTokenizer(), ""), 20, documents=True, val_fraction=0.5)
     n_characters = sum(chars_per_token(split, ByteTokenizer()) * split.n_tokens for split in documents)
     assert n_characters == pytest.approx(len(text))  # each document's newline is its terminator
     rows = documents[0].rows([0])
@@ -229,25 +208,19 @@ def test_characters_per_byte():
 @pytest.mark.parametrize(
     ("encoded", "config", "block_size", "message"),
     [
-        (
-            text_of(np.arange(10)),
-            DataConfig(),
-            9,
-            "model.block_size=9: longer than the training split, 9 tokens; .* 8$",
-        ),
-        (text_of(np.arange(10)), DataConfig(val_fraction=1e-6), 2, "data.val_fraction=1e-06: leaves .*at least 0.1$"),
-        (documents_of(["abc", "d"]), DataConfig(documents=True, val_fraction=0.5), 3, "model.block_size=3: .*least 4$"),
-        (documents_of(["abc", "", ""]), DataConfig(documents=True), 8, "data.documents=true: .* 1 lines .*at least 2$"),
-        (documents_of(["a", "b"]), DataConfig(documents=True, val_fraction=0.9), 8, "data.val_fraction=0.9: leaves 0 "),
+        (text_of(np.arange(10)), {}, 9, "model.block_size=9: longer than the training split, 9 tokens; .* 8$"),
+        (text_of(np.arange(10)), {"val_fraction": 1e-6}, 2, "data.val_fraction=1e-06: leaves .*at least 0.1$"),
+        (documents_of(["abc", "d"]), {"documents": True, "val_fraction": 0.5}, 3, "model.block_size=3: .*least 4$"),
+        (documents_of(["abc", "", ""]), {"documents": True}, 8, "task=documents: .* 1 lines .*at least 2$"),
+        (documents_of(["a", "b"]), {"documents": True, "val_fraction": 0.9}, 8, "data.val_fraction=0.9: leaves 0 "),
     ],
 )
 def test_too_little_text(encoded, config, block_size, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        split_corpus(encoded, config, block_size)
+        cut(encoded, block_size, **config)
 
 
-@pytest.mark.parametrize(("n", "block_size"), [(10, 8), (20, 17)])
-def test_just_enough_text(n, block_size):
-    train, val = split_corpus(text_of(np.arange(n)), DataConfig(), block_size)
-    assert train.train_batch(0, 0, 3).x.shape == (3, block_size)
+def test_just_enough_text():
+    train, val = cut(text_of(np.arange(10)), 8)
+    assert train.train_batch(0, 0, 3).x.shape == (3, 8)
     assert val.n_rows == 1

@@ -7,60 +7,61 @@ from pathlib import Path
 
 import pytest
 
+from gptexp.config.sections import DataConfig
 from gptexp.data import corpora
-from gptexp.data.corpora import Source, find_corpus
-from gptexp.data.settings import DataConfig
+from gptexp.data.corpora import Names, find_corpus
 from gptexp.errors import UserError
+from gptexp.registry import CORPORA
 
 TEXT = b"emma\nolivia\nava"
-NAMES = DataConfig(name="names", documents=True, terminator=".")
+NAMES = DataConfig(name="names")
 
 
 class Server:
     """A web server on this machine: `pages` maps a path to (status, body), `hits` are the paths asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, http: ThreadingHTTPServer) -> None:
         self.pages: dict[str, tuple[int, bytes]] = {}
         self.hits: list[str] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.hits.append(self.path)
-                status, body = server.pages.get(self.path, (404, b""))
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.url = f"http://127.0.0.1:{http.server_port}"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            server.hits.append(self.path)
+            status, body = server.pages.get(self.path, (404, b""))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server = Server(http)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        http.shutdown()
+        thread.join()
 
 
 @pytest.fixture
 def names_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def publish(*urls: str) -> None:
-        source = Source("names.txt", hashlib.sha256(TEXT).hexdigest(), urls)
-        monkeypatch.setitem(corpora.SOURCES, "names", source)
+        monkeypatch.setattr(Names, "sha256", hashlib.sha256(TEXT).hexdigest())
+        monkeypatch.setattr(Names, "urls", urls)
 
     return publish
 
 
-def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
+def problem_of(config: DataConfig) -> str:
+    """The one line that finding this corpus fails with."""
+    with pytest.raises(UserError) as caught:
+        find_corpus(config)
     [problem] = caught.value.problems
     assert "\n" not in problem
     return problem
@@ -71,7 +72,7 @@ def test_download_and_then_the_cache(server, names_at, cache, capfd):
     names_at(f"{server.url}/names")
     for _ in range(2):
         corpus = find_corpus(NAMES)
-        assert (corpus.name, corpus.requested, corpus.documents) == ("names", "names", True)
+        assert (corpus.name, corpus.requested) == ("names", "names")
         assert corpus.path == cache / "names.txt"
         assert corpus.path.read_bytes() == TEXT
         assert corpus.sha256 == hashlib.sha256(TEXT).hexdigest()
@@ -90,9 +91,7 @@ def test_mirror_takes_over(server, names_at, first):
 def test_every_address_fails_with_its_reason(server, names_at, cache, nobody):
     server.pages["/wrong"] = (200, b"something else")
     names_at(f"{server.url}/wrong", f"{server.url}/gone", f"{nobody}/names")
-    with pytest.raises(UserError) as caught:
-        find_corpus(DataConfig(name="names", offline_fallback=None))
-    problem = one_line(caught)
+    problem = problem_of(DataConfig(name="names", offline_fallback=None))
     assert problem.startswith("data.name=names: names.txt could not be downloaded")
     for reason in ("/wrong: wrong SHA-256", "/gone: HTTP status 404", f"{nobody}/names: no connection"):
         assert reason in problem
@@ -111,7 +110,7 @@ def test_server_that_does_not_answer(names_at, monkeypatch):
 
 def test_fallback_says_so_and_is_running_text(caplog, cache):
     corpus = find_corpus(NAMES)
-    assert (corpus.name, corpus.requested, corpus.documents) == ("pydocs", "names", False)
+    assert (corpus.name, corpus.requested) == ("pydocs", "names")
     assert corpus.path.parent == cache
     [record] = caplog.records
     assert (record.name, record.levelno) == ("gptexp", logging.WARNING)
@@ -170,33 +169,25 @@ def test_cache_that_cannot_be_written(names_at, server, tmp_path, monkeypatch):
     server.pages["/names"] = (200, TEXT)
     names_at(f"{server.url}/names")
     for config in (NAMES, DataConfig(name="pydocs")):
-        with pytest.raises(UserError) as caught:
-            find_corpus(config)
-        assert one_line(caught).startswith(f"GPTEXP_CACHE={blocked / 'cache'}: cannot be written (")
+        assert problem_of(config).startswith(f"GPTEXP_CACHE={blocked / 'cache'}: cannot be written (")
     (tmp_path / "names.txt").write_bytes(TEXT)
     monkeypatch.setenv("GPTEXP_DATA", str(tmp_path))
     assert find_corpus(NAMES).path == tmp_path / "names.txt"
 
 
 def test_a_file_of_ones_own(tmp_path: Path):
-    path = tmp_path / "mine.txt"
-    for problem, make in [
-        ("no such file", lambda: None),
-        ("empty", path.touch),
-        ("not a file", lambda: (path.unlink(), path.mkdir())),
-    ]:
-        make()
-        with pytest.raises(UserError) as caught:
-            find_corpus(DataConfig(name="file", path=str(path)))
-        assert one_line(caught).startswith(f"data.path={path}: {problem}")
-    path.rmdir()
+    path, empty = tmp_path / "mine.txt", tmp_path / "empty.txt"
+    empty.touch()
+    for wrong, problem in ((path, "no such file"), (empty, "empty"), (tmp_path, "not a file")):
+        line = problem_of(DataConfig(name="file", path=str(wrong)))
+        assert line.startswith(f"data.path={wrong}: {problem}")
     path.write_bytes(b"a\r\nb")
-    corpus = find_corpus(DataConfig(name="file", path=str(path), documents=True))
-    assert corpus == corpora.Corpus("file", "file", path, hashlib.sha256(b"a\r\nb").hexdigest(), True)
+    corpus = find_corpus(DataConfig(name="file", path=str(path)))
+    assert corpus == corpora.Corpus("file", "file", path, hashlib.sha256(b"a\r\nb").hexdigest())
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "names"])
 def test_the_real_files_have_the_published_bytes(name, real_file, monkeypatch):
-    path = real_file(corpora.SOURCES[name].file)
+    path = real_file(CORPORA[name].made.file)
     monkeypatch.setenv("GPTEXP_DATA", str(path.parent))
     assert find_corpus(DataConfig(name=name, offline_fallback=None)).path == path

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gptexp.data.batches import Batch, Windows, split_corpus
+from gptexp.data.batches import Batch, Windows
 from gptexp.data.datamodule import CharDataModule
-from gptexp.data.encoded import Encoded
-from gptexp.data.settings import DataConfig
-from gptexp.data.tokenizer import CharTokenizer
+from gptexp.data.encoding import Encoded
+from gptexp.data.tokenizers import CharTokenizer
 from gptexp.errors import UserError
+from tests.data.conftest import cut
 
 TRAIN, VAL = Windows(np.arange(500), 0, 300, 4), Windows(np.arange(500), 300, 500, 4)
 LINES = ["a" * n for n in range(1, 21)]
@@ -39,7 +39,7 @@ def module(train=TRAIN, val=VAL, *, rank=0, world=1, step=0, fn=TrainerFn.FITTIN
 def documents():
     tokenizer = CharTokenizer(".a", ".")
     ids = tokenizer.encode("\n".join(LINES)).astype(np.uint8)
-    return split_corpus(Encoded(ids, tokenizer, "", True), DataConfig(documents=True, val_fraction=0.4), 32)
+    return cut(Encoded(ids, tokenizer, ""), 32, documents=True, val_fraction=0.4)
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 3)])
@@ -79,10 +79,7 @@ def test_batch_that_cannot_be_shared():
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.booleans())
 def test_every_row_is_on_one_process_and_all_have_as_many_batches(n_tokens, size, world, of_documents):
     val = documents()[1] if of_documents else Windows(np.arange(100), 50, 50 + n_tokens, 3)
-    loaders = [
-        module(val=val, rank=rank, world=world, eval_batch_size=size).val_dataloader(whole=True)
-        for rank in range(world)
-    ]
+    loaders = [module(val=val, rank=r, world=world, eval_batch_size=size).val_dataloader(True) for r in range(world)]
     batches = [list(loader) for loader in loaders]
     shapes = [[tuple(batch.x.shape) for batch in each] for each in batches]
     assert all(each == shapes[0] for each in shapes)
@@ -102,13 +99,9 @@ def test_every_row_is_on_one_process_and_all_have_as_many_batches(n_tokens, size
 
 @pytest.mark.parametrize(
     ("fn", "whole", "n_rows"),
-    [
-        (TrainerFn.FITTING, None, 6),
-        (TrainerFn.FITTING, True, 50),
-        (TrainerFn.VALIDATING, None, 50),
-        (TrainerFn.VALIDATING, False, 6),
-    ],
-)
+    [(TrainerFn.FITTING, None, 6), (TrainerFn.FITTING, True, 50), (TrainerFn.VALIDATING, None, 50),
+     (TrainerFn.VALIDATING, False, 6)],
+)  # fmt: skip
 def test_some_windows_are_enough_during_training(fn, whole, n_rows):
     batches = list(module(fn=fn, eval_windows=6).val_dataloader(whole))
     starts = torch.cat([batch.x[:, 0] for batch in batches])
@@ -117,11 +110,8 @@ def test_some_windows_are_enough_during_training(fn, whole, n_rows):
         assert (starts - 299).tolist() == [0, 4 * 8, 4 * 16, 4 * 25, 4 * 33, 4 * 41]
 
 
-def test_more_windows_than_there_are():
+def test_more_windows_than_there_are_and_no_trainer():
     assert sum(len(batch.x) for batch in module(eval_windows=51).val_dataloader()) == 50
-
-
-def test_without_a_trainer():
     data = of_splits(eval_batch_size=64, eval_windows=6)
     [batch] = data.val_dataloader()
     assert batch.x.shape == (50, 4)
@@ -151,18 +141,10 @@ class Recorder(LightningModule):
 
 def fit(tmp_path, max_steps: int, checkpoint: str | None = None) -> Recorder:
     trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_steps=max_steps,
-        accumulate_grad_batches=2,
-        val_check_interval=4,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+        default_root_dir=tmp_path, accelerator="cpu", max_steps=max_steps, accumulate_grad_batches=2,
+        val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
     data = of_splits(batch_size=4, accumulate=2, eval_windows=6)
     recorder = Recorder()
     trainer.fit(recorder, datamodule=data, ckpt_path=checkpoint)

@@ -5,10 +5,32 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from gptexp.models.gpt import GPT
-from gptexp.models.registry import default_norms
-from gptexp.models.settings import GPTConfig
+from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.registry import ACTIVATIONS, NORMS, PLACEMENTS, POSITIONS
+
+NORM_VARIANTS = [*NORMS, "batchnorm[batch]", "rbn[batch]", "powernorm[batch]"]
+"""Every registered norm, and every other choice of `stats`."""
+
+VERDICTS = {
+    "batchnorm": (True, True),  # its statistics run over sequences and positions
+    "batchnorm[batch]": (False, True),  # over sequences alone
+    "rbn": (True, True),
+    "rbn[batch]": (False, True),
+    "causal_batchnorm": (False, True),  # over sequences and the positions so far
+    "powernorm[batch]": (True, True),
+}
+"""Whether a norm's output in training depends on later positions, and on other sequences. No other norm's does."""
+
+
+def norm_settings(variant: str) -> tuple[str, dict[str, Any]]:
+    """`model.norm` and `model.norms` of a norm, such as `batchnorm` or `batchnorm[batch]`."""
+    norms = NORMS.defaults()
+    name, _, stats = variant.rstrip("]").partition("[")
+    if stats:
+        norms[name]["stats"] = stats.split(",") if isinstance(norms[name]["stats"], list) else stats
+    return name, norms
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,13 +41,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def assert_close(mine: dict[str, Tensor], other: dict[str, Tensor], **tolerances: float) -> None:
+    """Every tensor of mine is near the one of that name in other."""
+    for key, value in mine.items():
+        torch.testing.assert_close(value, other[key], msg=lambda text, key=key: f"{key}: {text}", **tolerances)
+
+
 def small_config(**changes: Any) -> GPTConfig:
-    norms = default_norms()
-    name, _, stats = changes.pop("norm", "layernorm").rstrip("]").partition("[")
-    if stats:
-        norms[name]["stats"] = stats.split(",") if isinstance(norms[name]["stats"], list) else stats
+    name, norms = norm_settings(changes.pop("norm", "layernorm"))
     sizes = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "norm": name, "norms": norms}
     return GPTConfig(**{**sizes, **changes})
+
+
+PAIRS = [(n, p) for n in NORM_VARIANTS for p in PLACEMENTS if not small_config(norm=n, placement=p).problems()]
+"""Norms and placements that go together."""
+
+VARIANTS = [
+    (norm, placement, [*POSITIONS][i % len(POSITIONS)], [*ACTIVATIONS][NORM_VARIANTS.index(norm) % len(ACTIVATIONS)])
+    for i, (norm, placement) in enumerate(PAIRS)
+]
+"""Norm, placement, position and activation: each pair of norm and placement, and both with every position."""
+
+every_variant = pytest.mark.parametrize(("norm", "placement", "position", "activation"), VARIANTS)
 
 
 @pytest.fixture(scope="session")
@@ -34,22 +71,22 @@ def small() -> Callable[..., GPTConfig]:
     return small_config
 
 
+def moved(model: Any) -> Any:
+    """The model in eval mode, every parameter and running statistic away from its initial value.
+
+    Fresh weights are so small, and biases so zero, that a wrong formula could hide behind them.
+    """
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty(p.shape).normal_(0.0, 0.3, generator=generator))
+        for name, b in model.named_buffers():
+            if "running" in name:
+                b.add_(torch.empty(b.shape).uniform_(0.0, 0.5, generator=generator))
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def lively() -> Callable[..., GPT]:
-    """lively(**changes): a tiny GPT in eval mode whose every parameter and running statistic is off its initial value.
-
-    Freshly initialised weights are so small, and biases so zero, that a wrong formula could hide behind them.
-    """
-
-    def build(**changes: Any) -> GPT:
-        model = GPT(small_config(**changes)).eval()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.empty(p.shape).normal_(0.0, 0.3, generator=generator))
-            for name, b in model.named_buffers():
-                if "running" in name:
-                    b.add_(torch.empty(b.shape).uniform_(0.0, 0.5, generator=generator))
-        return model
-
-    return build
+    """lively(**changes): a tiny GPT whose every part matters."""
+    return lambda **changes: moved(GPT(small_config(**changes)))

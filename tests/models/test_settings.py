@@ -4,85 +4,64 @@ from collections.abc import Callable
 
 import pytest
 
-from gptexp.models.registry import NORMS, PLACEMENTS, NormShape
-from gptexp.models.settings import POSITIONS, BigramConfig, GPTConfig, MLPConfig
+from gptexp.models.baselines import BigramConfig, MLPConfig
+from gptexp.models.gpt import GPTConfig
+from gptexp.registry import ACTIVATIONS, PLACEMENTS, POSITIONS
+from tests.models.conftest import NORM_VARIANTS
 
-NORM_VARIANTS = [*NORMS, "batchnorm[batch]", "rbn[batch]", "powernorm[batch]"]
 Small = Callable[..., GPTConfig]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"n_head": 3}, "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"),
-        ({"n_head": 16, "position": "rope"}, "model.position=rope: needs an even head size"),
-        ({"n_embd": 15, "n_head": 3, "position": "sinusoidal"}, "model.position=sinusoidal: needs an even"),
-        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "model.norms.batchnorm.stats=[time]"),
-        (
-            {"norm": "rbn", "norms": {"rbn": {"stats": ["time"]}}},
-            "model.norms.rbn.stats=[time]: must be [batch,time] or [batch]",
-        ),
-        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": []}}}, "model.norms.batchnorm.stats=[]: must be"),
+        ({"n_head": 3}, "n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"),
+        ({"n_head": 16, "position": "rope"}, "position=rope: needs an even head size"),
+        ({"n_embd": 15, "n_head": 3, "position": "sinusoidal"}, "position=sinusoidal: needs an even"),
+        ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "norms.batchnorm.stats=[time]: must be"),
+        ({"norm": "rbn", "norms": {"rbn": {"stats": []}}}, "norms.rbn.stats=[]: must be [batch,time] or [batch]"),
         ({"norm": "groupnorm", "norms": {"groupnorm": {"groups": 3}}},
-         "model.norms.groupnorm.groups=3: must divide the 16 channels"),
-        ({"norm": "groupnorm", "n_embd": 18}, "model.norms.groupnorm.groups=4: must divide the 18 channels"),
-        (
-            {"norms": {"layernorm": {"affine": False, "bias": True}}},
-            "model.norms.layernorm.bias=true: has no effect with affine=false",
-        ),
-        (
-            {"placement": "deepnorm", "residual": False},
-            "model.residual=false: model.placement=deepnorm weighs the residual connection",
-        ),
-        (
-            {"n_inner": 32, "projection": False},
-            "model.n_inner=32: must be 0 or model.n_embd=16 with model.projection=false",
-        ),
-        ({"final_norm": True, "norm": "none"}, "model.final_norm=true: has no effect with model.norm=none"),
-        ({"ngram_rows": 100}, "model.ngram_rows=100: has no effect with model.ngram=1"),
-        ({"zero_init": True, "projection": False}, "model.zero_init=true: has no effect with model.projection=false"),
-        (
-            {"init": "torch", "placement": "deepnorm"},
-            "model.init=torch: model.placement=deepnorm has initial weights of its own",
-        ),
+         "norms.groupnorm.groups=3: must divide the 16 channels"),
+        ({"norm": "groupnorm", "norms": {"groupnorm": {"groups": 16}}}, "norms.groupnorm.groups=16: a group of one"),
+        ({"norm": "groupnorm", "n_embd": 18}, "norms.groupnorm.groups=4: must divide the 18 channels"),
+        ({"norms": {"layernorm": {"affine": False, "bias": True}}},
+         "norms.layernorm.bias=true: has no effect with affine=false"),
+        ({"placement": "deepnorm", "residual": False}, "residual=false: model.placement=deepnorm weighs the residual"),
+        ({"placement": "dual", "residual": False}, "residual=false: model.placement=dual weighs the residual"),
+        ({"n_inner": 32, "projection": False}, "n_inner=32: must be 0 or model.n_embd=16 with model.projection=false"),
+        ({"final_norm": True, "norm": "none"}, "final_norm=true: has no effect with model.norm=none"),
+        ({"norm_final": "rmsnorm", "placement": "post"}, "norm_final=rmsnorm: has no effect"),
+        ({"norm_mlp": "rmsnorm", "n_inner": 0}, "norm_mlp=rmsnorm: has no effect with model.n_inner=0"),
+        ({"placement": "hybrid", "norm": "batchnorm"}, "placement=hybrid: needs a norm within one position"),
+        ({"placement": "hybrid", "qk_norm": "head"}, "placement=hybrid: has norms of queries and keys"),
+        ({"ngram_rows": 100}, "ngram_rows=100: has no effect with model.ngram=1"),
+        ({"zero_init": True, "projection": False}, "zero_init=true: has no effect with model.projection=false"),
+        ({"init": "torch", "placement": "deepnorm"},
+         "init=torch: model.placement=deepnorm has initial weights of its own"),
     ],
     ids=str,
 )  # fmt: skip
 def test_combinations_that_cannot_work_are_named(small: Small, changes: dict, problem: str) -> None:
     (line,) = small(**changes).problems()
-    assert line.startswith(problem)
-
-
-@pytest.mark.parametrize("norm", NORM_VARIANTS)
-def test_combinations_that_work_pass(small: Small, norm: str) -> None:
-    for position in POSITIONS:
-        assert small(norm=norm, position=position).problems() == []
+    assert line.startswith(f"model.{problem}")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"placement": placement} for placement in PLACEMENTS),
-        {"n_layer": 0},
-        {"residual": False},
-        {"projection": False},
-        {"projection": False, "n_inner": 0},
-        {"projection": False, "n_inner": 16},
-        {"n_inner": 0},
-        {"n_inner": 24, "activation": "swiglu"},
-        {"final_norm": False, "norm": "none"},
-        {"final_norm": True, "placement": "deepnorm"},
-        {"init": "torch"},
-        {"ngram": 3, "ngram_rows": 100},
-        {"zero_init": True, "placement": "deepnorm"},
-        {"qk_norm": "head"},
-        {"qk_norm": "full", "attention_scale": False},
-        {"norms": {"layernorm": {"affine": False}}, "bias": True},
+        *({"norm": norm} for norm in NORM_VARIANTS), *({"placement": placement} for placement in PLACEMENTS),
+        *({"position": position} for position in POSITIONS), *({"activation": name} for name in ACTIVATIONS),
+        {"norm_attention": "rmsnorm", "norm_mlp": "batchnorm", "norm_final": "none"}, {"n_layer": 0},
+        {"residual": False}, {"projection": False}, {"projection": False, "n_inner": 0},
+        {"projection": False, "n_inner": 16}, {"n_inner": 0}, {"n_inner": 24, "activation": "swiglu"},
+        {"final_norm": False, "norm": "none"}, {"final_norm": True, "placement": "deepnorm"}, {"init": "torch"},
+        {"ngram": 3, "ngram_rows": 100}, {"zero_init": True, "placement": "deepnorm"}, {"qk_norm": "head"},
+        {"qk_norm": "full", "attention_scale": False}, {"norms": {"layernorm": {"affine": False}}, "bias": True},
         {"norms": {"layernorm": {"bias": True}}},
         {"n_embd": 18},  # four groups, the default of groupnorm, would not divide it, but it is not used
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_settings_that_work_pass(small: Small, changes: dict) -> None:
     assert small(**changes).problems() == []
 
@@ -120,17 +99,21 @@ def test_problems_of_the_baselines(config: BigramConfig | MLPConfig, problems: l
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"layernorm": NormShape(16, 8, False)}),
-        ({"bias": True, "norm": "dyt"}, {"dyt": NormShape(16, 8, True)}),
-        ({"qk_norm": "head"}, {"rmsnorm": NormShape(8, 8, False), "layernorm": NormShape(16, 8, False)}),
-        ({"qk_norm": "full", "bias": True}, {"rmsnorm": NormShape(16, 8, False), "layernorm": NormShape(16, 8, True)}),
-        ({"qk_norm": "head", "norm": "rmsnorm"}, {"rmsnorm": NormShape(16, 8, False)}),
+        ({}, {"layernorm": 16}),
+        ({"bias": True, "norm": "dyt"}, {"dyt": 16}),
+        ({"qk_norm": "head"}, {"rmsnorm": 8, "layernorm": 16}),
+        ({"qk_norm": "full", "bias": True}, {"rmsnorm": 16, "layernorm": 16}),
+        ({"qk_norm": "head", "norm": "rmsnorm"}, {"rmsnorm": 16}),
+        ({"norm_mlp": "rmsnorm", "norm_final": "dyt"}, {"dyt": 16, "rmsnorm": 16, "layernorm": 16}),
+        ({"norm_attention": "rmsnorm", "norm_mlp": "dyt", "placement": "post"}, {"dyt": 16, "rmsnorm": 16}),
+        ({"placement": "hybrid", "norm_mlp": "rmsnorm"}, {"layernorm": 8, "rmsnorm": 16}),
     ],
     ids=str,
 )
 def test_used_norms_are_the_only_ones_in_the_tree(small: Small, changes: dict, expected: dict) -> None:
     config = small(**changes)
-    assert config.used_norms == expected
+    assert {name: site.channels for name, site in config.used_norms.items()} == expected
+    assert {site.positions for site in config.used_norms.values()} == {8}
     assert config.tree()["norms"] == {name: config.norms[name] for name in expected}
 
 

@@ -11,26 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from gptexp.models.gpt import GPT
-from gptexp.models.registry import default_norms
-from gptexp.models.settings import GPTConfig
+from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.registry import NORMS
 
 V, BLOCK, LAYERS, HEADS, C = 29, 16, 3, 4, 32
 SIZES = {"vocab_size": V, "block_size": BLOCK, "n_layer": LAYERS, "n_head": HEADS, "n_embd": C}
@@ -44,7 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():  # a tied parameter comes once
@@ -84,9 +70,9 @@ def blocks_of_gpt(blocks: nn.ModuleList, norm: str) -> dict[str, Tensor]:
 
 def gpt2() -> Pair:
     """GPT-2 is pre-norm, its gelu is the tanh form ("gelu_new")."""
-    config = GPT2Config(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C,
+    config = hf.GPT2Config(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C,
                         bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
-    theirs = randomised(GPT2LMHeadModel(config))
+    theirs = randomized(hf.GPT2LMHeadModel(config))
     body = theirs.transformer
     weights = {"wte.weight": body.wte.weight, "wpe.weight": body.wpe.weight, "head.weight": body.wte.weight,
                "norm_f.weight": body.ln_f.weight, "norm_f.bias": body.ln_f.bias}  # fmt: skip
@@ -96,8 +82,8 @@ def gpt2() -> Pair:
 
 def gpt1() -> Pair:
     """The first GPT is post-norm, without a final norm. What its configuration calls "gelu" is the tanh form, too."""
-    config = OpenAIGPTConfig(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C, afn="gelu")
-    theirs = randomised(OpenAIGPTLMHeadModel(config))
+    config = hf.OpenAIGPTConfig(vocab_size=V, n_positions=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=C, afn="gelu")
+    theirs = randomized(hf.OpenAIGPTLMHeadModel(config))
     body = theirs.transformer
     weights = {"wte.weight": body.tokens_embed.weight, "wpe.weight": body.positions_embed.weight,
                "head.weight": body.tokens_embed.weight}  # fmt: skip
@@ -105,7 +91,7 @@ def gpt1() -> Pair:
     return Pair(loaded(config, weights | blocks_of_gpt(body.h, "around")), theirs, body.tokens_embed)
 
 
-EPS = default_norms()["rmsnorm"]["eps"]
+EPS = NORMS.defaults()["rmsnorm"]["eps"]
 THEIR_SIZES = {
     "vocab_size": V, "max_position_embeddings": BLOCK, "num_hidden_layers": LAYERS, "hidden_size": C,
     "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
@@ -125,7 +111,7 @@ def llama_like(theirs: nn.Module, norms: dict[str, str], plus: float = 0.0, scal
         scale: of their token embeddings.
         changes: of our configuration.
     """
-    body = randomised(theirs).model
+    body = randomized(theirs).model
     weights = {"wte.weight": scale * body.embed_tokens.weight, "norm_f.weight": plus + body.norm.weight,
                "head.weight": theirs.lm_head.weight}  # fmt: skip
     for i, layer in enumerate(body.layers):
@@ -144,18 +130,18 @@ OF_HEADS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"
 
 
 def llama() -> Pair:
-    return llama_like(LlamaForCausalLM(LlamaConfig(**THEIR_SIZES)), PRE)
+    return llama_like(hf.LlamaForCausalLM(hf.LlamaConfig(**THEIR_SIZES)), PRE)
 
 
 def qwen3() -> Pair:
     """Llama with a norm of each head's queries and keys."""
-    theirs = Qwen3ForCausalLM(Qwen3Config(**THEIR_SIZES, head_dim=C // HEADS))
+    theirs = hf.Qwen3ForCausalLM(hf.Qwen3Config(**THEIR_SIZES, head_dim=C // HEADS))
     return llama_like(theirs, PRE | OF_HEADS, qk_norm="head")
 
 
 def olmo2() -> Pair:
     """Norms of the sub-layers' outputs, and of all queries and all keys together."""
-    theirs = Olmo2ForCausalLM(Olmo2Config(**THEIR_SIZES))
+    theirs = hf.Olmo2ForCausalLM(hf.Olmo2Config(**THEIR_SIZES))
     output = {"residual1.after": "post_attention_layernorm", "residual2.after": "post_feedforward_layernorm"}
     return llama_like(theirs, output | OF_HEADS, placement="output", qk_norm="full")
 
@@ -166,13 +152,13 @@ def gemma2() -> Pair:
     Its norms multiply by 1 + weight, and its embeddings by sqrt(C). What else it has is turned off: soft caps of the
     logits and sliding windows.
     """
-    config = Gemma2Config(**THEIR_SIZES, head_dim=C // HEADS, query_pre_attn_scalar=C // HEADS, sliding_window=BLOCK,
+    config = hf.Gemma2Config(**THEIR_SIZES, head_dim=C // HEADS, query_pre_attn_scalar=C // HEADS, sliding_window=BLOCK,
                           layer_types=["full_attention"] * LAYERS, hidden_activation="silu",
                           attn_logit_softcapping=None, final_logit_softcapping=None)  # fmt: skip
     sandwich = {"residual1.before": "input_layernorm", "residual1.after": "post_attention_layernorm",
                 "residual2.before": "pre_feedforward_layernorm",
                 "residual2.after": "post_feedforward_layernorm"}  # fmt: skip
-    return llama_like(Gemma2ForCausalLM(config), sandwich, plus=1.0, scale=math.sqrt(C), placement="sandwich")
+    return llama_like(hf.Gemma2ForCausalLM(config), sandwich, plus=1.0, scale=math.sqrt(C), placement="sandwich")
 
 
 # The rotary tables and norms of Llama and its kin are float32 in transformers, whatever the weights are.
@@ -196,13 +182,6 @@ def test_logits_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
             mine, other = ours(ids[:, :length]), theirs(ids[:, :length]).logits
         assert float(other.std()) > 0.5  # there is something to compare
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
-
-
-@every_model
-def test_logits_are_equal_to_1e_4_in_float32(build: Build, tolerance: float, ids: Tensor) -> None:
-    pair = build()
-    with torch.no_grad():
-        torch.testing.assert_close(pair.ours.float()(ids), pair.theirs.float()(ids).logits, rtol=0, atol=1e-4)
 
 
 @every_model

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptexp.perf.mkl_kernels import gains, shared_library
-from gptexp.records import METRICS
-from gptexp.runs import Run
+from gptexp.runs.files import METRICS
+from gptexp.runs.run import Run
 from tests.conftest import TINY, finish, spawn, timeless
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -58,95 +58,76 @@ def test_it_is_for_other_makers_processors_with_avx2(cpuinfo: str, expected: boo
 
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from gptexp.perf import mkl_kernels
-if "late" in sys.argv:
-    import torch
-if "absent" in sys.argv:  # from a Python that was built for an older system
-    import os
-    vars(os).pop("memfd_create", None)
-if "unasked" in sys.argv:  # as by a version of MKL that asks another question
-    mkl_kernels.QUESTION = b"mkl_serv_question_of_another_version"
-mkl_kernels.prepare()
-import torch
-if "product before" in sys.argv:
-    torch.ones(2, 2) @ torch.ones(2, 2)
-problems = [mkl_kernels.choose("unwanted" not in sys.argv)] if "unchosen" not in sys.argv else []
+problems, worst = [], 0.0
+for word in sys.argv[1:]:
+    if word == "absent":  # from a Python that was built for an older system
+        vars(os).pop("memfd_create", None)
+    elif word == "unasked":  # as by a version of MKL that asks another question
+        mkl_kernels.QUESTION = b"mkl_serv_question_of_another_version"
+    elif word == "prepare":
+        mkl_kernels.prepare()
+    elif word == "torch":
+        import torch
+    elif word == "product":
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    else:
+        problems.append(mkl_kernels.choose(word == "true"))
 torch.manual_seed(0)
-worst = 0.0
 for n, k, m in ((768, 128, 512), (1, 128, 384), (37, 5, 3), (64, 64, 64), (1000, 300, 7)):
     a, b = torch.randn(n, k), torch.randn(k, m)
     for left, right in ((a, b), (b.t(), a.t()), (a, b.t().contiguous().t())):
         exact = left.double() @ right.double()
         bound = left.double().abs() @ right.double().abs()
         worst = max(worst, ((left @ right - exact).abs() / bound).max().item())
-print(json.dumps([mkl_kernels.active(), worst, problems]))
+print(json.dumps([mkl_kernels.active(), worst, [problem for problem in problems if problem]]))
 """
 
 
 @pytest.mark.parametrize(
-    "how",
-    ["", "unwanted", "unchosen",
-     *(pytest.param(how, marks=pytest.mark.slow) for how in ("late", "absent", "product before", "unasked"))],
-)
-def test_products_are_right_and_what_is_active_is_known(how: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True)
-    active, worst, problems = json.loads(done.stdout)
-    assert active == (NEEDED and how == "")
-    assert problems in ([], [None])
-    assert worst < 2**-23 * 8  # of the sum of the absolute products; a product of 1,000 terms has some roundings
-
-
-CHOICES = """
-import json, sys
-from gptexp.perf import mkl_kernels
-mkl_kernels.prepare()
-import torch
-given = []
-for choice in sys.argv[1:]:
-    if choice == "product":
-        torch.ones(2, 2) @ torch.ones(2, 2)
-    else:
-        given.append(mkl_kernels.choose(choice == "true"))
-print(json.dumps([given, mkl_kernels.active()]))
-"""
-
-
-@pytest.mark.slow
-@needed
-@pytest.mark.parametrize(
-    ("choices", "refused", "active"),
+    ("words", "active", "refused"),
     [
-        ("true product true", "", True),
-        ("false product false", "", False),
-        ("false true product", "", True),  # MKL has not asked yet
-        ("true product false", "false", True),
-        ("false product true", "true", False),
-        ("false product true false", "true", False),
+        ("prepare torch true", True, ""),
+        ("prepare torch false", False, ""),
+        ("prepare torch", False, ""),  # nobody has chosen
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (
+                ("torch prepare true", False, ""),  # too late
+                ("absent prepare torch true", False, ""),
+                ("unasked prepare torch true", False, ""),
+                ("prepare torch product true", False, ""),  # MKL has asked already
+                ("prepare torch true product true", True, ""),
+                ("prepare torch false product false", False, ""),
+                ("prepare torch false true product", True, ""),  # MKL has not asked yet
+                ("prepare torch true product false", True, "false"),
+                ("prepare torch false product true false", False, "true"),
+            )
+        ),
     ],
 )
-def test_a_choice_stands_from_the_first_product_on(choices: str, refused: str, active: bool) -> None:
-    command = [sys.executable, "-c", CHOICES, *choices.split()]
-    given, is_active = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    problems = [problem for problem in given if problem]
-    assert is_active == active
-    assert len(problems) == bool(refused)
+def test_products_are_right_and_a_choice_stands_from_the_first_on(words: str, active: bool, refused: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, *words.split()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    is_active, worst, problems = json.loads(done.stdout)
+    assert is_active == (NEEDED and active)
+    assert worst < 2**-23 * 8  # of the sum of the absolute products; a product of 1,000 terms has some roundings
+    assert len(problems) == (NEEDED and bool(refused))
     assert all(problem.startswith(f"hardware.fast_mkl={refused}: an earlier run") for problem in problems)
 
 
 @pytest.mark.slow
 @needed
-@pytest.mark.parametrize("values", ["true,false", "false,true"])
-def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path) -> None:
-    first, second = values.split(",")
+def test_one_process_cannot_have_both(corpus: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    process = spawn("-m", *TINY, f"data.path={corpus}", f"hardware.fast_mkl={values}", f"hydra.sweep.dir={sweep}",
+    process = spawn("-m", *TINY, f"data.path={corpus}", "hardware.fast_mkl=true,false", f"hydra.sweep.dir={sweep}",
                     cwd=tmp_path)  # fmt: skip
     code, out, _ = finish(process)
     assert code == 1
-    assert f"hardware.fast_mkl={second}: an earlier run of this process had it otherwise" in out
+    assert "hardware.fast_mkl=false: an earlier run of this process had it otherwise" in out
     known = [Run.open(path.parent).info for path in sweep.glob("*/run.json")]
-    assert [info["device"]["fast_mkl"] for info in known if info["status"] == "done"] == [first == "true"]
+    assert [info["device"]["fast_mkl"] for info in known if info["status"] == "done"] == [True]
 
 
 @pytest.mark.slow
@@ -154,10 +135,8 @@ def test_one_process_cannot_have_both(values: str, corpus: Path, tmp_path: Path)
 def test_a_run_tells_which_kernels_it_had_and_repeats_with_them(corpus: Path, tmp_path: Path) -> None:
     rows = {}
     for name, setting in (("fast", "true"), ("own", "false"), ("again", "true")):
-        process = spawn(
-            *TINY, f"data.path={corpus}", f"hardware.fast_mkl={setting}", f"hydra.run.dir={name}", cwd=tmp_path
-        )
-        assert finish(process)[0] == 0
+        options = [f"data.path={corpus}", f"hardware.fast_mkl={setting}", f"hydra.run.dir={name}"]
+        assert finish(spawn(*TINY, *options, cwd=tmp_path))[0] == 0
         run = Run.open(tmp_path / name)
         assert run.info["device"]["fast_mkl"] == (NEEDED and setting == "true")
         rows[name] = timeless(run)

@@ -4,14 +4,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptexp.config import Config, read_config
+from gptexp.config.schema import Config, read_config
 from gptexp.models.settings import build_model
-from gptexp.runs import Run
+from gptexp.runs.run import Run
 from gptexp.training import hardware
-from gptexp.training.hardware import FLOPS_PER_THREAD, cpu_limit, thread_count, useful_threads
+from gptexp.training.hardware import FLOPS_PER_THREAD, cpu_limit, peak_flops, thread_count, useful_threads
 from tests.cli.test_interruption import begin, wait_for_rows
 from tests.conftest import finish, spawn
 
@@ -73,6 +74,16 @@ def test_work_is_that_of_a_micro_batch_in_one_process(monkeypatch: pytest.Monkey
     monkeypatch.setattr(hardware, "FLOPS_PER_THREAD", model.flops_per_token() * 32 * 64 / 40)
     assert thread_count(model, whole, 1) == 40
     assert thread_count(model, cut, 1) == thread_count(model, whole, 4) == 10
+
+
+def test_the_peak_is_that_of_as_many_threads_as_compute() -> None:
+    """However many there are while it is timed: on a busy machine they would wait for each other."""
+    peaks = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        peaks.append(peak_flops(_config(), 3))
+        assert torch.get_num_threads() == threads
+    assert peaks[1] == 2 * peaks[0] > 3e8
 
 
 @pytest.mark.slow

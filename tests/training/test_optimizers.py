@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gptexp.models.gpt import GPT
-from gptexp.models.settings import GPTConfig
-from gptexp.training.muon import orthogonalized
-from gptexp.training.optimizers import build_optimizer
-from gptexp.training.settings import AdamWConfig, MuonConfig, SGDConfig
+from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.training.muon import MuonConfig, orthogonalized
+from gptexp.training.optimizers import AdamWConfig, Parameters, SGDConfig
 
 
-def build(config: AdamWConfig | SGDConfig, module: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(config, module.named_parameters(), {n for n, p in module.named_parameters() if p.ndim >= 2})
+def build(config: AdamWConfig | SGDConfig | MuonConfig, module: nn.Module) -> torch.optim.Optimizer:
+    matrices = {name for name, p in module.named_parameters() if p.ndim >= 2}
+    parameters = Parameters([*module.named_parameters()], matrices, getattr(module, "hidden_matrices", {}))
+    optimizer: torch.optim.Optimizer = config.build(parameters, config.learning_rate, fused=True)
+    return optimizer
 
 
 def test_only_matrices_decay() -> None:
@@ -82,10 +83,6 @@ def gpt_with_gradients(**changes: Any) -> GPT:
     return model
 
 
-def muon(model: GPT, config: MuonConfig) -> torch.optim.Optimizer:
-    return build_optimizer(config, model.named_parameters(), set(), model.hidden_matrices)
-
-
 def test_muon_is_torchs_own_on_hidden_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which works in bfloat16 unless it is kept from it, and takes q, k and v for one matrix."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
@@ -94,7 +91,7 @@ def test_muon_is_torchs_own_on_hidden_matrices(monkeypatch: pytest.MonkeyPatch) 
               for i, part in enumerate(model.get_parameter(name).chunk(parts))}  # fmt: skip
     assert len(pieces) == 2 * (3 + 1 + 1 + 1)
     theirs = torch.optim.Muon(list(pieces.values()), lr=0.05, weight_decay=0.3, momentum=0.95)
-    ours = muon(model, config)
+    ours = build(config, model)
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
@@ -117,7 +114,7 @@ def test_muon_leaves_all_else_to_adamw() -> None:
     assert {"wte.weight", "wpe.weight", "head.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= rest.keys()
     copies = {n: p.detach().clone() for n, p in rest.items()}
     theirs = torch.optim.AdamW(copies.values(), lr=0.004, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-    ours = muon(model, config)
+    ours = build(config, model)
     for _ in range(3):
         for name, p in rest.items():
             copies[name].grad = p.grad
@@ -129,12 +126,12 @@ def test_muon_leaves_all_else_to_adamw() -> None:
 
 def test_muon_goes_on_from_its_state() -> None:
     first, second = gpt_with_gradients(), gpt_with_gradients()
-    optimizer = muon(first, MuonConfig())
+    optimizer = build(MuonConfig(), first)
     optimizer.step()
     stored = {k: v.clone() for k, v in first.state_dict().items()}, copy.deepcopy(optimizer.state_dict())
     optimizer.step()
     second.load_state_dict(stored[0])
-    other = muon(second, MuonConfig())
+    other = build(MuonConfig(), second)
     other.load_state_dict(stored[1])
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         q.grad = p.grad

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.text import Perplexity
 
-from gptexp.training.metrics import LanguageModelMetrics, summed_loss
+from gptexp.tasks.metrics import LanguageModelMetrics, summed_loss
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.power import NOISES, coverage, false_claims, power
-from gptexp.analysis.stats import Array, equivalence, fewest_seeds, holm, interval, judge, seeds_needed, sign_flip
+from gptexp.analysis.statistics import Array, equivalence, fewest_seeds, holm, interval, judge, seeds_needed, sign_flip
 
 values = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=9).map(np.array)
 
