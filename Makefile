@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow test-exhaustive test-parity lint clean
+.PHONY: train test test-slow test-exhaustive test-parity lint docs clean
 
 train: $(VENV)/train
 	$(BIN)/python -m gptexp.train $(ARGS)
@@ -25,8 +25,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,3 +47,7 @@ $(VENV)/dev: pyproject.toml | $(BIN)/python
 $(VENV)/parity: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	@touch $@
+
+$(VENV)/docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@ $(VENV)/train

@@ -1,30 +1,76 @@
-"""Draws the figure and prints the table of a page in this folder: `python docs/known_results.py NAME SWEEP_DIR ...`.
+"""Draws the figure and prints the tables of a page in this folder: `python docs/known_results.py NAME DIR ...`.
 
-NAME is the page: ladder, warmup, batchnorm, rmsnorm, heads, attention_scale, fast or scale; SWEEP_DIR is what the
-sweep on that page left, such as `python -m gptexp.train -m experiment=known/NAME hydra.sweep.dir=SWEEP_DIR`; scale
-takes the two files that its benchmarks have written.
+NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, ladder, fast, scale or audit. DIR is what
+the page's sweep left, such as outputs/sweeps/known-heads; scale takes the two files that its benchmarks wrote, and
+audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the folder figures/ beside this
+file.
 """
 
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
-from gptexp.records import read_diagnostics, read_metrics
-from gptexp.runs import Run
+from gptexp.analysis.collect import collect
+from gptexp.analysis.figures import COLORS, VERDICT_COLORS
+from gptexp.analysis.statistics import Judgement, judge
+from gptexp.analysis.study import build_study
+from gptexp.analysis.summary import VERDICTS
+from gptexp.audits.influence import measure
+from gptexp.config.schema import Config
+from gptexp.data.datamodule import CharDataModule
+from gptexp.models.gpt import GPTConfig
+from gptexp.models.settings import build_model
+from gptexp.runs.files import read_diagnostics, read_metrics
+from gptexp.runs.run import Run
 
 Group = dict[Any, list[Run]]
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t, two-sided 95 %, by the number of values."""
-AXES = ("model.n_layer", "model.n_embd", "model.block_size", "batch_size")
+Found = tuple[list[float], Judgement]  # differences by seed, and what they say
+Page = tuple[list[str], Callable[[], Figure]]  # the lines of its tables, and what draws its figure
+
+DELTA = 0.01  # nats per token; smaller differences do not matter
+INK = {"light": "#2b2d33", "dark": "#d3d6de"}
+STYLE: dict[str, Any] = {
+    "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.fontsize": 9, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2, "grid.linewidth": 0.6,
+    "axes.linewidth": 0.6, "lines.linewidth": 1.6, "lines.markersize": 4,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "svg.hashsalt": "gptexp",
+}  # fmt: skip
+
+
+def figure(*heights: float) -> tuple[Figure, list[Axes]]:
+    """A figure of one panel below the other, with these heights in inches; as wide as a phone can show legibly."""
+    new = Figure(figsize=(5.6, sum(heights)), layout="constrained")
+    return new, list(new.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+
+
+def tone(color: str, dark: bool | None = None) -> tuple[float, ...]:
+    """A color as the theme needs it: a third of the way to white on a dark page, by default the current theme's."""
+    dark = mpl.rcParams["text.color"] == INK["dark"] if dark is None else dark
+    return tuple(c + (1 - c) / 3 if dark else c for c in mpl.colors.to_rgb(color))
+
+
+def save(draw: Callable[[], Figure], name: str) -> None:
+    """Draw a figure in each theme; the same runs give the same bytes."""
+    folder = Path(__file__).with_name("figures")
+    folder.mkdir(exist_ok=True)
+    for theme, ink in INK.items():
+        inked = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
+                               "ytick.color", "grid.color"), ink)  # fmt: skip
+        colors = mpl.cycler(color=[tone(color, theme == "dark") for color in COLORS])
+        with mpl.rc_context({**STYLE, **inked, "axes.prop_cycle": colors}):
+            draw().savefig(folder / f"{name}-{theme}.svg", metadata={"Date": None})
 
 
 def runs_of(folder: Path, key: Callable[[Run], Any]) -> Group:
@@ -36,26 +82,186 @@ def runs_of(folder: Path, key: Callable[[Run], Any]) -> Group:
 
 
 def final(run: Run) -> float:
-    """The last loss over the whole validation split, in nats a token; nan for a run that diverged."""
+    """The last loss over the whole validation split, in nats per token; nan for a run that diverged."""
     result = run.result or {}
     return float(result.get("final", {}).get("val/loss", math.nan)) if result.get("status") == "done" else math.nan
 
 
-def spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float], digits: int = 4) -> str:
     """Mean and standard deviation over the seeds."""
     numbers = list(values)
-    return f"{mean(numbers):.4f} ± {stdev(numbers):.4f}"
+    return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
 
 
-def step_time(run: Run) -> float:
-    """The median time of a training step, in milliseconds: moments at which the machine was busy do not count."""
-    rows = [row for row in read_metrics(run.metrics_path) if "train/loss" in row]
-    return 1000 * median((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(rows))
+def compared(pairs: Sequence[tuple[list[Run], list[Run]]]) -> list[Found]:
+    """The final losses of runs against those of others, paired by seed; corrected for the number of comparisons."""
+    differences = [[final(a) - final(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return list(zip(differences, judge([np.array(d) for d in differences], DELTA), strict=True))
+
+
+def verdict(found: Found) -> str:
+    """The cells of a table that say what a comparison found: difference, interval and verdict."""
+    j = found[1]
+    interval = f"{j.low:+.4f} to {j.high:+.4f}" if math.isfinite(j.low) else "–"
+    return f"{j.mean:+.4f} | {interval} | {VERDICTS[j.verdict]}"
+
+
+VERDICT_COLUMNS = "difference | 95 % interval | verdict"
+
+
+def forest(axes: Axes, rows: Mapping[str, Found], baseline: str) -> None:
+    """Differences from a baseline: a tick for each seed, the mean with its interval, the band that does not matter."""
+    axes.axvspan(-DELTA, DELTA, color=VERDICT_COLORS["equal"], alpha=0.15, linewidth=0)
+    axes.axvline(0, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8)
+    for y, (differences, j) in enumerate(rows.values()):
+        color = tone(VERDICT_COLORS[j.verdict])
+        axes.plot(differences, [y] * len(differences), "|", color=color, alpha=0.6, markersize=9)
+        if math.isfinite(j.low):
+            axes.plot([j.low, j.high], [y, y], color=color, linewidth=2.4)
+        axes.plot(j.mean, y, "o", color=color, markersize=6)
+        text = f"{j.mean:+.3f} {VERDICTS[j.verdict]}"
+        axes.text(1.02, y, text, color=color, va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"val/loss minus that of {baseline} (nats per token)\n← better · worse →")
+
+
+def norms(folder: Path) -> Page:
+    """Three norms in two placements: each variant, and each factor over the other."""
+    study = build_study(collect([folder]))
+    words = {"variant": "", "factor": ", on average"}
+    ordered = sorted(study.comparisons, key=lambda c: (c.kind == "factor", c.judgement.mean))
+    rows = {c.this + words[c.kind]: (list(c.differences.values()), c.judgement) for c in ordered}
+    lines = ["| variant | seeds | val/loss |", "|---|---|---|"]
+    lines += [f"| {v.label} | {len(v.runs)} | {spread(r.best for r in v.runs.values())} |" for v in study.ranked()]
+    lines += ["", f"| compared | with | {VERDICT_COLUMNS} |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {c.that} | {verdict(found)} |"
+              for c, (name, found) in zip(ordered, rows.items(), strict=True)]  # fmt: skip
+
+    def draw() -> Figure:
+        new, (axes,) = figure(0.9 + 0.32 * len(rows))
+        forest(axes, rows, study.baseline)
+        return new
+
+    return lines, draw
+
+
+def rmsnorm(folder: Path) -> Page:
+    """RMSNorm against LayerNorm."""
+    groups = runs_of(folder, lambda r: r.config.model.norm)
+    (found,) = compared([(groups["rmsnorm"], groups["layernorm"])])
+    lines = ["| norm | val/loss |", "|---|---|"]
+    lines += [f"| {norm} | {spread(map(final, runs))} |" for norm, runs in groups.items()]
+    lines += ["", f"| compared with layernorm | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| rmsnorm | {verdict(found)} |"]
+
+    def draw() -> Figure:
+        new, (axes,) = figure(1.4)
+        forest(axes, {"rmsnorm": found}, "layernorm")
+        return new
+
+    return lines, draw
+
+
+def heads(folder: Path) -> Page:
+    """The validation loss by the number of heads, against one head."""
+    groups = runs_of(folder, lambda r: r.config.model.n_head)
+    one, *others = groups
+    found = dict(zip(others, compared([(groups[n], groups[one]) for n in others]), strict=True))
+    lines = [f"| heads | head size | val/loss | {VERDICT_COLUMNS} |", "|---|---|---|---|---|---|"]
+    for n, runs in groups.items():
+        said = verdict(found[n]) if n in found else "– | – | baseline"
+        lines.append(f"| {n} | {runs[0].config.model.head_dim} | {spread(map(final, runs))} | {said} |")
+
+    def draw() -> Figure:
+        new, (axes,) = figure(2.0)
+        forest(axes, {f"{n} heads": pair for n, pair in found.items()}, "one head")
+        return new
+
+    return lines, draw
+
+
+def attention_scale(folder: Path) -> Page:
+    """The entropy of attention before the first step, and the loss, with and without the scale."""
+    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_dim))
+    sizes = sorted({size for _, size in groups})
+    length = next(iter(groups.values()))[0].config.model.block_size
+    uniform = mean(math.log(t) for t in range(1, length + 1))
+    entropy = {key: mean(mean(at_start(r, "attention_entropy")) for r in runs) for key, runs in groups.items()}
+    found = compared([(groups[False, size], groups[True, size]) for size in sizes])
+    rows = {f"head size {size}": pair for size, pair in zip(sizes, found, strict=True)}
+    lines = ["| head size | entropy, divided | not divided | val/loss, divided | not divided |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {s} | {entropy[True, s]:.3f} | {entropy[False, s]:.3f} | {spread(map(final, groups[True, s]))} | "
+              f"{spread(map(final, groups[False, s]))} |" for s in sizes]  # fmt: skip
+    lines += ["", f"| not divided, against divided | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| {name} | {verdict(pair)} |" for name, pair in rows.items()]
+    lines += ["", f"Uniform attention: {uniform:.3f} nats."]
+
+    def draw() -> Figure:
+        new, (top, bottom) = figure(2.6, 2.4)
+        for scaled, label in ((True, "divided by the root of the head size"), (False, "not divided")):
+            top.plot(sizes, [entropy[scaled, s] for s in sizes], marker="o", label=label)
+        top.axhline(uniform, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8, linestyle=":", label="uniform")
+        top.set(xscale="log", xlabel="head size", ylabel="entropy (nats)", ylim=(0, None))
+        top.set_title("Attention before the first step")
+        top.set_xticks(sizes, list(map(str, sizes)))
+        top.minorticks_off()
+        top.legend(loc="lower left")
+        forest(bottom, rows, "divided attention")
+        bottom.set_title("After training, without the division")
+        return new
+
+    return lines, draw
 
 
 def at_start(run: Run, quantity: str) -> list[float]:
     """What was measured in each layer before the first step, in the order of the layers."""
     return [m.value for m in read_diagnostics(run.diagnostics_path) if m.quantity == quantity and m.step == 0]
+
+
+def warmup(folder: Path, gradient_folder: Path) -> Page:
+    """Gradients at initialization, and what warmup does, in pre- and post-norm."""
+    profiles = {
+        placement: [mean(block) for block in zip(*(gradients(r, ".mlp") for r in runs), strict=True)]
+        for placement, runs in runs_of(gradient_folder, lambda r: r.config.model.placement).items()
+    }
+    groups = runs_of(folder, lambda r: (r.config.model.placement, r.config.schedule.warmup_steps))
+    without, with_ = sorted({steps for _, steps in groups})
+    pairs = {f"{p}-norm, {with_} steps of warmup against none": (groups[p, with_], groups[p, without])
+             for p in profiles}  # fmt: skip
+    pairs[f"post-norm against pre-norm, both with {with_} steps"] = (groups["post", with_], groups["pre", with_])
+    lines = ["| placement | first gradient of the MLPs, first to last block | last / first |", "|---|---|---|"]
+    lines += [f"| {p} | {v[0]:.3f} to {v[-1]:.3f} | {v[-1] / v[0]:.1f} |" for p, v in profiles.items()]
+    lines += ["", "| placement | warmup steps | val/loss, each seed | mean ± sd |", "|---|---|---|---|"]
+    lines += [f"| {p} | {s} | {' '.join(f'{final(r):.2f}' for r in runs)} | {spread(map(final, runs))} |"
+              for (p, s), runs in groups.items()]  # fmt: skip
+    lines += ["", f"| compared | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| {name} | {verdict(found)} |"
+              for name, found in zip(pairs, compared(list(pairs.values())), strict=True)]  # fmt: skip
+
+    def draw() -> Figure:
+        new, (top, bottom) = figure(2.6, 2.8)
+        for placement, profile in profiles.items():
+            top.plot(range(1, len(profile) + 1), profile, marker="o", label=f"{placement}-norm")
+        top.set(xlabel="block", ylabel="gradient norm of the MLP", ylim=(0, None))
+        top.set_title("Before the first step")
+        top.legend()
+        for i, ((placement, steps), runs) in enumerate(groups.items()):
+            for run in runs:
+                label = f"{placement}-norm, warmup {steps}" if run is runs[0] else None
+                rows = [r for r in read_metrics(run.metrics_path) if "val/loss_windows" in r]
+                bottom.plot([r["step"] for r in rows], [r["val/loss_windows"] for r in rows], color=f"C{i}",
+                            linewidth=1, alpha=0.8, label=label)  # fmt: skip
+        bottom.set(xlabel="step", ylabel="val/loss (nats per token)")
+        bottom.set_title("Training, a line for each seed")
+        bottom.legend()
+        return new
+
+    return lines, draw
 
 
 def gradients(run: Run, part: str) -> list[float]:
@@ -64,138 +270,40 @@ def gradients(run: Run, part: str) -> list[float]:
     return [m.value for m in rows if m.quantity == "grad_norm" and m.step == 0 and m.layer.endswith(part)]
 
 
-def figure(columns: int) -> tuple[Figure, Any]:
-    """A figure with a row of panels."""
-    new = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
-    FigureCanvasAgg(new)
-    panels = new.subplots(1, columns, squeeze=False)[0]
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    return new, panels
-
-
-def curve(axes: Any, runs: list[Run], column: str, **style: Any) -> None:
-    """The mean over the seeds of a column of metrics.csv."""
-    points: dict[float, list[float]] = defaultdict(list)
-    for run in runs:
-        for row in read_metrics(run.metrics_path):
-            if column in row:
-                points[row["step"]].append(row[column])
-    axes.plot(list(points), [mean(v) for v in points.values()], **style)
-
-
-def warmup(folder: Path, gradient_folder: Path) -> tuple[list[str], Figure]:
-    """Gradients at initialisation, and what warm-up does, in pre- and post-norm."""
-    new, (left, right) = figure(2)
-    lines = ["| placement | first gradient of the feed-forward layers, first to last block | last / first |",
-             "|---|---|---|"]  # fmt: skip
-    for placement, runs in runs_of(gradient_folder, lambda r: r.config.model.placement).items():
-        profile = [mean(block) for block in zip(*(gradients(r, ".mlp") for r in runs), strict=True)]
-        lines.append(f"| {placement} | {profile[0]:.3f} ... {profile[-1]:.3f} | {profile[-1] / profile[0]:.1f} |")
-        left.plot(range(1, len(profile) + 1), profile, marker="o", label=placement)
-    lines += ["", "| placement | warm-up steps | val/loss |", "|---|---|---|"]
-    for (placement, steps), runs in runs_of(folder, _placement_and_warmup).items():
-        lines.append(f"| {placement} | {steps} | {spread(map(final, runs))} |")
-        curve(right, runs, "val/loss_windows", marker=".", label=f"{placement}, warm-up {steps}")
-    left.set(xlabel="block", ylabel="gradient norm of the feed-forward layer", yscale="log")
-    left.set_title("before the first step")
-    right.set(xlabel="step", ylabel="val/loss (nats a token)", title="training")
-    left.legend()
-    right.legend()
-    return lines, new
-
-
-def _placement_and_warmup(run: Run) -> tuple[str, int]:
-    return run.config.model.placement, run.config.schedule.warmup_steps
-
-
-def batchnorm(folder: Path) -> tuple[list[str], Figure]:
-    """Training and validation loss of batch norm and its relatives."""
+def batchnorm(folder: Path) -> Page:
+    """Training and validation loss of batch norm and its relatives, by the size of the batch."""
     groups = runs_of(folder, lambda r: (r.config.batch_size, r.config.model.norm))
-    sizes = sorted({size for size, _ in groups})
-    new, panels = figure(len(sizes))
-    lines = ["| batch_size | norm | train/loss, last 100 steps | val/loss | val - train | largest drift of deviations"
-             " |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for i, ((size, norm), runs) in enumerate(groups.items()):
-        train = [mean([row["train/loss"] for row in read_metrics(run.metrics_path) if "train/loss" in row][-10:])
-             for run in runs]  # fmt: skip
-        val = [final(run) for run in runs]
+    lines = ["| batch_size | norm | train/loss, last 100 steps | val/loss | largest drift of deviations |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    ends: dict[int, dict[str, tuple[float, list[float]]]] = defaultdict(dict)
+    for (size, norm), runs in groups.items():
+        train = mean(mean([r["train/loss"] for r in read_metrics(run.metrics_path) if "train/loss" in r][-10:])
+                     for run in runs)  # fmt: skip
+        ends[size][norm] = train, [final(run) for run in runs]
         measured = [m for run in runs for m in read_diagnostics(run.diagnostics_path) if m.quantity == "std_drift"]
         drifts = [m.value for m in measured if m.step == max(m.step for m in measured)]
-        gap = spread(v - t for v, t in zip(val, train, strict=True))
         ahead = " (sees later tokens)" if runs[0].sees_later_tokens else ""
-        lines.append(f"| {size} | {norm} | {mean(train):.3f}{ahead} | {spread(val)} | {gap} |"
-                     f" {f'{max(drifts):.2f}' if drifts else '-'} |")  # fmt: skip
-        axes, color = panels[sizes.index(size)], f"C{i % (len(groups) // len(sizes))}"
-        curve(axes, runs, "train/loss", color=color, alpha=0.35, linewidth=0.8)
-        curve(axes, runs, "val/loss_windows", color=color, marker="o", markersize=4, label=norm)
-        axes.set(xlabel="step", ylabel="nats a token", ylim=(1.8, 4.5))
-        axes.set_title(f"batch_size {size}: val (dots), train (thin)")
-    panels[0].legend()
-    return lines, new
+        lines.append(f"| {size} | {norm} | {train:.3f}{ahead} | {spread(ends[size][norm][1])} | "
+                     f"{f'{max(drifts):.2f}' if drifts else '–'} |")  # fmt: skip
+    return lines, lambda: gaps(ends)
 
 
-def rmsnorm(folder: Path) -> tuple[list[str], Figure]:
-    """The paired difference between RMS norm and layer norm, and the time of each."""
-    groups = runs_of(folder, lambda r: r.config.model.norm)
-    pairs = list(zip(map(final, groups["rmsnorm"]), map(final, groups["layernorm"]), strict=True))
-    differences = [rms - layer for rms, layer in pairs]
-    half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
-    new, (left,) = figure(1)
-    left.plot(differences, "o", label="one seed")
-    left.axhspan(mean(differences) - half, mean(differences) + half, alpha=0.2, label="mean, 95 % interval")
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel="seed", ylabel="val/loss, RMS norm - layer norm", xticks=range(len(differences)),
-             xticklabels=[r.config.seed for r in groups["rmsnorm"]])  # fmt: skip
-    left.legend()
-    lines = ["| norm | val/loss | ms a step, median (range of the seeds) |", "|---|---|---|"]
-    for norm, runs in groups.items():
-        times = [step_time(r) for r in runs]
-        time = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-        lines.append(f"| {norm} | {spread(map(final, runs))} | {time} |")
-    n = len(differences)
-    return [*lines, "", f"Paired difference: {mean(differences):+.4f} ± {half:.4f} (95 %, {n} seeds)."], new
-
-
-def heads(folder: Path) -> tuple[list[str], Figure]:
-    """The validation loss by the number of heads."""
-    groups = runs_of(folder, lambda r: r.config.model.n_head)
-    new, (left,) = figure(1)
-    for n, runs in groups.items():
-        left.plot([n] * len(runs), [final(r) for r in runs], "o", color="C0", alpha=0.6)
-    left.plot(list(groups), [mean(map(final, runs)) for runs in groups.values()], color="C0", label="mean over seeds")
-    left.set(xlabel="heads", ylabel="val/loss (nats a token)", xscale="log")
-    left.set_xticks(list(groups), list(groups))
-    left.minorticks_off()
-    left.legend()
-    rows = [f"| {n} | {runs[0].config.model.head_dim} | {spread(map(final, runs))} |" for n, runs in groups.items()]
-    return ["| heads | head size | val/loss |", "|---|---|---|", *rows], new
-
-
-def attention_scale(folder: Path) -> tuple[list[str], Figure]:
-    """The entropy of attention before the first step, and the loss, with and without the scale."""
-    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_dim))
-    length = next(iter(groups.values()))[0].config.model.block_size
-    uniform = mean(math.log(t) for t in range(1, length + 1))
-    new, (left, right) = figure(2)
-    lines = ["| divided by the root | head size | entropy before the first step (nats) | val/loss |",
-             "|---|---|---|---|"]  # fmt: skip
-    for scaled in (True, False):
-        points = {d: runs for (s, d), runs in groups.items() if s == scaled}
-        entropy = {d: mean(mean(at_start(r, "attention_entropy")) for r in runs) for d, runs in points.items()}
-        label = "divided by the root of the head size" if scaled else "not divided"
-        left.plot(list(entropy), list(entropy.values()), marker="o", label=label)
-        right.plot(list(points), [mean(map(final, runs)) for runs in points.values()], marker="o", label=label)
-        lines += [f"| {'yes' if scaled else 'no'} | {d} | {entropy[d]:.3f} | {spread(map(final, runs))} |"
-                  for d, runs in points.items()]  # fmt: skip
-    left.axhline(uniform, color="black", linewidth=0.8, linestyle=":", label="uniform attention")
-    for axes in (left, right):
-        axes.set(xlabel="head size", xscale="log", xticks=list(points), xticklabels=list(points))
-        axes.minorticks_off()
-    left.set(ylabel="entropy of attention (nats)", title="before the first step")
-    right.set(ylabel="val/loss (nats a token)", title="after 300 steps")
-    left.legend(fontsize="small")
-    return [*lines, "", f"Uniform attention: {uniform:.3f} nats."], new
+def gaps(ends: Mapping[int, Mapping[str, tuple[float, Sequence[float]]]]) -> Figure:
+    """Training and validation losses at the end, by batch size and norm."""
+    new, panels = figure(*[1.7] * len(ends))
+    for axes, (size, norms) in zip(panels, ends.items(), strict=True):
+        rows = range(len(norms))
+        for y, (train, losses) in enumerate(norms.values()):
+            axes.plot([train, mean(losses)], [y, y], color=mpl.rcParams["axes.edgecolor"], linewidth=0.8)
+            axes.errorbar(mean(losses), y, xerr=stdev(losses), fmt="o", color="C0", capsize=3,
+                          label=None if y else "validation, mean ± sd")  # fmt: skip
+            axes.plot(train, y, "o", color="C1", fillstyle="none", markersize=7, label=None if y else "training")
+        axes.set_yticks(rows, list(norms))
+        axes.set_ylim(len(norms) - 0.5, -0.5)
+        axes.set_title(f"batch_size={size}")
+    panels[-1].set_xlabel("loss after training (nats per token)")
+    panels[0].legend(loc="lower right")
+    return new
 
 
 PUBLISHED = {
@@ -204,23 +312,36 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def ladder(folder: Path) -> tuple[list[str], Figure]:
+def ladder(folder: Path) -> Page:
     """The validation loss of each rung beside the published one."""
     groups = runs_of(folder, lambda r: r.config.name)
-    new, (left,) = figure(1)
     lines = ["| rung | parameters | published | ours | difference | seconds of training |", "|---|---|---|---|---|---|"]
     for name, runs in groups.items():
         losses, results = [final(r) for r in runs], [r.result or {} for r in runs]
         lines.append(f"| {name.removeprefix('ladder-')} | {results[0]['parameters']:,} | {PUBLISHED[name]} |"
                      f" {spread(losses)} | {mean(losses) - PUBLISHED[name]:+.3f} |"
                      f" {mean(r['seconds'] for r in results):.0f} |")  # fmt: skip
-        curve(left, runs, "val/loss", marker=".", label=f"{name.removeprefix('ladder-')}: {mean(losses):.3f}")
-    left.set(xlabel="step", ylabel="val/loss (nats a token)", ylim=(1.95, 3.0))
-    left.legend(fontsize="small")
-    return lines, new
+
+    names = [name.removeprefix("ladder-") for name in groups]
+    ours = [[final(r) for r in runs] for runs in groups.values()]
+    return lines, lambda: rungs(names, [PUBLISHED[name] for name in groups], ours)
 
 
-def fast(folder: Path) -> tuple[list[str], Figure]:
+def rungs(names: Sequence[str], published: Sequence[float], ours: Sequence[Sequence[float]]) -> Figure:
+    """Each rung's published loss, and ours over the seeds."""
+    new, (axes,) = figure(2.4)
+    rows = range(len(names))
+    axes.plot(published, rows, "o", color="C1", markersize=11, fillstyle="none", label="published, an estimate")
+    spreads = [stdev(losses) for losses in ours]
+    axes.errorbar(list(map(mean, ours)), rows, xerr=spreads, fmt=".", color="C0", capsize=3, label="ours, mean ± sd")
+    axes.set_yticks(rows, names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(xlabel="val/loss (nats per token)")
+    axes.legend(loc="lower right")
+    return new
+
+
+def fast(folder: Path) -> Page:
     """What each single change of the recipe of `fast_recipe` does, in the sweeps `fast_*` of a folder."""
     (recipe,) = runs_of(folder / "fast_recipe", lambda r: "").values()
     before = {run.config.seed: final(run) for run in recipe}
@@ -230,52 +351,29 @@ def fast(folder: Path) -> tuple[list[str], Figure]:
             continue
         for label, runs in runs_of(sweep, lambda r: _changes(recipe[0], r)).items():
             differences = [final(r) - before[r.config.seed] for r in runs]
-            half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
+            n = len(differences)
+            half = float(student.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
             rows.append((mean(differences), half, label, spread(map(final, runs))))
     rows.sort()
     lines = ["| change | val/loss | difference (95 %) |", "|---|---|---|", f"| none | {spread(before.values())} | |"]
     lines += [f"| `{label}` | {losses} | {d:+.4f} ± {half:.4f} |" for d, half, label, losses in rows]
-    new, (left,) = figure(1)
-    new.set_size_inches(7.5, 0.3 * len(rows) + 1)
-    near = [i for i, (d, *_) in enumerate(rows) if abs(d) <= 0.2]
-    left.errorbar([rows[i][0] for i in near], near, xerr=[rows[i][1] for i in near], fmt="o", capsize=3)
-    far = [i for i, (d, *_) in enumerate(rows) if d > 0.2]
-    left.plot([0.2] * len(far), far, ">", color="C0")  # beyond the edge: the label says how far
-    left.set_yticks(range(len(rows)), [f"{label}  (+{d:.2f})" if d > 0.2 else label for d, _, label, *_ in rows])
-    left.axvline(0, color="black", linewidth=0.8)
-    left.invert_yaxis()
-    left.set(xlabel="val/loss, changed - fast_cpu (nats a token)", xlim=(-0.1, 0.21))
-    return lines, new
+    return lines, lambda: changes(rows)
 
 
-def scale(times: Path, peaks: Path) -> tuple[list[str], Figure]:
-    """What a step costs and needs beside the fits, from the files of benchmarks.scaling and benchmarks.memory."""
-    time, memory = (json.loads(path.read_text()) for path in (times, peaks))
-    base = time["points"][0]
-    lines = ["| changed | GFLOP | ms a step | fitted | GFLOP/s | peak MiB | fitted |", "|---|---|---|---|---|---|---|"]
-    new, (left, right) = figure(2)
-    groups: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for row, held in zip(time["points"], memory["points"], strict=True):
-        changed = next((key for key in AXES if row[key] != base[key]), "")
-        size, taken, peak = row["gigaflop"], row["milliseconds"], held["MiB"]
-        fit = time["fit"]
-        fitted = fit["step_ms"] + fit["layer_ms"] * row["model.n_layer"] + 1000 * size / fit["gflops"]
-        fit = memory["fit"]
-        expected = fit["process_MiB"] + fit["state"] * held["state"] + fit["activations"] * held["activations"]
-        groups[changed.removeprefix("model.")].append((fitted, taken, expected, peak))
-        label = f"`{changed}={row[changed]}`" if changed else "none"
-        lines.append(f"| {label} | {size:.2f} | {taken:.1f} | {fitted:.1f} | {1000 * size / taken:.0f} | {peak:.0f} "
-                     f"| {expected:.0f} |")  # fmt: skip
-    for label, points in groups.items():
-        fitted_ms, ms, fitted_mib, mib = zip(*points, strict=True)
-        left.plot(fitted_ms, ms, "o", label=label or "none changed")
-        right.plot(fitted_mib, mib, "o", label=label or "none changed")
-    for axes, what in ((left, "ms a step"), (right, "peak memory (MiB)")):
-        ends = axes.get_xlim()
-        axes.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
-        axes.set(xscale="log", yscale="log", xlabel=f"{what}, fitted", ylabel=f"{what}, measured")
-    left.legend(fontsize="small")
-    return lines, new
+def changes(rows: Sequence[tuple[float, float, str, str]]) -> Figure:
+    """Changes of the recipe by what they do: difference, half the interval, label."""
+    new, (axes,) = figure(0.9 + 0.24 * len(rows))
+    shown = {y: row for y, row in enumerate(rows) if row[0] <= 0.2}
+    axes.axvline(0, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8)
+    axes.errorbar([r[0] for r in shown.values()], list(shown), xerr=[r[1] for r in shown.values()], fmt="o", capsize=2)
+    far = {y: row for y, row in enumerate(rows) if row[0] > 0.2}  # beyond the edge: the label says how far
+    axes.plot([0.2] * len(far), list(far), ">", color="C0", clip_on=False)
+    names = [label.replace("optimizer.learning_rate", "lr").replace("model.", "") for _, _, label, *_ in rows]
+    axes.set_yticks(range(len(rows)), [f"{name}  (+{row[0]:.2f})" if row[0] > 0.2 else name
+                                       for name, row in zip(names, rows, strict=True)])  # fmt: skip
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set(xlabel="val/loss minus that of fast_cpu\n(nats per token) ← better · worse →", xlim=(-0.1, 0.21))
+    return new
 
 
 def _changes(recipe: Run, run: Run) -> str:
@@ -294,13 +392,81 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + key, value
 
 
-PAGES: dict[str, Callable[..., tuple[list[str], Figure]]] = {
-    f.__name__: f for f in (warmup, batchnorm, rmsnorm, heads, attention_scale, ladder, fast, scale)
+AXES = ("model.n_layer", "model.n_embd", "model.block_size", "batch_size")
+
+
+def scale(times: Path, peaks: Path) -> Page:
+    """What a step costs and needs beside the fits, from the files of benchmarks.scaling and benchmarks.memory."""
+    time, memory = (json.loads(path.read_text()) for path in (times, peaks))
+    base, fit, held_fit = time["points"][0], time["fit"], memory["fit"]
+    lines = ["| changed | GFLOP | ms per step | fitted | GFLOP/s | peak MiB | fitted |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    groups: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for row, held in zip(time["points"], memory["points"], strict=True):
+        changed = next((key for key in AXES if row[key] != base[key]), "")
+        size, taken, peak = row["gigaflop"], row["milliseconds"], held["MiB"]
+        fitted = fit["step_ms"] + fit["layer_ms"] * row["model.n_layer"] + 1000 * size / fit["gflops"]
+        expected = (held_fit["process_MiB"] + held_fit["state"] * held["state"]
+                    + held_fit["activations"] * held["activations"])  # fmt: skip
+        groups[changed.removeprefix("model.")].append((fitted, taken, expected, peak))
+        label = f"`{changed}={row[changed]}`" if changed else "none"
+        lines.append(f"| {label} | {size:.2f} | {taken:.1f} | {fitted:.1f} | {1000 * size / taken:.0f} | {peak:.0f} "
+                     f"| {expected:.0f} |")  # fmt: skip
+    return lines, lambda: fits(groups)
+
+
+def fits(groups: dict[str, list[tuple[float, ...]]]) -> Figure:
+    """Measured against fitted times and memory, by the setting that was changed."""
+    new, panels = figure(3.0, 3.0)
+    for label, points in groups.items():
+        fitted_ms, ms, fitted_mib, mib = zip(*points, strict=True)
+        panels[0].plot(fitted_ms, ms, "o", label=label or "none changed")
+        panels[1].plot(fitted_mib, mib, "o", label=label or "none changed")
+    of = {"ms per step": [10, 20, 50, 100, 200, 500], "peak memory (MiB)": [300, 400, 600, 800]}
+    for axes, (what, ticks) in zip(panels, of.items(), strict=True):
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8, zorder=0, label="perfect fit")
+        axes.set(xscale="log", yscale="log", xlabel=f"{what}, fitted", ylabel=f"{what}, measured")
+        axes.minorticks_off()
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.set_yticks(ticks, list(map(str, ticks)))
+    panels[0].legend()
+    return new
+
+
+def audit(norm: Path) -> Page:
+    """How strongly each prediction depends on each token of its sequence, in a new model with this norm."""
+    config = Config(model=GPTConfig(norm=norm.name))
+    data = CharDataModule(config.data, config.task, block_size=config.model.block_size)
+    model = build_model(config.sized(data.vocab_size), config.seed)
+    probe = torch.from_numpy(data.val.rows(np.arange(4) * data.val.n_rows // 4).x)
+    modes = {mode: measure(model, probe, training=mode == "train") for mode in ("train", "eval")}
+    top = max(float(found.map.max()) for found in modes.values())
+
+    def draw() -> Figure:
+        new = Figure(figsize=(5.6, 2.9), layout="constrained")
+        panels = new.subplots(1, 2, sharey=True)
+        for axes, (mode, found) in zip(panels, modes.items(), strict=True):
+            shown = np.ma.masked_equal(found.map.numpy(), 0)  # nothing is drawn where there is no influence at all
+            image = axes.imshow(shown, norm="log", vmin=top * 1e-6, vmax=top, cmap="viridis")
+            axes.grid(visible=False)
+            axes.set(xlabel="token", title=f"{mode} mode")
+        panels[0].set_ylabel("prediction")
+        new.colorbar(image, ax=panels, shrink=0.8, label="|gradient|")
+        return new
+
+    lines = ["| mode | of the gradient, on later tokens | on other sequences |", "|---|---|---|"]
+    lines += [f"| {mode} | {m.model.future:.2%} | {m.model.others:.2%} |" for mode, m in modes.items()]
+    return lines, draw
+
+
+PAGES: dict[str, Callable[..., Page]] = {
+    f.__name__: f for f in (norms, audit, rmsnorm, heads, attention_scale, warmup, batchnorm, ladder, fast, scale)
 }
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in PAGES:
         sys.exit(str(__doc__))
-    table, picture = PAGES[sys.argv[1]](*map(Path, sys.argv[2:]))
-    print("\n".join(table))
-    picture.savefig(Path(__file__).with_name(f"{sys.argv[1]}.png"), dpi=110)
+    tables, draw_figure = PAGES[sys.argv[1]](*map(Path, sys.argv[2:]))
+    print("\n".join(tables))
+    save(draw_figure, sys.argv[1])
