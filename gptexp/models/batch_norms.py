@@ -5,7 +5,7 @@ those of the micro-batch, over all processes; they also update the running avera
 """
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -195,6 +195,14 @@ class RegularizedBatchNormSettings(BatchNormSettings):
     """The weight of the penalty on the batch's mean."""
     std_penalty: Annotated[float, Ge(0)] = 0.01
     """The weight of the penalty on the batch's standard deviation."""
+
+
+@runtime_checkable
+class Penalized(Protocol):
+    """A norm that adds to the loss that is minimized."""
+
+    penalty: Tensor | None
+    """Of the last training batch, a scalar; None before the first."""
 
 
 @NORMS.register("rbn", RegularizedBatchNormSettings)

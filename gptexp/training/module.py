@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gptexp.config.schema import read_section
 from gptexp.config.sections import ModelConfig, OptimizerConfig, ScheduleConfig
 from gptexp.data.batches import Batch, draw
+from gptexp.models.batch_norms import Penalized
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import build_model
 from gptexp.tasks.metrics import LanguageModelMetrics, summed_loss
@@ -69,7 +70,7 @@ class GPTModule(LightningModule):
         self.learning_rate = self.optimizer_config.learning_rate  # the peak; `lr_find` changes it
         self.model: LanguageModel = build_model(network, seed)
         self.val_metrics = LanguageModelMetrics(chars_per_token)
-        self.penalized: list[Any] = [m for m in self.model.modules() if hasattr(m, "penalty")]
+        self.penalized: list[Any] = [m for m in self.model.modules() if isinstance(m, Penalized)]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}  # a sharded one hides its shape
         self.weights = list(self.parameters())
         self.step_loss, self.grad_norm, self.rate = torch.zeros(()), torch.zeros(()), 0.0

@@ -30,7 +30,8 @@ def _without_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_tests_of_the_sdist_can_be_collected(sdist: Path) -> None:
-    subprocess.run([sys.executable, "-m", "pytest", "--collect-only"], cwd=sdist, check=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only"], cwd=sdist, check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.slow

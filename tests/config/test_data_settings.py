@@ -20,7 +20,9 @@ from gptexp.registry import TASKS
     ],
 )
 def test_settings_that_go_together(tree):
-    read_config(tree)
+    config = read_config(tree).tree()
+    for section, settings in tree.items():
+        assert config[section] | settings == config[section]
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ ranks, the others of rank 0's share of it. Padding is left out everywhere.
     std_drift            distance of its running standard deviation from the batch's, as a fraction of that
 
 A layer is an embedding, an attention or a feed-forward sub-layer, a norm, or a linear map outside those, by its name
-in the model; a tied head counts under `wte`. The drifts are those of norms with a method `discrepancy(x, mask)`.
+in the model; a tied head counts under `wte`. The drifts are those of norms that are `BatchStatistics`.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -33,7 +33,7 @@ from gptexp.data.batches import Batch
 from gptexp.models.attention import CausalSelfAttention
 from gptexp.models.baselines import MLP
 from gptexp.models.gpt import Block, FeedForward
-from gptexp.models.norms import DynamicTanh
+from gptexp.models.norms import BatchStatistics, DynamicTanh
 from gptexp.models.positions import NOTHING, Relative
 from gptexp.runs.files import Measurement, append_rows
 from gptexp.runs.run import Run
@@ -138,8 +138,8 @@ def watch(model: nn.Module, mask: Tensor | None, values: Values) -> list[Removab
         return flat_tanh(layer.alpha * x)
 
     for name, layer in named_layers(model):
-        if hasattr(layer, "discrepancy"):
-            before(layer, name, cast(Any, layer).discrepancy)
+        if isinstance(layer, BatchStatistics):
+            before(layer, name, layer.discrepancy)
         if isinstance(layer, CausalSelfAttention):
             before(layer, name, partial(attention, layer, real))
         elif isinstance(layer, FeedForward):
