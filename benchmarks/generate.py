@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, equal_work, parser, ratios, spread, take_turns, write
 from benchmarks.nanogpt import NanoGPT
 from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
@@ -52,7 +52,7 @@ def main() -> None:
                       f"{taken['nanoGPT'] / taken['gptexp']:.1f}")  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"gptexp / nanoGPT: {told(ratio)}")
+    console.print(f"gptexp / nanoGPT: {as_text(ratio)}")
     write(asked.out, {"tokens": asked.tokens, "samples": asked.samples, "settings": asked.settings, "seconds": rounds,
                       "ratio": ratio, **{n: spread([made / r[n] for r in rounds]) for n in rounds[0]}})  # fmt: skip
 

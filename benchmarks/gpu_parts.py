@@ -360,7 +360,7 @@ def compared(rounds: Sequence[Mapping[str, float]], over: str, under: str, unit:
     ratio = measure.ratios(rounds, over, under)
     spreads = {name: measure.spread([taken[name] for taken in rounds]) for name in rounds[0]}
     shown = f"{unit}: " + ", ".join(f"{name} {s['median']:,.5g}" for name, s in spreads.items())
-    return {"rounds": rounds, "ratio": ratio, **spreads, "shown": f"{shown}; {over} / {under} {measure.told(ratio)}"}
+    return {"rounds": rounds, "ratio": ratio, **spreads, "shown": f"{shown}; {over} / {under} {measure.as_text(ratio)}"}
 
 
 def nanogpt_peer(stage: Stage) -> NanoGPT:

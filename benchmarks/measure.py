@@ -67,7 +67,7 @@ def ratios(rounds: Sequence[Mapping[str, float]], over: str, under: str) -> dict
     return spread([r[over] / r[under] for r in rounds])
 
 
-def told(ratio: Mapping[str, float]) -> str:
+def as_text(ratio: Mapping[str, float]) -> str:
     """A spread in words."""
     return "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, command_seconds, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, command_seconds, parser, ratios, spread, take_turns, write
 from gptexp import perf
 from gptexp.config.command_line import compose_config
 from gptexp.config.schema import Config
@@ -101,7 +101,7 @@ def main() -> None:
         table.add_row(str(number), *(f"{v:.1f}" for v in taken.values()), f"{share:.3f}")
     console = Console()
     console.print(table)
-    console.print(f"command / bare loop: {told(ratio)}")
+    console.print(f"command / bare loop: {as_text(ratio)}")
     write(asked.out, {"steps": asked.steps, "settings": settings, "rounds": rounds, "ratio": ratio,
                       **{name: spread([r[name] for r in rounds]) for name in rounds[0]}})  # fmt: skip
 

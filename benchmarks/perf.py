@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import as_text, parser, ratios, spread, take_turns, write
 from benchmarks.shared import tokens_per_second
 
 KEPT = "MALLOC_TRIM_THRESHOLD_=2147483647+MALLOC_MMAP_THRESHOLD_=33554432"
@@ -42,7 +42,7 @@ def main() -> None:
         on, off = (spread([r[f"{name}: {how}"] for r in rounds]) for how in ("on", "off"))
         gain = ratios(rounds, f"{name}: on", f"{name}: off")
         report[name] = {"on": on, "off": off, "gain": gain}
-        table.add_row(name, f"{on['median']:,.0f}", f"{off['median']:,.0f}", told(gain))
+        table.add_row(name, f"{on['median']:,.0f}", f"{off['median']:,.0f}", as_text(gain))
     Console().print(table)
     write(asked.out, {"seconds": asked.seconds, "settings": asked.settings, "rounds": rounds, "compared": report})
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, parser, ratios, spread, take_turns, write
 from gptexp.runs.files import last_row
 
 SKIPPED = 20  # steps at the start
@@ -110,7 +110,7 @@ def main() -> None:
         together = ratios(rounds, f"{name}: two at once", f"{name}: alone")
         alone = ratios(rounds, f"{name}: alone", "default: alone")
         report[name] = {**found, "two at once / alone": together, "alone / default": alone}
-        table.add_row(name, *(f"{f['median']:,.0f}" for f in found.values()), told(together), told(alone))
+        table.add_row(name, *(f"{f['median']:,.0f}" for f in found.values()), as_text(together), as_text(alone))
     Console().print(table)
     write(asked.out, {"seconds": asked.seconds, "settings": asked.settings, "rounds": rounds, "contestants": report})
 

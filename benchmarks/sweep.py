@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, equal_work, parser, ratios, spread, take_turns, write
 from benchmarks.nanogpt import CPU_RECIPE, NanoGPT
 from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
@@ -67,9 +67,9 @@ def main() -> None:
     console = Console()
     console.print(table)
     for name, share in shares.items():
-        console.print(f"{name} / joblib: {told(share)}")
+        console.print(f"{name} / joblib: {as_text(share)}")
     if asked.peer:
-        console.print(f"nanoGPT / basic: {told(ratios(rounds, 'nanoGPT', 'basic'))}")
+        console.print(f"nanoGPT / basic: {as_text(ratios(rounds, 'nanoGPT', 'basic'))}")
     write(asked.out, {"jobs": jobs, "steps": steps, "settings": asked.settings, "rounds": rounds, "ratios": shares,
                       **{name: spread([r[name] for r in rounds]) for name in contestants}})  # fmt: skip
 

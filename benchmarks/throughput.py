@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, command_seconds, equal_work, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, command_seconds, equal_work, parser, ratios, spread, take_turns, write
 from benchmarks.nanogpt import NanoGPT
 from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
@@ -50,7 +50,7 @@ def main() -> None:
         table.add_row(str(number), *(f"{v:,.0f}" for v in taken.values()), f"{taken['gptexp'] / taken['nanoGPT']:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"gptexp / nanoGPT: {told(ratio)}")
+    console.print(f"gptexp / nanoGPT: {as_text(ratio)}")
     write(asked.out, {"steps": asked.steps, "settings": asked.settings, "rounds": rounds, "ratio": ratio,
                       **{name: spread([r[name] for r in rounds]) for name in rounds[0]}})  # fmt: skip
 

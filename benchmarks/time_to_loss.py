@@ -19,7 +19,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CPU, equal_work, parser, ratios, spread, take_turns, told, write
+from benchmarks.measure import CPU, as_text, equal_work, parser, ratios, spread, take_turns, write
 from benchmarks.nanogpt import NanoGPT
 from gptexp.config.sections import DataConfig
 from gptexp.data.corpora import find_corpus
@@ -102,8 +102,9 @@ def main() -> None:
                       f"{taken['nanoGPT'] / taken['gptexp']:.1f}")  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"nanoGPT / gptexp: {told(ratio)}; a loss above the target was never reached")
-    console.print("whole commands, s: " + ", ".join(f"{name} {told(spread(taken))}" for name, taken in whole.items()))
+    console.print(f"nanoGPT / gptexp: {as_text(ratio)}; a loss above the target was never reached")
+    seconds = ", ".join(f"{name} {as_text(spread(taken))}" for name, taken in whole.items())
+    console.print(f"whole commands, s: {seconds}")
     write(asked.out, {"target": asked.target, "settings": asked.settings, "rounds": rounds, "losses": losses,
                       "whole": whole, "ratio": ratio,
                       **{name: spread([r[name] for r in rounds]) for name in losses}})  # fmt: skip

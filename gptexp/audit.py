@@ -60,7 +60,7 @@ def audit(arguments: Sequence[str]) -> dict[str, Any]:
 def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
     from gptexp.config.command_line import compose_config
     from gptexp.config.settings import named_directories
-    from gptexp.runs.run import Run
+    from gptexp.runs.run import Run, checkpoint_named
 
     named, rest = named_directories(arguments)
     own = {k: v for k, _, v in (a.partition("=") for a in rest) if k in ("checkpoint", "audit_dir")}
@@ -72,7 +72,7 @@ def _parse(arguments: Sequence[str]) -> tuple["Config", Any, str, Path]:
         problems += [f"{a}: has no effect with run={own['run']}, whose configuration is complete" for a in others]
     elif "checkpoint" in own:
         problems.append(f"checkpoint={own['checkpoint']}: has no effect without run=DIR")
-    checkpoint = own.get("checkpoint", "best")
+    checkpoint = own.get("checkpoint", checkpoint_named(own.get("run", "")))
     if checkpoint not in ("best", "last"):
         problems.append(f"checkpoint={checkpoint}: must be one of best, last")
     if problems:
@@ -122,7 +122,7 @@ def _measure(config: "Config", run: Any, checkpoint: str) -> tuple[dict[str, Any
         except ValueError as error:
             report["modes"][mode] = {"impossible": str(error)}
             continue
-        layers = [asdict(part) for part in found.parts if part.looks_ahead or part.couples]
+        layers = [asdict(layer) for layer in found.layers if layer.looks_ahead or layer.couples]
         report["modes"][mode] = {
             "looks_ahead": found.model.looks_ahead, "future": found.model.future,
             "couples": found.model.couples, "others": found.model.others, "layers": layers,
@@ -159,7 +159,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _span(layers: list[dict[str, Any]]) -> str:
-    names = [layer["part"] for layer in layers]
+    names = [layer["layer"] for layer in layers]
     return ", ".join(names) if len(names) < 3 else f"{names[0]} ... {names[-1]}"
 
 

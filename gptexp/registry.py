@@ -84,7 +84,7 @@ class Kind(Mapping[str, Component]):
 
     def __iter__(self) -> Iterator[str]:
         self._load()
-        return iter(sorted(self._components, key=lambda name: name != self.default))
+        return iter(sorted(self._components, key=lambda name: (name != self.default, name)))
 
     def __len__(self) -> int:
         self._load()

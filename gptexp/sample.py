@@ -58,13 +58,14 @@ def parse(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
         UserError: with a line for every mistake.
     """
     from gptexp.config.settings import named_directories, read, read_arguments
+    from gptexp.runs.run import checkpoint_named
 
     problems: list[str] = []
     prompts = [a.partition("=")[2] for a in arguments if a.startswith("prompt=")]
     named, others = named_directories(a for a in arguments if not a.startswith("prompt="))
     values = read_arguments(others, problems)
     if named:
-        values["run"] = named[0]
+        values = {"checkpoint": checkpoint_named(named[0]), **values, "run": named[0]}
     config: SampleConfig | None = read(SampleConfig, "", values, problems)
     if not named:
         problems.append("run: is missing; give the run directory as run=DIR")

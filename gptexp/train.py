@@ -41,7 +41,7 @@ def main() -> None:
         from hydra import main as hydra_main
 
         from gptexp.config.choices import conf_dir
-        from gptexp.config.command_line import COMPOSING, check, told
+        from gptexp.config.command_line import COMPOSING, check, one_line
         from gptexp.config.composition import VERSION_BASE, register_choices
 
         register_choices()
@@ -54,7 +54,7 @@ def main() -> None:
         try:
             hydra_main(config_path=conf_dir(), config_name="config", version_base=VERSION_BASE)(job)()
         except COMPOSING as error:
-            raise UserError(told(error)) from error
+            raise UserError(one_line(error)) from error
 
 
 def job(tree: "DictConfig") -> float | None:
@@ -101,7 +101,7 @@ def single_run(config: "Config", folder: str, overrides: list[str]) -> float:
     read = None
     if not several():  # with several processes, rank 0 reports it later
         unmake()
-        read = check_files(config)  # a mistake is told before Lightning is imported, which takes a while
+        read = check_files(config)  # a mistake is reported before Lightning is imported, which takes a while
 
     def lead() -> float:
         run = None

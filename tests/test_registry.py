@@ -26,7 +26,7 @@ def test_a_component_is_its_own_settings_if_it_is_a_dataclass() -> None:
     class Own:
         size: int = 3
 
-    assert list(kind) == ["plain", "own"]
+    assert list(kind) == ["own", "plain"]  # in alphabetical order
     assert kind.settings("plain") == NoSettings()
     assert kind.settings("own") == Own(3)
     assert kind.defaults() == {"own": {"size": 3}}

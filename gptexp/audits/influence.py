@@ -27,9 +27,9 @@ _CONTAINERS = (LanguageModel, nn.ModuleList, Block, Residual)
 
 @dataclass(frozen=True)
 class Share:
-    """Where the gradient of a part's output, at the first positions of one sequence, goes: shares of its norm."""
+    """Where the gradient of a layer's output, at the first positions of one sequence, goes: shares of its norm."""
 
-    part: str  # name of the layer, or "model"
+    layer: str  # name of the layer, or "model"
     future: float  # to later positions of the same sequence
     others: float  # to the other sequences of the batch
 
@@ -51,7 +51,7 @@ class Influence:
     map: Tensor  # (L, L), about |d logits[0, t] / d x[0, s]| at row t and column s, with x the embedded tokens
     others: Tensor  # (L, L), the same for |d logits[0, t] / d x[n, s]|, over all other sequences n
     model: Share  # the whole model's shares
-    parts: list[Share]  # those of its layers, in the order in which data meets them
+    layers: list[Share]  # those of its layers, in the order in which data meets them
 
 
 def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:

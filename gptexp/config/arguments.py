@@ -26,8 +26,8 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
         shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
         self.add_argument("--info", "-i", const="all", nargs="?", choices=shown)
-        told = f"gptexp {__version__} (Hydra {version('hydra-core')})"
-        self.add_argument("--version", action="version", version=told)
+        text = f"gptexp {__version__} (Hydra {version('hydra-core')})"
+        self.add_argument("--version", action="version", version=text)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(message)

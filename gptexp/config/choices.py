@@ -24,6 +24,10 @@ VALUES = {"norm": ("model", NORMS), "placement": ("model", PLACEMENTS), "positio
           "activation": ("model", ACTIVATIONS), "tokenizer": ("data", TOKENIZERS)}  # fmt: skip
 """Groups whose choices are the value of one setting, by its section: norm=rmsnorm is model.norm=rmsnorm."""
 
+CHOSEN = {*(f"{section}.{group}" for group, (section, _) in VALUES.items()),
+          *(f"{section}.name" for section in (*SECTIONS, "data"))}  # fmt: skip
+"""The settings whose value is the name of a registered component."""
+
 HEADS = (1, 2, 4, 6, 8, 12, 16)
 """The choices of the group `heads`, h1 and so on, for Hydra takes no number for a choice; model.n_head takes any."""
 

@@ -54,7 +54,7 @@ def check(
         try:
             _Check(overrides, Composer(config_name, _search(overrides, more)), multirun, shown, problems).run()
         except COMPOSING as error:
-            problems.append(told(error))
+            problems.append(one_line(error))
     return list(dict.fromkeys(problems))
 
 
@@ -93,7 +93,7 @@ class _Check:
         try:
             whole = self.composer.whole(firsts(good))
         except COMPOSING as error:  # something that is not ours to check, so it is left out
-            self.problems.append(told(error))
+            self.problems.append(one_line(error))
             good = [o for o in good if self.composer.is_value(o) or self.chooses(o)]
             whole = self.composer.whole(firsts(good))
         if self.shown:  # whatever the values are, Hydra must know their keys
@@ -200,7 +200,7 @@ class _Check:
     def check_values(self, whole: DictConfig, overrides: Sequence[Override], cross_check: bool) -> None:
         """Settings must exist, in the whole configuration but for the values, and have values that are allowed."""
         sound = []
-        of_norms = tuple(f"model.norms.{name}." for name in NORMS)  # an unknown one is told with those that there are
+        of_norms = tuple(f"model.norms.{name}." for name in NORMS)  # reported with the known ones
         for override in overrides:
             key = override.key_or_group
             known = key in self.known or key.startswith(of_norms)
@@ -243,7 +243,7 @@ def firsts(overrides: Iterable[Override]) -> list[str]:
     return [lines[0] for lines in map(each, overrides) if lines]
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What Hydra or OmegaConf says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
     if isinstance(error.__cause__, OmegaConfBaseException) and len(lines) < 2:

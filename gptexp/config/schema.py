@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from annotated_types import Ge
 
+from gptexp.config.choices import CHOSEN
 from gptexp.config.sections import (
     DataConfig,
     HardwareConfig,
@@ -170,7 +171,9 @@ def load_config(path: Path) -> Config:
     try:
         return read_config(tree)
     except UserError as error:
-        raise UserError([f"{path}: {p}" for p in error.problems]) from error
+        foreign = "; GPTEXP_IMPORT=MODULE finds another package's"
+        raise UserError(f"{path}: {p}{foreign if p.partition('=')[0] in CHOSEN else ''}"
+                        for p in error.problems) from error  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:

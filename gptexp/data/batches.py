@@ -78,13 +78,13 @@ class Split(ABC):
         """The rows `rows` of the random batch of `batch_size` rows at (seed, step)."""
 
     @abstractmethod
-    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+    def find(self, numbers: Indices) -> tuple[Indices, Indices]:
         """Where in the ids these rows begin, and how many targets each has."""
 
     def rows(self, indices: ArrayLike) -> Batch:
         """Rows by number, 0 .. n_rows - 1; the number -1 gives a row of padding."""
         numbers = np.asarray(indices, np.int64)
-        starts, lengths = self._find(np.maximum(numbers, 0))
+        starts, lengths = self.find(np.maximum(numbers, 0))
         return self._cut(starts, np.where(numbers < 0, 0, lengths))
 
     def _cut(self, starts: Indices, lengths: Indices) -> Batch:
@@ -121,7 +121,8 @@ class Windows(Split):
         starts = self._start + draw(seed, step, batch_size, self._stop - self._start - self.width)[rows]
         return self._cut(starts, np.full_like(starts, self.width))._replace(tokens=float(batch_size * self.width))
 
-    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+    def find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        """As its base."""
         starts = self._first_target - 1 + numbers * self.width
         return starts, np.minimum(self._stop - 1 - starts, self.width)
 
@@ -152,7 +153,8 @@ class Documents(Split):
         numbers = draw(seed, step, batch_size, self.n_rows)
         return self.rows(numbers[rows])._replace(tokens=float(self._lengths[numbers].sum()))
 
-    def _find(self, numbers: Indices) -> tuple[Indices, Indices]:
+    def find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        """As its base."""
         return self._starts[numbers], self._lengths[numbers]
 
     def _window(self, starts: Indices, lengths: Indices) -> Indices:

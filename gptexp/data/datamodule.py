@@ -102,10 +102,10 @@ class CharDataModule(LightningDataModule):
         Raises:
             UserError: a batch_size that the processes and micro-batches cannot share equally.
         """
-        shares = self.place[1] * self.accumulate
+        shares = self.rank_and_world[1] * self.accumulate
         if self.batch_size % shares:
             raise UserError(
-                f"batch_size={self.batch_size}: cannot be shared equally by {self.place[1]} processes with "
+                f"batch_size={self.batch_size}: cannot be shared equally by {self.rank_and_world[1]} processes with "
                 f"{self.accumulate} micro-batches each; allowed: a multiple of {shares}"
             )
         return TrainBatches(self)
@@ -125,7 +125,7 @@ class CharDataModule(LightningDataModule):
         return EvalBatches(self, np.arange(n_wanted) * n_rows // n_wanted, whole)
 
     @property
-    def place(self) -> tuple[int, int]:
+    def rank_and_world(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
@@ -146,7 +146,7 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches without end, `accumulate_grad_batches` of the trainer for each step."""
         data, trainer = self.data, self.data.trainer
-        rank, world = data.place
+        rank, world = data.rank_and_world
         size = data.batch_size // (world * data.accumulate)
         # To overfit some batches, a trainer needs the same ones in each epoch.
         step = 0 if trainer is None or trainer.overfit_batches else trainer.global_step
@@ -173,11 +173,11 @@ class EvalBatches:
     whole: bool
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / (self.data.eval_batch_size * self.data.place[1]))
+        return math.ceil(len(self.indices) / (self.data.eval_batch_size * self.data.rank_and_world[1]))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of `eval_batch_size` rows; the last one may have fewer."""
-        rank, world = self.data.place
+        rank, world = self.data.rank_and_world
         together = self.data.eval_batch_size * world
         for begin in range(0, len(self.indices), together):
             indices = self.indices[begin : begin + together]

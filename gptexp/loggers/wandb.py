@@ -14,7 +14,7 @@ from gptexp.loggers.wandb_run import open_wandb
 
 log = logging.getLogger("gptexp")
 
-PATIENCE = 10
+ANSWER_SECONDS = 10
 """Seconds that W&B's server may take to answer; without an answer, each call would stop training for 19."""
 
 SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "val/bpc": "min,last", "val/accuracy": "max,last"}
@@ -83,8 +83,8 @@ class WandbLogger(LightningWandbLogger):
             if not asks:
                 raise
             problem = str(error).split("\n")[0]
-        if asks and time.monotonic() - start > PATIENCE:
-            problem = f"no answer within {PATIENCE} s"
+        if asks and time.monotonic() - start > ANSWER_SECONDS:
+            problem = f"no answer within {ANSWER_SECONDS} s"
         if problem and not self._deaf:
             log.warning("W&B: %s; the run continues, and keeps its samples and checkpoints only in %s", problem,
                         self.save_dir)  # fmt: skip

@@ -64,6 +64,10 @@ class RunningSettings(EpsSettings):
     momentum: Annotated[float, Gt(0), Le(1)] = 0.1
     """How far a step moves the running averages towards the batch's statistics."""
 
+    def min_sequences(self, positions: int) -> int:
+        """One value has no variance."""
+        return 1 if positions > 1 else 2
+
 
 class _Running(Positional):
     """Base of batch norms: y = (x - mean) / sqrt(var + eps) * weight + bias.
@@ -145,10 +149,9 @@ class BatchNormSettings(RunningSettings):
             return []
         return [f"stats=[{','.join(self.stats)}]: must be [batch,time] or [batch]"]
 
-    @property
-    def min_sequences(self) -> int:
+    def min_sequences(self, positions: int) -> int:
         """One sequence has no variance across sequences."""
-        return 1 if "time" in self.stats else 2
+        return super().min_sequences(positions) if "time" in self.stats else 2
 
 
 @NORMS.register("batchnorm", BatchNormSettings)

@@ -39,9 +39,8 @@ class NormSettings:
         """Settings that do not fit the site or each other: lines such as `groups=3: must divide 16`."""
         return []
 
-    @property
-    def min_sequences(self) -> int:
-        """The fewest sequences that a training batch must have."""
+    def min_sequences(self, positions: int) -> int:
+        """The fewest sequences, of so many positions each, that a training batch must have."""
         return 1
 
 

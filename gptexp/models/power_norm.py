@@ -21,6 +21,10 @@ class PowerNormSettings(RunningSettings):
     prescale: bool = True
     """First divide each position's vector by its root mean square."""
 
+    def min_sequences(self, positions: int) -> int:
+        """One value has a mean square."""
+        return 1
+
 
 @NORMS.register("powernorm", PowerNormSettings)
 class PowerNorm(Norm):

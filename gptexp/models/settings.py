@@ -62,7 +62,7 @@ class NormedConfig(ModelConfig):
     @property
     def min_sequences(self) -> int:
         """The fewest sequences that a training batch must have."""
-        return max(self.norm_settings(name).min_sequences for name in self.used_norms)
+        return max(self.norm_settings(name).min_sequences(self.block_size) for name in self.used_norms)
 
     def tree(self) -> dict[str, Any]:
         """Every setting that has an effect."""

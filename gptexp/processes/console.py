@@ -65,7 +65,7 @@ def report_errors(errors: bool = True, messages: bool = True) -> Iterator[None]:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):
             for group in met:
-                group.part()  # once the others have heard of it
+                group.leave()  # once the others have heard of it
         sys.exit(failed.status)
 
 

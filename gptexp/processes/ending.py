@@ -14,10 +14,10 @@ from typing import Any
 
 from gptexp.errors import Interrupted
 
-PATIENCE = 120
+SAVE_SECONDS = 120
 """Seconds that a run has to save once its parent is gone."""
 
-GRACE = 15.0
+END_SECONDS = 15.0
 """Seconds that a process has to end by itself once another one has failed."""
 
 met: list[Any] = []
@@ -61,7 +61,7 @@ def end_with_parent(parent: int | None = None) -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + SAVE_SECONDS
         while _jobs and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(128 + signal.SIGTERM)
@@ -85,7 +85,7 @@ def watched(store: Any) -> Iterator[None]:
                 failed = bool(store.check(["failed"]))
             except RuntimeError:  # the process that has the store is gone
                 failed = True
-        if not done.wait(GRACE):
+        if not done.wait(END_SECONDS):
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -38,10 +38,10 @@ log = logging.getLogger("gptexp")
 
 T = TypeVar("T")
 
-HASTE = 10.0
+MEET_SECONDS = 10.0
 """Seconds to look for the other processes before a mistake is reported without them."""
 
-PATIENCE = 10.0
+LEAVE_SECONDS = 10.0
 """Seconds that the process with the store waits for the others to end."""
 
 
@@ -56,7 +56,7 @@ class Processes:
     started: bool = False  # by torchrun or Slurm, so that their number counts and not `hardware.devices`
     store: Store | None = None  # where they meet; None before they have
     leading: bool = False  # whether this process works while the others follow
-    told: int = 0  # how many values have been sent to all
+    sent: int = 0  # values broadcast so far
 
     @property
     def first(self) -> bool:
@@ -68,7 +68,7 @@ class Processes:
         """Processes on each machine."""
         return self.world_size // self.nodes
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Send a plain value from rank 0 to all; the others wait for it as long as it takes, and return it.
 
         Raises:
@@ -76,11 +76,11 @@ class Processes:
         """
         if self.store is None:
             return value
-        key, self.told = f"told/{self.told}", self.told + 1
+        key, self.sent = f"sent/{self.sent}", self.sent + 1
         if self.first:
             self.store.set(key, json.dumps(value))
-        told: T = json.loads(self._wait_for(key))
-        return told
+        received: T = json.loads(self._wait_for(key))
+        return received
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Compare the settings that the processes were started with.
@@ -100,7 +100,7 @@ class Processes:
                                 "0; start all processes with the same settings" for k in differing)  # fmt: skip
 
     def lead(self, work: Callable[[], T], follow: Callable[[Any], Any]) -> T | None:
-        """Do some work on rank 0, which may `tell` the others to take part; they call `follow` with what they are told.
+        """Do some work on rank 0, which may `broadcast` what the others are to do; they call `follow` with it.
 
         A call within such work just does the work.
 
@@ -116,11 +116,11 @@ class Processes:
                 result = work()
             finally:
                 self.leading = False
-            self.tell(None)
+            self.broadcast(None)
         else:
-            while (value := self.tell(None)) is not None:
+            while (value := self.broadcast(None)) is not None:
                 follow(value)
-        self.part()
+        self.leave()
         return result
 
     def fail(self, status: int, problems: list[str]) -> GroupFailed:
@@ -136,13 +136,13 @@ class Processes:
             rank, status, problems = json.loads(self.store.compare_set("failed", "", mine))
         return GroupFailed(status, problems, mine=rank == self.rank)
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Take leave of the others; rank 0, which has the store, waits until all have."""
         assert self.store is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LEAVE_SECONDS
         with suppress(RuntimeError):
-            self.store.add("parted", 1)
-            while self.first and self.store.add("parted", 0) < self.world_size and time.monotonic() < deadline:
+            self.store.add("left", 1)
+            while self.first and self.store.add("left", 0) < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
 
     def _wait_for(self, key: str) -> bytes:
@@ -246,7 +246,7 @@ def connected(group: Processes, log_path: Path) -> Iterator[None]:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore(f"run/{group.told}", group.store), rank=group.rank, world_size=group.world_size,
+            store=PrefixStore(f"run/{group.sent}", group.store), rank=group.rank, world_size=group.world_size,
         )  # fmt: skip
         with at_work(), watched(group.store):
             yield
@@ -277,5 +277,5 @@ def end_together(status: int, problems: list[str]) -> GroupFailed:
         what ended the command first, in this process or in another one.
     """
     with suppress(UserError):  # they cannot be reached
-        return gather("slurm", HASTE).fail(status, problems)
+        return gather("slurm", MEET_SECONDS).fail(status, problems)
     return GroupFailed(status, problems, mine=True)

@@ -221,6 +221,11 @@ def code_fingerprint(config: Config) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_named(path: str | Path) -> Literal["best", "last"]:
+    """The checkpoint that a path is of; "best" where it is a run directory."""
+    return "last" if Path(path).name == "last.ckpt" else "best"
+
+
 def unfinished(folder: Path, fingerprint: str) -> Run | None:
     """The newest run under folder of this configuration's fingerprint that is neither at its end nor being trained."""
     found = []

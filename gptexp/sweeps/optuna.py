@@ -72,9 +72,9 @@ class OptunaSearch(Grid):
                         self.tell(found, number, job, sweep)
                     if job.error:
                         errors[number] = job.error
-        told = {t.number: t.user_attrs.get("error") for t in found.counted()}
+        errors_of = {t.number: t.user_attrs.get("error") for t in found.counted()}
         jobs = [Job([], search.trial_name(number), errors.get(number) or (RunFailed(error) if error else None))
-                for number, error in told.items()]  # fmt: skip
+                for number, error in errors_of.items()]  # fmt: skip
         if wanted < self.settings.n_trials:
             log.info("hydra.sweeper.n_trials=%d: there are no more than %d combinations", self.settings.n_trials,
                      wanted)  # fmt: skip

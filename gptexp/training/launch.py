@@ -113,7 +113,7 @@ def gathered(config: Config) -> "Processes":
 
     cluster = config.hardware.cluster
     if config.resume and config.resume != "auto":  # a run that Slurm's processes began needs them again
-        with suppress(UserError):  # which is told later
+        with suppress(UserError):  # which is reported later
             cluster = Run.open(config.resume).config.hardware.cluster
     return gather(cluster, config.hardware.timeout)
 
@@ -165,7 +165,7 @@ def start(run: Run, processes: "Processes", watch: "Watch | None" = None, quiet:
         from gptexp.training.workers import start_workers
 
         return start_workers(run, count, quiet)
-    processes.tell({"run": str(run.path), "prunes": watch is not None})
+    processes.broadcast({"run": str(run.path), "prunes": watch is not None})
     try:
         return fit(run, processes, watch, quiet)
     except (UserError, KeyboardInterrupt):
@@ -184,10 +184,10 @@ def together(processes: "Processes", work: Callable[[], T]) -> T | None:
     return processes.lead(work, partial(_follow, processes))
 
 
-def _follow(processes: "Processes", told: Mapping[str, Any]) -> None:
+def _follow(processes: "Processes", order: Mapping[str, Any]) -> None:
     from gptexp.training.fit import fit
 
-    fit(Run.open(told["run"]), processes, (lambda *_: False) if told["prunes"] else None, quiet=True)
+    fit(Run.open(order["run"]), processes, (lambda *_: False) if order["prunes"] else None, quiet=True)
 
 
 def job_together(processes: "Processes", work: Callable[[], T]) -> T | None:
@@ -202,5 +202,5 @@ def job_together(processes: "Processes", work: Callable[[], T]) -> T | None:
         if processes.store is None or processes.leading:  # one process, or those of the whole sweep
             raise
         failed = error if isinstance(error, GroupFailed) else processes.fail(*ending(error))
-        processes.part()
+        processes.leave()
         raise RunFailed(str(failed)) from error

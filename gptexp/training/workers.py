@@ -58,8 +58,8 @@ def _what_failed(run: Run, codes: Mapping[int, int]) -> Exception:
     killed = [f"rank {rank} was killed ({signal.Signals(-code).name}); see {run.log_path}"
               for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]  # fmt: skip
     code = next(iter(codes.values()))
-    told = [*killed, run.info.get("error"), f"a process ended with status {code}; see {run.log_path}"]
-    message = next(filter(None, told))
+    reasons = [*killed, run.info.get("error"), f"a process ended with status {code}; see {run.log_path}"]
+    message = next(filter(None, reasons))
     if code == 2 and not killed:
         return UserError(message.split("; "))
     if killed or run.info["status"] == "running":

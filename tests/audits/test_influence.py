@@ -28,7 +28,7 @@ def check_evaluation(model: GPT) -> None:
     assert not found.model.looks_ahead
     assert torch.equal(found.map > 0, torch.ones(L, L).tril().bool())  # every token so far, and no other
     assert not found.others.any()
-    assert not any(part.looks_ahead or part.couples for part in found.parts)
+    assert not any(layer.looks_ahead or layer.couples for layer in found.layers)
     changed = ids[:1].expand(L, L).clone()
     for t in range(L):  # row t differs at every position after t
         changed[t, t + 1 :] = (changed[t, t + 1 :] + 3) % V

@@ -22,9 +22,8 @@ WRONG: dict[str, list[str]] = {
     "model.norms.rmsnorm.epsilon=0.1 model.norms.rmsnorm.momentum=0.1 "
     "data.val_fraction=1.5 max_steps=0 log_interval=2.5 eval_interval=true "
     "hardware.precision=fp8 hardware.compile=graph hardware.threads=0 hardware.fast_mkl=2": [
-        "model.norm=rmsnrom: must be one of layernorm, layernorm_scaling, rmsnorm, prmsnorm, scalenorm, dyt, "
-        "derf, groupnorm, none, batchnorm, rbn, causal_batchnorm, powernorm; did you mean rmsnorm?",
-        "model.placement=mid: must be one of pre, post, sandwich, output, deepnorm, mixln, hybrid, dual",
+        "model.norm=rmsnrom: must be one of batchnorm, causal_batchnorm, derf, dyt, groupnorm, layernorm, ",
+        "model.placement=mid: must be one of deepnorm, dual, hybrid, mixln, output, post, pre, sandwich",
         "model.n_embd=-16: must be an integer of at least 1",
         "model.n_layer=two: must be an integer of at least 0",
         "model.dropout=1: must be a number of at least 0 and less than 1",

@@ -60,6 +60,18 @@ def test_prompts_from_files(ask: Ask, tmp_path: Path, monkeypatch: pytest.Monkey
     assert ask("prompt_file=-")[1].startswith("the arrows")
 
 
+def test_a_named_checkpoint_is_sampled(
+    run: Run, command: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    last = run.checkpoint("last")
+    moved = last.rename(tmp_path / "last.ckpt")
+    capfd.readouterr()
+    assert command(str(last), main=sample.main) == 2
+    assert f"there is no checkpoint {last}" in capfd.readouterr().err
+    assert command(str(last), "checkpoint=best", main=sample.main) == 0
+    moved.rename(last)
+
+
 def test_stop(ask: Ask) -> None:
     out = ask("prompt=To be", "stop=e", "max_new_tokens=500")[1].rstrip("\n")
     assert out.endswith("e")

@@ -162,7 +162,7 @@ def test_the_fingerprint_is_of_what_computes() -> None:
 @pytest.mark.parametrize(("tree", "lines"), [
     ({"optimizer": {"name": ["sgd"]}}, ['optimizer.name=["sgd"]: unknown; did you mean sgd? allowed: adamw']),
     ({"schedule": {"name": "cosin"}},
-     ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, linear, constant, wsd"]),
+     ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, constant, linear, wsd"]),
     ({"model": 3}, ["model=3: must be a group choice: gpt, bigram, mlp"]),
     ({"hardware": 3, "trainer": {"devices": 2}}, ["hardware=3: must be a group of settings"]),
     ({"trainer": {"val_check_interval": 4}, "gradient_accumulation_steps": 0},
@@ -170,7 +170,7 @@ def test_the_fingerprint_is_of_what_computes() -> None:
       "gradient_accumulation_steps=0: must be an integer of at least 1"]),
     ({"model": {"norms": {"rmsnorm": 3, "rmsnrom": {}}}}, [
         "model.norms.rmsnorm=3: must be a group of settings",
-        "model.norms.rmsnrom: unknown norm; did you mean rmsnorm? allowed: layernorm, "]),
+        "model.norms.rmsnrom: unknown norm; did you mean rmsnorm? allowed: batchnorm, "]),
     ({"callbacks": {"a": 3, "b": None}, "logger": {"c": {}}},
      ["callbacks.a: lacks _target_", "logger.c: lacks _target_"]),
     ({"seed": -1, "batch_size": 5, "gradient_accumulation_steps": 2},  # a wrong value hides no other problem

@@ -123,4 +123,6 @@ def test_only_statistics_over_the_batch_alone_need_two_sequences(small: Small, n
     config = small(norm=norm)
     assert config.min_sequences == expected
     assert MLPConfig(norm=config.norm, norms=config.norms).min_sequences == expected
+    of_batch = ("batchnorm", "rbn", "causal_batchnorm")  # which need two values
+    assert small(norm=norm, block_size=1).min_sequences == (2 if config.norm in of_batch else 1)
     assert BigramConfig().min_sequences == 1

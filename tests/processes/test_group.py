@@ -40,8 +40,8 @@ def together() -> Together:
 
 
 def test_all_hear_what_the_first_says(together: Together) -> None:
-    assert together(lambda group: [group.tell(f"{group.rank}{n}") for n in "ab"]) == [["0a", "0b"]] * 3
-    assert Processes(LightningEnvironment()).tell("x") == "x"
+    assert together(lambda group: [group.broadcast(f"{group.rank}{n}") for n in "ab"]) == [["0a", "0b"]] * 3
+    assert Processes(LightningEnvironment()).broadcast("x") == "x"
 
 
 def test_the_others_follow_until_the_first_is_done(together: Together) -> None:
@@ -50,7 +50,7 @@ def test_the_others_follow_until_the_first_is_done(together: Together) -> None:
     def work(group: Processes) -> int | None:
         def lead() -> int:
             for number in (1, 2):
-                group.tell(number)
+                group.broadcast(number)
                 group.lead(lambda n=number: done.append((0, n)), lambda _: None)  # inside, at once
             return 7
 
@@ -78,7 +78,7 @@ def test_the_first_failure_speaks(together: Together) -> None:
         before.wait(10)
         if group.rank != 1:
             failed = group.fail(1, ["a consequence"])
-        group.part()
+        group.leave()
         return failed
 
     failures = together(work)
@@ -87,7 +87,7 @@ def test_the_first_failure_speaks(together: Together) -> None:
 
 
 def test_a_failure_ends_those_that_wait(together: Together) -> None:
-    first, *others = together(lambda group: group.tell(1) if group.rank else group.fail(1, ["gone"]))
+    first, *others = together(lambda group: group.broadcast(1) if group.rank else group.fail(1, ["gone"]))
     assert first.mine
     assert [(type(f), f.mine, f.problems) for f in others] == [(GroupFailed, False, ["gone"])] * 2
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptexp.config.schema import Config, read_config
+from gptexp.config.schema import Config, load_config, read_config
 from gptexp.errors import UserError
 from gptexp.runs.run import Run, code_fingerprint, unfinished, write_atomically
 
@@ -44,6 +44,17 @@ def test_a_torn_run_json_is_a_users_error(content: str, tmp_path: Path) -> None:
     (run.path / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"run\.json"):
         Run.open(run.path)
+
+
+def test_an_unknown_component_may_be_another_packages(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {norm: half}\nmax_steps: 0\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    norm, steps = caught.value.problems
+    assert norm.startswith(f"{path}: model.norm=half: must be one of batchnorm,")
+    assert norm.endswith("; GPTEXP_IMPORT=MODULE finds another package's")
+    assert steps == f"{path}: max_steps=0: must be an integer of at least 1"
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
