@@ -8,7 +8,7 @@ baseline. Prints a table and writes a report, figures and tables. Works on an un
 
 settings (key=value):
   baseline=LABEL   the variant that the others are compared with, or a word that it alone has; the first by default
-  metric=best      best or final validation loss
+  metric=final     final or best validation loss; verdicts on the other one are beside it
   delta=0.01       the largest difference, in nats per token, that counts as none
   alpha=0.05       the probability of claiming any difference where there is none
   target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
@@ -42,7 +42,7 @@ class CompareConfig:
     """Settings of the command; see the module's text."""
 
     baseline: str | None = None
-    metric: Literal["best", "final"] = "best"
+    metric: Literal["final", "best"] = "final"
     delta: Annotated[float, Gt(0)] = 0.01
     alpha: Annotated[float, Gt(0), Lt(1)] = 0.05
     target: float | None = None
@@ -111,16 +111,16 @@ def show(study: "Study") -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from gptexp.analysis.summary import VERDICTS, counts, further_seeds, headline, percent, plural
+    from gptexp.analysis.summary import VERDICTS, counts, disagreements, further_seeds, headline, percent, plural
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     title = f"{study.metric} val/loss, nats per token; differences are from {study.baseline}"
     interval = f"{percent(1 - study.alpha)} interval"
     wanted = ("seeds", "loss", "sd", "difference", interval, "p", "verdict", "seeds needed")
-    effects = comparisons_table(study).query("kind == 'factor'")
+    effects = comparisons_table(study).query("kind != 'variant'")
     effects = effects.assign(variant=effects["factor"] + ": " + effects["this"] + " against " + effects["that"])
-    tables = {"variant": ranking_table(study), "on average over the others": effects}
+    tables = {"variant": ranking_table(study), "on average over the others, and together": effects}
     for name, rows in ((name, readable(table)) for name, table in tables.items() if study.baseline and len(table)):
         rows[interval] = (rows["low"] + " to " + rows["high"]).replace("– to –", "–")
         columns = [column for column in wanted if column in rows]
@@ -134,11 +134,13 @@ def show(study: "Study") -> None:
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     more = further_seeds(study)
-    notes = [f"{plural(more, 'further seed')} would probably decide everything that is open."] if more else []
+    decides = "would probably decide what is open and large enough to matter"
+    notes = [f"{plural(more, 'further seed')} {decides}."] if more else []
+    notes += [f"the other loss disagrees: {line}" for line in disagreements(study)[:5]]
     notes.append(f"{counts(study)}.")
     notes += [f"set apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
     notes += [f"unreadable: {path} ({reason})" for path, reason in study.unreadable]
-    console.print(*notes, *(f"note: {note}" for note in study.notes), sep="\n", soft_wrap=True)
+    console.print(*notes, *(f"note: {note}" for note in (*study.notes, *study.assumptions)), sep="\n", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from gptexp.analysis.looks import Looks, looks_from
 from gptexp.config.schema import flatten
 from gptexp.config.settings import show
 from gptexp.errors import UserError
@@ -36,6 +37,7 @@ class Record:
     # launcher may choose it, and it changes only the last digits. So are the data and the task: see `split` and `info`.
     settings: dict[str, str]
     split: str  # the validation fraction and the task, which cut the corpus in two
+    length: str  # of training, which can be compared with another one only if its sweep varies that
     order: tuple[Any, ...]  # sorts runs by the directory given, the job's number in its sweep, the time it started
     info: dict[str, Any] = field(repr=False)  # run.json
     # evaluations of the whole validation split: step, tokens, seconds of training, loss in nats per token
@@ -72,6 +74,7 @@ class Collection(NamedTuple):
     records: tuple[Record, ...]  # the runs, in order
     unreadable: tuple[Unreadable, ...] = ()
     missing: tuple[str, ...] = ()  # names of a sweep's jobs that have no directory
+    looks: Looks | None = None  # the plan of the sweep, if it is one alone and adds seeds as they are needed
 
 
 def without_seed(name: str) -> str:
@@ -88,11 +91,11 @@ def collect(folders: Iterable[Path]) -> Collection:
     problems: list[str] = []
     paths: dict[Path, tuple[int, Path]] = {}  # by resolved path: the number of the folder, and the path in it
     expected: dict[Path, None] = {}  # the directories of all jobs
-    jobs = cache(_jobs)
+    sweep_of = cache(_sweep)
     for number, folder in enumerate(folders):
         found = _runs(folder)
         sweeps = {path.parent for path in found if path != folder} | {folder}  # a run named itself stands alone
-        wanted = [sweep.resolve() / job for sweep in sweeps for job in jobs(sweep)]
+        wanted = [sweep.resolve() / job for sweep in sweeps for job in sweep_of(sweep).jobs]
         if not found and not wanted:
             problems.append(f"{folder}: {'holds no runs' if folder.is_dir() else 'there is no such directory'}")
         expected |= dict.fromkeys(wanted)
@@ -103,12 +106,14 @@ def collect(folders: Iterable[Path]) -> Collection:
     records, unreadable = [], []
     for number, path in paths.values():
         try:
-            records.append(_read(path, number, jobs(path.parent)))
+            records.append(_read(path, number, sweep_of(path.parent)))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             unreadable.append(Unreadable(path, _reason(path, error)))
     present = {path.parent.resolve() / path.name for _, path in paths.values()}
     missing = [path.name for path in expected if path not in present]
-    return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing))
+    plans = {sweep_of(path.parent).looks for _, path in paths.values()}
+    looks = plans.pop() if len(plans) == 1 else None
+    return Collection(tuple(sorted(records, key=lambda r: r.order)), tuple(unreadable), tuple(missing), looks)
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -122,16 +127,24 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _jobs(sweep: Path) -> dict[str, int]:
-    """The numbers of a sweep's jobs by name; empty without a sweep.json."""
+class _Sweep(NamedTuple):
+    """What sweep.json says; nothing where there is none."""
+
+    jobs: dict[str, int]  # their numbers by name
+    swept: frozenset[str]  # dotted keys that differ among them
+    looks: Looks | None
+
+
+def _sweep(folder: Path) -> _Sweep:
     try:
-        names = json.loads((sweep / "sweep.json").read_bytes())["jobs"]
-        return {str(name): number for number, name in enumerate(names)}
+        info = json.loads((folder / "sweep.json").read_bytes())
+        jobs = {str(name): number for number, name in enumerate(info["jobs"])}
+        return _Sweep(jobs, frozenset(map(str, info.get("swept", []))), looks_from(info.get("looks")))
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return _Sweep({}, frozenset(), None)
 
 
-def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
+def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
     run = Run.open(path)
     info, config, result = run.info, run.config, run.result or {}
     if lacking := {"config", "data", "code"} - set(info["fingerprints"]):
@@ -153,8 +166,9 @@ def _read(path: Path, folder: int, jobs: dict[str, int]) -> Record:
     return Record(
         path=path, name=str(info["name"]), label=config.name, status=str(info["status"]), seed=config.seed,
         settings=settings, split=f"data.val_fraction={config.data.val_fraction}, task={show(asdict(config.task))}",
-        order=(folder, str(path.parent), jobs.get(path.name, len(jobs)), str(info["started"]), str(path)), info=info,
-        curve=curve, windows=windows, result=result,
+        length="" if config.name or "max_steps" in sweep.swept else f"max_steps={config.max_steps}",
+        order=(folder, str(path.parent), sweep.jobs.get(path.name, len(sweep.jobs)), str(info["started"]), str(path)),
+        info=info, curve=curve, windows=windows, result=result,
     )  # fmt: skip
 
 

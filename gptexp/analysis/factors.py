@@ -33,13 +33,14 @@ class Factor:
 
 def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, list[Record]]]:
     """The largest set of runs whose losses can be compared, and the others by what is different about them."""
-    kinds = [(r.info["fingerprints"]["data"], r.split, precision(r)) for r in records]
+    kinds = [(r.info["fingerprints"]["data"], r.split, precision(r), r.length) for r in records]
     finished = Counter(kind for kind, r in zip(kinds, records, strict=True) if r.complete)
     main = max(dict.fromkeys(kinds), key=lambda k: (finished[k], kinds.count(k)), default=())
     groups: dict[str, list[Record]] = {"": []}
     for kind, record in zip(kinds, records, strict=True):
         corpus = f"{record.info.get('data', {}).get('corpus')} ({record.info['fingerprints']['data'][:8]})"
-        words = (f"corpus: {corpus}", f"validation split: {record.split}", f"precision: {precision(record)}")
+        words = (f"corpus: {corpus}", f"validation split: {record.split}", f"precision: {precision(record)}",
+                 f"length of training: {record.length}")  # fmt: skip
         differing = [f"another {w}" for w, own, wanted in zip(words, kind, main, strict=True)
                      if own != wanted and None not in (own, wanted)]  # fmt: skip
         groups.setdefault("; ".join(differing), []).append(record)

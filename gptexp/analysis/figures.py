@@ -2,24 +2,20 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptexp.analysis.collect import AXES, collect
 from gptexp.analysis.factors import Factor, is_numeric
-from gptexp.analysis.plots import UNITS
-from gptexp.analysis.study import Study, Variant, build_study, losses, mean_loss
+from gptexp.analysis.layers import diagnostics, last_diagnostics
+from gptexp.analysis.study import Comparison, Study, Variant, build_study, losses, mean_loss
 from gptexp.analysis.tables import variants_table
-from gptexp.runs.files import Measurement, read_diagnostics
-from gptexp.runs.run import Run, write_atomically
+from gptexp.runs.run import write_atomically
 
 INK = "#1b1b1f"
 COLORS = ("#4477aa", "#ee6677", "#228833", "#c99700", "#33a9c9", "#aa3377", "#8c6d31", "#7a7a7a")  # after Tol's bright
@@ -54,7 +50,7 @@ def draw(study: Study) -> dict[str, Figure]:
             figures["time"] = loss_against_time(study)
         measured = last_diagnostics(chosen(study))
         if len(measured):
-            figures["diagnostics"] = diagnostics(measured, looks(study))
+            figures["diagnostics"] = diagnostics(measured, looks(study), WIDTH)
     return figures
 
 
@@ -88,33 +84,46 @@ def chosen(study: Study) -> list[Variant]:
 def looks(study: Study) -> dict[str, dict[str, Any]]:
     """Color and dashes of each chosen variant by its label, the same in every figure. They do not follow its rank.
 
-    No two look alike.
+    Where two factors vary, the color is the level of the one with more levels, and the dashes that of the other one.
+    Otherwise no two variants look alike.
     """
+    shown = chosen(study)
+    two = sorted(study.factors, key=lambda f: -len(f.levels)) if len(study.factors) == 2 else []
+    if two and len(two[0].levels) <= len(COLORS) and len(two[1].levels) <= len(DASHES):
+        color, dashes = two
+        return {v.label: {"color": COLORS[color.levels.index(v.levels[color.name])],
+                          "linestyle": DASHES[dashes.levels.index(v.levels[dashes.name])]} for v in shown}
     return {variant.label: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[(i + i // len(COLORS)) % len(DASHES)]}
-            for i, variant in enumerate(chosen(study))}  # fmt: skip
+            for i, variant in enumerate(shown)}  # fmt: skip
 
 
 def curves(study: Study, axis: str) -> Figure:
     """Validation loss: the mean over each variant's seeds, and a band from the lowest to the highest.
 
-    The axis is a key of `AXES`. No line hides another: each is thinner than those below it. The loss axis leaves out
-    the first fifth of training, which would flatten what matters.
+    The axis is a key of `AXES`. No line hides another: each is thinner than those below it. Both axes leave out the
+    first fifth of training, which would flatten what matters; the title says so.
     """
     shown, style = chosen(study), looks(study)
     figure, axes = _figure(3.3 + 0.11 * len(shown))
     windows = all(len(run.windows) > len(run.curve) for variant in shown for run in variant.runs.values())
-    heights = []
+    heights, starts, cut = [], list[float](), False
     for variant, width in zip(shown, np.linspace(2.4, 1.2, len(shown)), strict=True):
         x, mean, low, high = band(variant, axis, windows)
         look = style[variant.label]
         axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
         axes.plot(x, mean, **look, label=variant.label, linewidth=width, marker="." if len(x) < 3 else "")
-        heights.append(mean[min(max(1, len(x) // 5), len(x) - 1) :])
+        first = min(max(1, len(x) // 5), len(x) - 1) if len(x) > 2 else 0
+        heights.append(np.concatenate([mean[first:], high[first:], low[first:]]))
+        starts, cut = [*starts, x[first]], cut or first > 0
     low, high = min(y.min() for y in heights), max(y.max() for y in heights)
+    if cut:
+        axes.set_xlim(left=min(starts) - 0.02 * (axes.dataLim.x1 - min(starts)))
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     seeds, others = max(len(v.runs) for v in shown), len(study.ranked()) - 1
     titles = [f"mean and range of {seeds} seeds"] if seeds > 1 else []
+    titles += [f"from {AXES[axis]} {min(starts):,.4g} on" if axis == "step" else
+               f"without the first {min(starts):,.4g} {AXES[axis]}"] if cut else []  # fmt: skip
     titles += [f"{study.baseline} and the best {len(shown) - 1} of {others} others"] if others >= len(shown) else []
     ylabel = f"val/loss{' of some windows' if windows else ''}\n(nats per token)"
     axes.set(xlabel=AXES[axis], ylabel=ylabel, title="\n".join(titles))
@@ -141,32 +150,47 @@ def band(variant: Variant, axis: str, windows: bool = False, points: int = 150) 
 
 
 def forest(study: Study) -> Figure:
-    """Every comparison's mean difference with its interval; differences within the shaded ±delta count as none."""
-    paired = [c for c in study.comparisons if c.judgement.n]
-    rows = sorted((c for c in paired if c.kind == "variant"), key=lambda c: c.judgement.mean)
-    rows = [*rows, *(c for c in paired if c.kind == "factor")][:MOST_ROWS]
-    figure, axes = _figure(1.3 + 0.3 * len(rows))
-    axes.axvspan(-study.delta, study.delta, color=VERDICT_COLORS["equal"], alpha=0.12, linewidth=0)
-    axes.axvline(0, color=INK, linewidth=0.8)
-    for y, comparison in enumerate(rows):
-        j, color = comparison.judgement, VERDICT_COLORS[comparison.judgement.verdict]
-        axes.plot(list(comparison.differences.values()), [y] * j.n, "|", color=color, alpha=0.55, markersize=7)
-        axes.plot([j.low, j.high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
-        axes.plot(j.mean, y, "o" if comparison.kind == "variant" else "s", color=color, markersize=5.5)
-    names = [f"{c.factor}: {c.this} – {c.that}" if c.kind == "factor" else c.this for c in rows]
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    largest = max(abs(x) for c in rows for x in c.differences.values())
-    if largest > 20 * study.delta and len(rows) > 1:  # a variant that hardly learned must not hide the others
+    """Every comparison's mean difference with its interval; differences within the shaded ±delta count as none.
+
+    A panel for each factor, one for interactions and one for the variants; what is undecided comes last in each.
+    """
+    panels: dict[str, list[Comparison]] = {}
+    for c in study.comparisons:
+        if c.judgement.n:
+            panels.setdefault(c.factor if c.kind != "variant" else "variants", []).append(c)
+    panels = {name: panels[name] for name in sorted(panels, key=lambda name: (name == "variants", " x " in name))}
+    for name, rows in panels.items():
+        panels[name] = sorted(rows, key=lambda c: (c.judgement.verdict == "undecided", c.judgement.mean))[:MOST_ROWS]
+    heights = [0.45 + 0.3 * len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), layout="constrained")
+    everything = [c for rows in panels.values() for c in rows]
+    largest = max(abs(x) for c in everything for x in c.differences.values())
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+        axes.axvspan(-study.delta, study.delta, color=VERDICT_COLORS["equal"], alpha=0.12, linewidth=0)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for y, c in enumerate(rows):
+            j, color = c.judgement, VERDICT_COLORS[c.judgement.verdict]
+            seeds = list(c.differences.values())
+            axes.plot(seeds, [y] * len(seeds), "|", color=color, alpha=0.55, markersize=7)
+            axes.plot([j.low, j.high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot(j.mean, y, "o" if c.kind == "variant" else "s", color=color, markersize=5.5)
+        axes.set_yticks(range(len(rows)), [c.this for c in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_title(f"{name}, against {rows[0].that}" if len({c.that for c in rows}) == 1 else name)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    if largest > 20 * study.delta and len(everything) > 1:  # a variant that hardly learned must not hide the others
         axes.set_xscale("symlog", linthresh=study.delta)
         axes.minorticks_off()
         top = 10.0 ** math.floor(math.log10(largest))
         axes.set_xticks(ticks := [-top, -study.delta, 0, study.delta, top], [f"{x:g}" for x in ticks])
-    figure.supxlabel(f"{study.metric} val/loss minus that of {study.baseline}\n(nats per token): ← better · worse →",
-                     fontsize="medium")  # fmt: skip
+    low, high = (edge(x for c in everything for x in (*c.differences.values(), c.judgement.low, c.judgement.high)
+                      if math.isfinite(x)) for edge in (min, max))  # fmt: skip
+    room = 1.15 if axes.get_xscale() == "symlog" else 1.05  # markers are drawn whole
+    axes.set_xlim(min(low * room, -1.2 * study.delta), max(high * room, 1.2 * study.delta))
+    figure.supxlabel(f"difference in {study.metric} val/loss (nats per token): ← better · worse →", fontsize="medium")
     return figure
 
 
@@ -220,50 +244,17 @@ def sensitivity(study: Study, factor: Factor) -> Figure:
 
 
 def loss_against_time(study: Study) -> Figure:
-    """Loss against seconds of training, a point for each run of the chosen variants."""
+    """Loss against seconds of training: the mean of each chosen variant, with the standard deviations of both."""
     figure, axes = _figure(3.7)
     for variant, look in zip(chosen(study), looks(study).values(), strict=True):
-        seconds = [run.result.get("seconds", math.nan) for run in variant.runs.values()]
-        axes.plot(seconds, losses(variant, study.metric), "o", color=look["color"], label=variant.label, alpha=0.8)
-    axes.set(xlabel="seconds of training", ylabel=f"{study.metric} val/loss (nats per token)")
+        seconds = np.array([run.result.get("seconds", math.nan) for run in variant.runs.values()])
+        values = np.array(losses(variant, study.metric))
+        errors = (seconds.std(ddof=1), values.std(ddof=1)) if len(values) > 1 else (0.0, 0.0)
+        axes.errorbar(seconds.mean(), values.mean(), errors[1], errors[0], "o", color=look["color"],
+                      label=variant.label, capsize=2, fillstyle="full" if look["linestyle"] == "-" else "none")
+    axes.set(xlabel="seconds of training", ylabel=f"{study.metric} val/loss (nats per token)",
+             title="mean and standard deviation of the seeds")  # fmt: skip
     _legend(figure)
-    return figure
-
-
-def last_diagnostics(variants: Sequence[Variant]) -> pd.DataFrame:
-    """The last measurement of every layer, mean over the seeds: variant, quantity, layer, value."""
-    measured = [pd.DataFrame(columns=["variant", *Measurement._fields]).astype({"value": float})]
-    for variant, record in ((v, r) for v in variants for r in v.runs.values()):
-        with suppress(OSError, ValueError):  # the comparison stands without it
-            rows = pd.DataFrame(read_diagnostics(Run(record.path).diagnostics_path), columns=Measurement._fields)
-            measured.append(rows[rows["step"] == rows["step"].max()].assign(variant=variant.label))
-    keys = ["variant", "quantity", "layer"]
-    return pd.concat(measured).groupby(keys, sort=False, as_index=False)["value"].mean()
-
-
-def diagnostics(measured: pd.DataFrame, style: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """What was measured in each layer at the end of training; a panel for each quantity, a line for each variant.
-
-    Args:
-        measured: see `last_diagnostics`.
-        style: see `looks`.
-    """
-    quantities = [q for q in UNITS if (measured["quantity"] == q).any()]
-    figure = Figure(figsize=(WIDTH, 0.5 + 2.3 * len(quantities)), layout="constrained")
-    for axes, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
-        table = measured[measured["quantity"] == quantity].pivot_table("value", "layer", "variant", sort=False)
-        norms = table.index.str.contains("residual|norm")  # which have lines of their own
-        positions = pd.Series(range(len(table)), pd.concat([table[~norms], table[norms]]).index)
-        for label, values in table.items():
-            for part in (values[~norms], values[norms]):
-                axes.plot(positions[part.index], part, marker=".", linewidth=1, **style[str(label)])
-        if 0 < 20 * table.min().min() < table.max().max():
-            axes.set_yscale("log")
-        axes.set_title(f"{quantity} ({UNITS[quantity]})")
-        ticks = positions[:: math.ceil(len(table) / 6)]
-        axes.set_xticks(ticks, [name.removeprefix("blocks.") for name in ticks.index], rotation=30, ha="right")
-    names = measured["variant"].unique()
-    _legend(figure, [figure.axes[0].plot([], [], ".-", color=style[name]["color"])[0] for name in names], names)
     return figure
 
 

@@ -50,7 +50,7 @@ def html(study: Study, tables: dict[str, pd.DataFrame], images: dict[str, bytes]
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     return environment.get_template("report.html.j2").render(
         title=title, study=study, summary=summary, command=command, samples=_samples(study), ends=ENDS,
-        ranking=_rows(ranking_table(study)), effects=_rows(tables["comparisons"].query("kind == 'factor'")),
+        ranking=_rows(ranking_table(study)), effects=_rows(tables["comparisons"].query("kind != 'variant'")),
         speed=_rows(tables["speed"]), figures={name: inline(image) for name, image in images.items()},
         audit=_audit(study), lost=_lost(study), origin=_origin(study), looks=looks(study),
     )  # fmt: skip
@@ -73,7 +73,7 @@ def inline(image: bytes) -> str:
 
 def _rows(table: pd.DataFrame) -> Any:
     """The rows of a table as the page shows them, with a true minus sign."""
-    text = readable(table).rename(columns=lambda c: c.replace(" ", "_"))
+    text = readable(table).rename(columns=lambda c: c.replace(" ", "_")).replace(" x ", " × ", regex=True)
     return text.replace("^-", "−", regex=True).to_dict("records")
 
 

@@ -1,77 +1,236 @@
-"""Statistics of paired differences: the same seeds under two variants.
+"""Statistics of variants that were trained with common seeds.
 
-A seed fixes the batches and every initial value that two variants share, so the difference of their losses under one
-seed is free of most of the noise in the losses themselves. All functions take these differences, (n,) or (..., n) with
-the seeds along the last axis.
+The model is loss[variant, seed] = variant + seed + noise. A seed fixes the batches and every initial value that two
+variants share, so what it adds to the loss of all variants cancels in differences under one seed. What is left, the
+noise of single runs, is estimated from all variants together; that is why a few seeds are enough for a verdict.
 
-A verdict needs both an interval and a test, and the test is corrected for all comparisons made: the protocol of "When
-+1% Is Not Enough" (arXiv 2511.19794) on the paired seeds of arXiv 2512.24145.
+Losses are (variants, seeds), nan where there is no run. A contrast is (variants,), weights that add up to 0: 1 for a
+variant and -1 for its baseline, or the same of averages over variants.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special, stats
 
 Array = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "equal", "undecided"]
 
-RESAMPLES = 9999  # of the bootstrap
-FLIPS = 2**16  # choices of signs that the test counts; up to 16 differences, these are all there are
+FEWEST_SEEDS = 3
+"""With fewer there are estimates, and no verdict."""
+
+NOISIER = 0.001
+"""Level of the F-test by which the noise of a variant is so much larger that it is judged by its own runs alone."""
+
+UNLIKE = 0.1
+"""Level of the F-test by which an interval has the width of its own differences, and not of the pooled noise."""
+
+OWN_ERRORS = 3.2
+"""So many standard errors of its own differences a mean must have in any case, unless its own t-test needs fewer."""
+
+SIGN_SEEDS = 6
+"""The fewest seeds for the sign-flip test, which then can go below 0.05."""
+
+FLIPS = 2**14  # choices of signs that the sign-flip test counts; up to 14 seeds, these are all there are
 MOST_SEEDS = 1000
 
 
-def interval(differences: Array, alpha: float = 0.05) -> tuple[Array, Array]:
-    """A bootstrap interval for the mean difference: bias-corrected and accelerated (BCa; Efron 1987).
+@dataclass(frozen=True)
+class Noise:
+    """The noise of single runs, pooled over variants."""
 
-    With few seeds a plain bootstrap interval is too narrow. Its tail alpha / 2 therefore becomes
-    Phi(-sqrt(n / (n - 1)) t), t the quantile of Student's distribution with n - 1 degrees of freedom (Hesterberg 2015,
-    "What Teachers Should Know About the Bootstrap", section 5.3). docs/statistics.md has the measured coverage: of the
-    nominal 95 %, 94 to 95 from 8 seeds on, 92.7 at 5.
+    variance: float  # nan where it cannot be estimated
+    df: float  # its degrees of freedom
+    noisier: tuple[int, ...]  # rows that are left out, because their own is so much larger
+    residuals: Array  # (variants, seeds) of the rows that are not; nan where there is no run
+
+
+def pooled_noise(losses: Array) -> Noise:
+    """The variance of the residuals from variant + seed. Variants that are much noisier than the others are left out.
+
+    One variant at a time is left out, while an F-test of the noisiest against the rest is significant at `NOISIER`.
+    """
+    rows = [row for row, values in enumerate(losses) if np.isfinite(values).sum() > 1]
+    while True:
+        residuals, df = _residuals(losses[rows])
+        squares, counts = np.nansum(residuals**2, axis=1), np.isfinite(residuals).sum(1)
+        if len(rows) < 3 or df < 1:
+            break
+        own = df * counts / counts.sum()  # a variant's share of the degrees of freedom
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = (squares / own) / ((squares.sum() - squares) / (df - own))
+        worst = int(np.argmax(np.nan_to_num(ratio, nan=0.0, posinf=math.inf)))
+        if not ratio[worst] > stats.f.isf(NOISIER, own[worst], df - own[worst]):
+            break
+        del rows[worst]
+    whole = np.full(losses.shape, math.nan)
+    whole[rows] = residuals
+    variance = float(squares.sum() / df) if df > 0 else math.nan
+    noisier = tuple(r for r in range(len(losses)) if r not in rows and np.isfinite(losses[r]).sum() > 1)
+    return Noise(variance, df, noisier, whole)
+
+
+def _residuals(losses: Array) -> tuple[Array, float]:
+    """What variant + seed do not explain, by least squares, and the degrees of freedom."""
+    there = np.isfinite(losses)
+    if there.all():
+        centered = losses - losses.mean(0, keepdims=True) if len(losses) else losses
+        rows, columns = losses.shape
+        return centered - centered.mean(1, keepdims=True), float(max(0, rows - 1) * max(0, columns - 1))
+    rows, columns = np.nonzero(there)
+    design = np.zeros((len(rows), sum(losses.shape)))
+    design[np.arange(len(rows)), rows] = design[np.arange(len(rows)), len(losses) + columns] = 1
+    solution, _, rank, _ = np.linalg.lstsq(design, losses[there])
+    residuals = np.full(losses.shape, math.nan)
+    residuals[there] = losses[there] - design @ solution
+    return residuals, float(len(rows) - rank)
+
+
+def differences(losses: Array, contrast: Array) -> Array:
+    """The contrast under each seed, (seeds,); nan where one of its variants has no run."""
+    used = np.flatnonzero(contrast)
+    return np.asarray(contrast[used] @ losses[used], np.float64)
+
+
+def holm(p: Sequence[float] | Array) -> Array:
+    """p-values corrected for their number (Holm 1979): at level alpha, a family has any error at most that often.
+
+    A nan counts as 1.
+    """
+    given = np.nan_to_num(np.asarray(p, np.float64), nan=1.0)
+    order = np.argsort(given, kind="stable")
+    corrected = np.ones(len(given))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)))
+    return corrected
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a contrast says; lower losses are better. All but n and mean are nan with fewer than three seeds."""
+
+    n: int  # seeds
+    mean: float  # of the differences; nan without any
+    low: float  # lower end of its interval
+    high: float  # upper end
+    error: float  # standard error of the mean, for the tests
+    df: float  # its degrees of freedom
+    effect: float  # the mean in standard deviations of the differences, with Hedges' correction
+    p: float  # of the t-test, corrected for the number of comparisons
+    p_equal: float  # of the equivalence test, corrected in the same way
+    p_signs: float  # of the sign-flip test, which assumes no normal noise; nan with fewer than six seeds
+    verdict: Verdict  # better or worse: the mean is not 0. equal: it is within ±delta
+    # in all, for a verdict with 80 % power if the mean stays as it is; None if there is a verdict, or none is near
+    seeds_needed: int | None
+
+
+def judge(
+    losses: Array, contrasts: Array, delta: float, alpha: float = 0.05,
+    adjust: Callable[[Array], Array] = np.asarray,
+) -> list[Judgement]:  # fmt: skip
+    """Judge a family of comparisons together.
+
+    The t-test of a contrast divides its mean by a standard error of the pooled noise or of its own differences,
+    whichever is larger, with the degrees of freedom of the pooled noise; a contrast with a variant that is much noisier
+    than the others has its own. A difference must also pass its own paired t-test, uncorrected, or have `OWN_ERRORS`.
+    Equality takes two such t-tests, one-sided, against ±delta. p-values are corrected by Holm's method.
+    docs/statistics.md has the rates of error and the power, by simulation.
 
     Args:
-        differences: (..., n), n at least 3.
-        alpha: 1 minus the coverage.
-
-    Returns:
-        the ends, each (...); both are the mean where all differences are equal.
+        losses: (variants, seeds), nan where there is no run.
+        contrasts: (comparisons, variants).
+        delta: the largest difference that counts as none, in the losses' units.
+        alpha: the probability of claiming any difference in the family where there is none.
+        adjust: makes p-values allow for earlier looks at the same seeds; see `gptexp.analysis.looks`.
     """
-    n = differences.shape[-1]
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - alpha / 2, n - 1))
-    constant = np.ptp(differences, axis=-1) == 0
-    # BCa is undefined for constant data: others stand in for them here, and are replaced below.
-    data = np.where(constant[..., None], np.arange(n), differences)
-    result = stats.bootstrap(
-        (data,), np.mean, axis=-1, confidence_level=1 - 2 * tail, n_resamples=RESAMPLES, method="BCa", batch=500,
-        rng=np.random.default_rng(0),
-    )  # fmt: skip
-    mean = differences.mean(-1)
-    low, high = result.confidence_interval
-    return np.where(constant, mean, low), np.where(constant, mean, high)
+    if not len(contrasts):
+        return []
+    by_seed = np.array([differences(losses, contrast) for contrast in contrasts])
+    t = _t_tests(by_seed, contrasts, pooled_noise(losses), delta)
+    few = t.n < FEWEST_SEEDS
+    p, p_equal = np.where(few, math.nan, t.p), np.where(few, math.nan, t.p_equal)
+    enough = np.minimum(stats.t.isf(alpha / 2, (t.n - 1).clip(1)), OWN_ERRORS)
+    p = np.where(t.own < enough, np.fmax(holm(adjust(p)), t.p_own), holm(adjust(p)))
+    p_equal = holm(np.where(p_equal < 0.5, adjust(np.minimum(2 * p_equal, 1)) / 2, p_equal))  # it has one side
+    p_signs, margin = sign_flips(by_seed), stats.t.isf(alpha / 2, t.df) * t.sd / np.sqrt(t.n.clip(1))
+    judgements = []
+    for i in range(len(contrasts)):
+        verdict: Verdict = "undecided"
+        if not few[i] and p[i] <= alpha:
+            verdict = "worse" if t.mean[i] > 0 else "better"
+        elif not few[i] and p_equal[i] <= alpha:
+            verdict = "equal"
+        needed = None
+        if verdict == "undecided" and t.n[i] > 1:
+            sd, df_per_seed = t.error[i] * math.sqrt(t.n[i]), t.df[i] / max(1, t.n[i] - 1)
+            needed = seeds_needed(t.mean[i], sd, delta, alpha / len(contrasts), t.n[i] + 1, df_per_seed)
+        effect = t.mean[i] / t.sd[i] * (1 - 3 / (4 * t.df[i] - 1)) if t.sd[i] else math.nan
+        shown = (t.mean[i] - margin[i], t.mean[i] + margin[i], t.error[i], t.df[i], effect, p[i], p_equal[i])
+        low, high, se, freedom, effect, p_value, p_same = [math.nan] * 7 if few[i] else map(float, shown)
+        signs = math.nan if t.n[i] < SIGN_SEEDS else float(p_signs[i])
+        judgements.append(Judgement(int(t.n[i]), float(t.mean[i]), low, high, se, freedom, effect, p_value, p_same,
+                                    signs, verdict, needed))  # fmt: skip
+    return judgements
 
 
-def sign_flip(differences: Array, alternative: Literal["two-sided", "less", "greater"] = "two-sided") -> Array:
-    """p-values of the hypothesis that the differences are symmetric about 0, against a mean that is not 0.
+class _Tests(NamedTuple):
+    """The t-tests of several comparisons, each an array (comparisons,)."""
 
-    Under it every choice of signs is equally likely. All 2**n are counted up to n = 16, a random 65,536 of them beyond.
-    The smallest possible p-value is 2**(1 - n), or half that one-sided, and never less than 1 / 65,537.
+    n: Array
+    mean: Array
+    sd: Array  # of the differences, for intervals
+    error: Array  # of the mean, for the tests
+    df: Array
+    p: Array  # of the hypothesis that the mean is 0
+    p_equal: Array  # of the hypothesis that it is outside ±delta
+    own: Array  # |t| of the paired t-test
+    p_own: Array  # its p
+
+
+def _t_tests(by_seed: Array, contrasts: Array, noise: Noise, delta: float) -> _Tests:
+    found = [d[np.isfinite(d)] for d in by_seed]
+    n = np.array([len(d) for d in found])
+    mean = np.array([d.mean() if len(d) else math.nan for d in found])
+    own = np.array([d.std(ddof=1) if len(d) > 1 else math.nan for d in found])
+    pooled = np.sqrt(noise.variance * (contrasts**2).sum(1))
+    alone = (contrasts[:, list(noise.noisier)] != 0).any(1) | ~np.isfinite(pooled)
+    df, root = np.where(alone, n - 1, noise.df).clip(1), np.sqrt(n.clip(1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unlike = own**2 > pooled**2 * stats.f.isf(UNLIKE, (n - 1).clip(1), df)
+        error = np.where(alone, own, np.fmax(own, pooled)) / root
+        t, own_t = (np.where(mean == 0, 0.0, abs(mean) / of) for of in (error, own / root))
+        inside = np.nan_to_num((delta - abs(mean)) / error, nan=-math.inf)
+    return _Tests(n, mean, np.where(alone | unlike, own, pooled), error, df, 2 * stats.t.sf(t, df),
+                  stats.t.sf(inside, df), own_t, 2 * stats.t.sf(own_t, (n - 1).clip(1)))  # fmt: skip
+
+
+def sign_flips(by_seed: Array) -> Array:
+    """p-values of a test that assumes only that noise is symmetric, corrected for the number of comparisons.
+
+    If no comparison has a difference, turning the signs of all differences of a seed changes nothing. The p-value of a
+    comparison is the share of choices of signs by which the largest |t| of all comparisons is at least its own |t|.
+    Source: Westfall, Young 1993, "Resampling-Based Multiple Testing".
 
     Args:
-        differences: (..., n), n at least 2; the p-values are (...).
-        alternative: the other hypothesis on the mean.
+        by_seed: differences (comparisons, seeds), nan where there is none; p-values are (comparisons,).
     """
-    signs, exact = _signs(differences.shape[-1])
-    towards = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[alternative]
-    # One product for all choices of signs: scipy's permutation_test, which agrees, takes 20 times as long.
-    sums, observed = towards(differences @ signs.T), towards(differences.sum(-1))
-    tolerance = 1e-12 * np.abs(differences).sum(-1)  # sums of the same terms in another order are equal
-    count = (sums >= (observed - tolerance)[..., None]).sum(-1)
-    return np.asarray(count / len(signs) if exact else (count + 1) / (len(signs) + 1), dtype=np.float64)
+    there = np.isfinite(by_seed)
+    n, values = there.sum(1), np.where(there, by_seed, 0.0)
+    squares = (values**2).sum(1)
+
+    def t(sums: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            spread = (squares - sums**2 / n).clip(1e-12 * squares) / (n - 1)
+            return np.asarray(np.nan_to_num(abs(sums) / np.sqrt(n * spread), nan=0.0), np.float64)
+
+    signs, exact = _signs(by_seed.shape[1])
+    largest, observed = t(signs @ values.T).max(1), t(values.sum(1))
+    count = (largest[:, None] >= observed * (1 - 1e-9)).sum(0)
+    return np.asarray(count / len(signs) if exact else (count + 1) / (len(signs) + 1), np.float64)
 
 
 @cache
@@ -82,104 +241,36 @@ def _signs(n: int) -> tuple[Array, bool]:
     return np.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, n)), np.float64), False
 
 
-def equivalence(differences: Array, delta: float) -> Array:
-    """p-values of the hypothesis that the mean is outside ±delta: the larger p of two one-sided sign-flip tests.
-
-    The differences are (..., n), n at least 2; delta is the largest difference that counts as none.
-    """
-    return np.maximum(sign_flip(differences + delta, "greater"), sign_flip(differences - delta, "less"))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): at level alpha, a family has any error at most that often."""
-    order = np.argsort(p, kind="stable")
-    rising = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
-    corrected = np.ones(len(p))
-    corrected[order] = np.minimum(1, rising)
-    return [float(value) for value in corrected]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What paired differences say about a variant and its baseline; lower losses are better."""
-
-    n: int  # seeds that both have
-    mean: float  # of the differences, variant minus baseline; nan without any
-    low: float  # lower end of its interval; nan with fewer than 3 seeds
-    high: float  # upper end
-    effect: float  # mean / standard deviation of the differences, with Hedges' correction; nan with fewer than 3 seeds
-    p: float  # of the sign-flip test, corrected for the number of comparisons
-    p_equal: float  # of the equivalence test, corrected in the same way
-    verdict: Verdict  # better or worse: interval and test both exclude 0. equal: both put the mean within ±delta
-    # in all, for a verdict with 80 % power; None if there is a verdict, or if even `MOST_SEEDS` are not enough
-    seeds_needed: int | None
-
-
-def judge(family: Sequence[Array], delta: float, alpha: float = 0.05) -> list[Judgement]:
-    """Judge all comparisons of a study together.
+def seeds_needed(mean: float, sd: float, delta: float, level: float, at_least: int, df_per_seed: float) -> int | None:
+    """About how many seeds give a verdict with a probability of 80 %; None if more than `MOST_SEEDS`.
 
     Args:
-        family: for each comparison the differences of the seeds that both sides have, (n,) with any n.
-        delta: the largest difference that counts as none, in the losses' units.
-        alpha: the probability of claiming any difference in the family where there is none.
-    """
-    p = holm([float(sign_flip(d)) if len(d) > 1 else 1.0 for d in family])
-    p_equal = holm([float(equivalence(d, delta)) if len(d) > 1 else 1.0 for d in family])
-    level = alpha / max(len(family), 1)
-    return [_judge(*row, delta=delta, alpha=alpha, level=level) for row in zip(family, p, p_equal, strict=True)]
-
-
-def _judge(d: Array, p: float, p_equal: float, *, delta: float, alpha: float, level: float) -> Judgement:
-    n, mean = len(d), float(d.mean()) if len(d) else math.nan
-    if n < 2:
-        return Judgement(n, mean, math.nan, math.nan, math.nan, p, p_equal, "undecided", None)
-    low, high = (float(end) for end in interval(d, alpha)) if n > 2 else (math.nan, math.nan)
-    sd = float(d.std(ddof=1))
-    effect = mean / sd * (1 - 3 / (4 * n - 5)) if sd and n > 2 else math.nan
-    verdict: Verdict = "undecided"
-    if p <= alpha and (low > 0 or high < 0):
-        verdict = "worse" if mean > 0 else "better"
-    elif p_equal <= alpha and -delta < low and high < delta:
-        verdict = "equal"
-    needed = seeds_needed(mean, sd, delta, level, alpha=alpha, at_least=n + 1) if verdict == "undecided" else None
-    return Judgement(n, mean, low, high, effect, p, p_equal, verdict, needed)
-
-
-def fewest_seeds(level: float) -> int | None:
-    """The fewest seeds with which the two-sided test's smallest p-value can pass a level; None if no number can."""
-    return next((n for n in range(2, MOST_SEEDS + 1) if _smallest_p(n) <= level), None)
-
-
-def _smallest_p(n: int) -> float:
-    return 2.0 ** (1 - n) if 2**n <= FLIPS else 1 / (FLIPS + 1)
-
-
-def seeds_needed(
-    mean: float, sd: float, delta: float, level: float, *, alpha: float = 0.05, at_least: int = 2
-) -> int | None:
-    """About how many paired seeds give a verdict with a probability of 80 %; None if more than `MOST_SEEDS`.
-
-    The sign-flip test's smallest p-value must pass the level, and by the t-test's approximate power the mean must be
-    clear of 0, or inside ±delta. If only the smallest p-value passes, all differences must be on one side of 0, or
-    inside ±delta: the probability of that counts.
-
-    Args:
-        mean: of the differences.
+        mean: of the differences, as it was seen.
         sd: their standard deviation.
         delta: the largest difference that counts as none.
         level: alpha over the number of comparisons, Holm's strictest.
-        alpha: of the interval, which is not corrected.
         at_least: the smallest possible answer.
+        df_per_seed: degrees of freedom that each seed after the first adds.
     """
-    n = np.arange(max(2, at_least), MOST_SEEDS + 1)
-    mean, sd = np.float64(mean), np.float64(sd)  # by which 0 may be divided
-    smallest = np.array([_smallest_p(k) for k in n.tolist()])
-    error, z, t = sd / np.sqrt(n), stats.norm.cdf, stats.t.ppf
+    n = np.unique(np.geomspace(max(FEWEST_SEEDS, at_least), MOST_SEEDS, 80).astype(int))
+    df, z = df_per_seed * (n - 1), special.ndtr
     with np.errstate(divide="ignore", invalid="ignore"):  # differences that do not spread
-        differs = z(abs(mean) / error - t(1 - level / 2, n - 1))
-        bound = t(1 - min(level, alpha / 2), n - 1)  # the interval has both its ends inside
-        same = z((delta - mean) / error - bound) + z((delta + mean) / error - bound) - 1
-        differs = np.minimum(differs, np.where(2 * smallest > level, z(abs(mean) / sd) ** n, 1))
-        same = np.minimum(same, np.where(smallest > level, (z((delta - mean) / sd) - z((-delta - mean) / sd)) ** n, 1))
-    enough = n[((smallest <= level) & (differs >= 0.8)) | ((smallest / 2 <= level) & (same >= 0.8))]
+        error = np.float64(sd) / np.sqrt(n)
+        differs = z(abs(mean) / error - stats.t.isf(level / 2, df))
+        inside = stats.t.isf(level, df)
+        same = z((delta - mean) / error - inside) + z((delta + mean) / error - inside) - 1
+    enough = n[(differs >= 0.8) | (same >= 0.8)]
     return int(enough[0]) if len(enough) else None
+
+
+def more_often(count: int, of: int, base: int, base_of: int) -> float:
+    """The p-value that something happens equally often in two variants: Fisher's exact test, two-sided."""
+    return float(stats.fisher_exact([[count, of - count], [base, base_of - base]]).pvalue)
+
+
+def normality(residuals: Array) -> float:
+    """The p-value that residuals are normal: Shapiro and Wilk's test; nan for fewer than eight, or equal ones."""
+    values = residuals[np.isfinite(residuals)]
+    if len(values) < 8 or not np.ptp(values):
+        return math.nan
+    return float(stats.shapiro(values[:5000]).pvalue)

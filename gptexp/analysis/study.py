@@ -2,20 +2,32 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from gptexp.analysis.collect import Collection, Record, Unreadable, without_seed
+from gptexp.analysis.contrasts import Kind, contrasts_of
 from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, precision
-from gptexp.analysis.statistics import Judgement, judge
+from gptexp.analysis.looks import Looks, Standing, describe, stand
+from gptexp.analysis.statistics import (
+    FEWEST_SEEDS,
+    Array,
+    Judgement,
+    differences,
+    holm,
+    judge,
+    more_often,
+    normality,
+    pooled_noise,
+)
 from gptexp.config.settings import instead
 from gptexp.errors import UserError
 
 Metric = Literal["best", "final"]
-Cell = tuple[Mapping[int, Record], Mapping[int, Record]]  # the runs of two variants, by seed
 
 
 @dataclass(frozen=True)
@@ -26,36 +38,46 @@ class Variant:
     levels: Mapping[str, str]  # its value of each factor, by the factor's name
     runs: Mapping[int, Record]  # those that are done, by seed
     counts: Mapping[str, int]  # of all its runs, by status; "missing" are jobs of a sweep without a directory
+    # p-value that it diverges as often as the baseline, corrected for their number; nan if neither does
+    p_diverges: float = math.nan
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline, or a factor's level against the baseline's level, averaged over the rest."""
+    """A variant against the baseline; a factor's level against the baseline's; or the interaction of two factors.
 
-    kind: Literal["variant", "factor"]
-    factor: str  # the factor's name, or "" for a variant
-    this: str  # the variant's label or the factor's level
+    A level is compared on average over the other factors. An interaction is how much more, or less, a level of one
+    factor adds to the loss together with a level of another one.
+    """
+
+    kind: Kind
+    factor: str  # the factor's name, or both names; "" for a variant
+    this: str  # the variant's label, the factor's level, or both levels
     that: str  # what it is compared with
-    differences: Mapping[int, float]  # this minus that in the metric, by seed, nats per token
-    unpaired: tuple[int, ...]  # seeds that only one side has
+    differences: Mapping[int, float]  # in the metric, by seed, nats per token
+    unpaired: tuple[int, ...]  # seeds that not all of its variants have
     judgement: Judgement
+    other: Judgement  # in the other metric
 
 
 @dataclass(frozen=True)
 class Study:
     """Everything that a report says about a set of runs."""
 
-    metric: Metric  # which validation loss is compared
+    metric: Metric  # which validation loss is compared; verdicts on the other one are beside it
     delta: float  # the largest difference that counts as none, nats per token
     alpha: float  # the probability of any false claim
     factors: tuple[Factor, ...]  # what varies
     variants: tuple[Variant, ...]  # in the order in which they were run; the baseline is one of them
     baseline: str  # the label of that variant; "" if no run is done
-    comparisons: tuple[Comparison, ...]  # variants first, then factors
+    comparisons: tuple[Comparison, ...]  # variants first, then factors, then interactions
     records: tuple[Record, ...]  # the runs that are compared, done or not
     apart: Mapping[str, Sequence[Record]] = field(default_factory=dict)  # incomparable runs, by the reason
     unreadable: tuple[Unreadable, ...] = ()  # directories that could not be read
     notes: tuple[str, ...] = ()  # warnings, one sentence each
+    assumptions: tuple[str, ...] = ()  # what the data say of the statistical model, one sentence each
+    looks: Looks | None = None  # the plan of a sweep that stops when it knows
+    standing: Standing | None = None  # what its looks have decided
 
     @property
     def base(self) -> Variant | None:
@@ -78,7 +100,7 @@ def mean_loss(variant: Variant, metric: Metric) -> float:
 
 
 def build_study(
-    found: Collection, *, baseline: str | None = None, metric: Metric = "best", delta: float = 0.01,
+    found: Collection, *, baseline: str | None = None, metric: Metric = "final", delta: float = 0.01,
     alpha: float = 0.05,
 ) -> Study:  # fmt: skip
     """Sort runs into variants and judge their differences.
@@ -89,7 +111,7 @@ def build_study(
             the first variant that has a run that is done.
         metric: the loss that is compared.
         delta: the largest difference that counts as none, in nats per token.
-        alpha: the probability of any false claim.
+        alpha: the probability of any false claim about the variants, and of any about the factors.
 
     Raises:
         UserError: when there is no such variant, or none of its runs is done.
@@ -98,15 +120,108 @@ def build_study(
     factors = find_factors(together)
     variants, notes = _variants(together, factors, found.missing)
     base = next((v for v in variants if v.runs), None) if baseline is None else _named(variants, baseline)
-    pairs = list(_pairs(variants, factors, base)) if base else []
-    sides = [_differences(cells, metric) for *_, cells in pairs]
-    judgements = judge([np.array(list(differences.values())) for differences, _ in sides], delta, alpha)
-    comparisons = [Comparison(*pair[:4], *side, judgement)
-                   for pair, side, judgement in zip(pairs, sides, judgements, strict=True)]  # fmt: skip
-    return Study(
-        metric, delta, alpha, factors, variants, base.label if base else "", tuple(comparisons), tuple(together),
-        apart, found.unreadable, (*notes, *_mixtures(together)),
+    variants = _with_divergence(variants, base)
+    base = next((v for v in variants if base and v.label == base.label), None)
+    study = Study(
+        metric, delta, alpha, factors, variants, base.label if base else "", (), tuple(together), apart,
+        found.unreadable, (*notes, *_mixtures(together)), looks=found.looks,
     )  # fmt: skip
+    return _judged(study, base) if base else study
+
+
+def _judged(study: Study, base: Variant) -> Study:
+    """The study with its comparisons."""
+    variants, looks, standing = study.variants, study.looks, None
+    seeds = list(looks.seeds) if looks else sorted({seed for v in variants for seed in v.runs})
+    notes, row = list(study.notes), variants.index(base)
+    if looks:
+        pending = np.array([[_pending(study, v, seed) for seed in seeds] for v in variants])
+        standing = stand(_losses(variants, study.metric, seeds), row, looks, study.delta, study.alpha, pending)
+        notes.append(f"seeds were added as they were needed: {describe(looks, max(0, standing.look))}; p-values allow "
+                     "for the looks before")  # fmt: skip
+        strange = sorted({seed for v in variants for seed in v.runs} - set(seeds))
+        if strange:
+            notes.append(f"the seeds {', '.join(map(str, strange))} are not in the sweep's plan and are left out")
+    pairs = contrasts_of([tuple(v.levels.values()) for v in variants], [bool(v.runs) for v in variants], row,
+                         study.factors, [v.label for v in variants])  # fmt: skip
+    contrasts = np.array([pair.weights for pair in pairs]).reshape(len(pairs), len(variants))
+    families = [[i for i, pair in enumerate(pairs) if (pair.kind == "variant") == of] for of in (True, False)]
+    judged: dict[Metric, dict[int, Judgement]] = {}
+    for metric in (study.metric, _other(study.metric)):
+        losses, found = _losses(variants, metric, seeds), dict[int, Judgement]()
+        if standing:
+            losses = np.where(standing.trained, losses, math.nan)
+        adjust = partial(looks.adjust, standing.look) if looks and standing and standing.look >= 0 else np.asarray
+        for family in families:
+            found |= dict(zip(family, judge(losses, contrasts[family], study.delta, study.alpha, adjust), strict=True))
+        if standing and metric == study.metric:
+            found |= dict(zip(families[0], standing.judgements, strict=True))
+        judged[metric] = found
+    table = _losses(variants, study.metric, seeds)
+    if standing:
+        table = np.where(standing.trained, table, math.nan)
+    comparisons = []
+    for i, (kind, factor, this, that, weights) in enumerate(pairs):
+        values = differences(table, weights)
+        some = np.isfinite(table[np.flatnonzero(weights)]).any(0) & ~np.isfinite(values)
+        judgement = judged[study.metric][i]
+        if kind == "variant" and next(v for v in variants if v.label == this).p_diverges <= study.alpha:
+            judgement = replace(judgement, verdict="worse", seeds_needed=None)
+        comparisons.append(Comparison(
+            kind, factor, this, that, {s: float(d) for s, d in zip(seeds, values, strict=True) if math.isfinite(d)},
+            tuple(np.array(seeds)[some].tolist()), judgement, judged[_other(study.metric)][i],
+        ))  # fmt: skip
+    return replace(study, comparisons=tuple(comparisons), notes=tuple(notes), standing=standing,
+                   assumptions=tuple(_assumptions(study, table)))  # fmt: skip
+
+
+def _other(metric: Metric) -> Metric:
+    return "best" if metric == "final" else "final"
+
+
+def _losses(variants: Sequence[Variant], metric: Metric, seeds: Sequence[int]) -> Array:
+    """(variants, seeds), nan where a variant has no run that is done."""
+    return np.array([[getattr(v.runs[s], metric) if s in v.runs else math.nan for s in seeds] for v in variants])
+
+
+def _pending(study: Study, variant: Variant, seed: int) -> bool:
+    """Whether a run of the plan may still come: there is none yet, or it is not at its end."""
+    if seed in variant.runs:
+        return False
+    own = [r for r in study.records if r.seed == seed and label_of(study, r) == variant.label]
+    return not own or any(r.status in ("running", "interrupted") for r in own)
+
+
+def label_of(study: Study, record: Record) -> str:
+    """The label of the variant that a run belongs to."""
+    return label({f.name: level_of(record, f) for f in study.factors})
+
+
+def _with_divergence(variants: Sequence[Variant], base: Variant | None) -> tuple[Variant, ...]:
+    """The variants with the p-value that they diverge as often as the baseline."""
+    def ends(variant: Variant) -> tuple[int, int]:
+        return variant.counts["diverged"], variant.counts["diverged"] + len(variant.runs)
+
+    others = [v for v in variants if base and v is not base and (ends(v)[0] or ends(base)[0])]
+    if base is None or not others:
+        return tuple(variants)
+    p = holm([more_often(*ends(v), *ends(base)) if ends(v)[0] else 1.0 for v in others])
+    found = {v.label: float(value) for v, value in zip(others, p, strict=True)}
+    return tuple(replace(v, p_diverges=found.get(v.label, math.nan)) for v in variants)
+
+
+def _assumptions(study: Study, losses: Array) -> list[str]:
+    """Where the data contradict the model of the t-test."""
+    noise, said = pooled_noise(losses), []
+    if max((len(v.runs) for v in study.variants), default=0) < FEWEST_SEEDS:
+        return []
+    if noise.noisier:
+        names = ", ".join(study.variants[row].label for row in noise.noisier)
+        said.append(f"{names}: the noise is so much larger than that of the others that only its own runs count")
+    if normality(noise.residuals) < 0.01:
+        said.append("the noise is not normal (Shapiro-Wilk, p < 0.01): p-values are less exact, and a verdict that the "
+                    "sign-flip test confirms is safer")  # fmt: skip
+    return said
 
 
 def _named(variants: Sequence[Variant], name: str) -> Variant:
@@ -153,42 +268,6 @@ def _variants(
         notes.append(f"{absent[None]} jobs have no directory, and no run shows their variant: {', '.join(jobs[:5])}"
                      + (" ..." if len(jobs) > 5 else ""))  # fmt: skip
     return tuple(variants), notes
-
-
-def _pairs(
-    variants: Sequence[Variant], factors: Sequence[Factor], base: Variant
-) -> Iterator[tuple[Any, str, str, str, list[Cell]]]:
-    """What is compared: each variant with the baseline, and the main effects. Kind, factor, this, that, pairs of runs.
-
-    A main effect is that of a level against the baseline's, averaged over every combination of the other factors that
-    has both.
-    """
-    for variant in variants:
-        if variant is not base:
-            yield "variant", "", variant.label, base.label, [(variant.runs, base.runs)]
-    by_levels = {tuple(v.levels.values()): v.runs for v in variants}
-    for position, factor in enumerate(factors):
-        that = base.levels[factor.name]
-        for this in factor.levels:
-            cells = [
-                (runs, partner) for levels, runs in by_levels.items()
-                if levels[position] == this != that and runs
-                and (partner := by_levels.get((*levels[:position], that, *levels[position + 1 :])))
-            ]  # fmt: skip
-            if len(cells) > 1:  # one cell alone is a comparison of variants
-                yield "factor", factor.name, this, that, cells
-
-
-def _differences(cells: Sequence[Cell], metric: Metric) -> tuple[dict[int, float], tuple[int, ...]]:
-    """The mean difference over pairs of runs by seed, and the seeds that are not in all of them.
-
-    A seed counts only if every cell has it, so that every average is over the same combinations.
-    """
-    seeds = [set(side) for cell in cells for side in cell]
-    common = set.intersection(*seeds)
-    differences = {seed: math.fsum(getattr(a[seed], metric) - getattr(b[seed], metric) for a, b in cells) / len(cells)
-                   for seed in sorted(common)}  # fmt: skip
-    return differences, tuple(sorted(set.union(*seeds) - common))
 
 
 def _mixtures(records: Sequence[Record]) -> list[str]:

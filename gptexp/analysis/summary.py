@@ -1,12 +1,11 @@
 """A study in words."""
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptexp.analysis.statistics import MOST_SEEDS, Verdict, fewest_seeds
+from gptexp.analysis.statistics import FEWEST_SEEDS, Verdict
 from gptexp.analysis.study import Comparison, Study, mean_loss
 
 ENDED = {"done": "done", "running": "still running", "interrupted": "interrupted", "pruned": "pruned",
@@ -16,8 +15,11 @@ VERDICTS: dict[Verdict, str] = {"better": "better", "worse": "worse", "equal": "
 """The verdicts as a reader sees them."""
 
 
+MOST_CLAIMS = 4  # of the headline, of each verdict
+
+
 def headline(study: Study) -> list[str]:
-    """The verdict: one sentence, and perhaps others that add to it."""
+    """The verdict: one sentence, and perhaps others that add to it. What is undecided comes last."""
     ranked = study.ranked()
     if not ranked:
         return [f"No run has finished, so there is nothing to compare ({counts(study)})."]
@@ -26,64 +28,118 @@ def headline(study: Study) -> list[str]:
         return [f"There is only one variant, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
                 f"{mean_loss(variant, study.metric):.4f} ({plural(len(variant.runs), 'seed')})."]  # fmt: skip
     against = [c for c in study.comparisons if c.kind == "variant"]
-    by_verdict = {verdict: [c for c in against if c.judgement.verdict == verdict] for verdict in VERDICTS}
-    if by_verdict["better"]:
-        best = min(by_verdict["better"], key=lambda c: c.judgement.mean)
-        return [_sentence(best, study.alpha), *_rest(against, best)]
-    if len(by_verdict["equal"]) == len(against):
-        seeds = plural(min(c.judgement.n for c in against), "seed")
-        return [f"No variant differs from {study.baseline} by more than {study.delta:g} nats ({seeds})."]
-    if by_verdict["undecided"]:
-        decided = len(by_verdict["undecided"]) < len(against)
-        return [*_why(study, by_verdict["undecided"]), *(_rest(against, None) if decided else [])]
-    worst = max(by_verdict["worse"], key=lambda c: c.judgement.mean)
-    return [f"No variant is better than {study.baseline}.", _sentence(worst, study.alpha), *_rest(against, worst)]
+    most = max(c.judgement.n for c in against)
+    if most < FEWEST_SEEDS and not any(c.judgement.verdict == "worse" for c in against):
+        best, loss = ranked[0].label, mean_loss(ranked[0], study.metric)
+        few = ("no two variants share a seed", "one seed decides nothing", "two seeds decide nothing")[most]
+        return [f"{best} has the lowest loss, {loss:.4f}, but {few}.",
+                f"A verdict takes at least {FEWEST_SEEDS} seeds that both variants have."]  # fmt: skip
+    effects = [c for c in study.comparisons if c.kind == "factor"]
+    claims = _claims(effects or against, study)
+    first, *others = [f"{words}." for words in claims]
+    together = [c for c in study.comparisons if c.kind == "interaction" and c.judgement.verdict in ("better", "worse")]
+    more = [f"Together, {c.this} {'adds' if c.judgement.mean > 0 else 'takes'} {abs(c.judgement.mean):.3g} nats "
+            f"{'to' if c.judgement.mean > 0 else 'from'} the sum of the two." for c in together[:MOST_CLAIMS]]
+    if effects:
+        decided = Counter(c.judgement.verdict for c in against)
+        told = ", ".join(f"{decided[verdict]} {word}" for verdict, word in VERDICTS.items() if decided[verdict])
+        more.append(f"The lowest loss is that of {ranked[0].label}, {mean_loss(ranked[0], study.metric):.4f}; against "
+                    f"{study.baseline}, of {plural(len(against), 'variant')}: {told}.")  # fmt: skip
+    return [first, *others, *more]
 
 
-def _sentence(comparison: Comparison, alpha: float) -> str:
-    """A verdict with the difference without its sign, its interval, p and the number of seeds."""
-    j, verdict = comparison.judgement, VERDICTS[comparison.judgement.verdict]
-    low, high = sorted((-j.low, -j.high) if j.mean < 0 else (j.low, j.high))
-    p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
-    return (f"{comparison.this} is {verdict} than {comparison.that} by {abs(j.mean):.3g} nats ({percent(1 - alpha)} "
-            f"interval {low:.3g} to {high:.3g}, {p}, {plural(j.n, 'seed')}).")  # fmt: skip
+def _claims(comparisons: Sequence[Comparison], study: Study) -> list[str]:
+    """The verdicts in words, the largest differences first: a sentence on what is decided, and one on what is not."""
+    ordered = sorted(comparisons, key=lambda c: -abs(c.judgement.mean) if c.judgement.n else 0.0)
+    groups = {v: [c for c in ordered if c.judgement.verdict == v] for v in ("better", "worse", "equal", "undecided")}
+    clauses = []
+    for verdict in ("better", "worse"):
+        shown = groups[verdict][:MOST_CLAIMS]
+        clauses += [f"{_name(c)} is {verdict} than {c.that} by {abs(c.judgement.mean):.2g} nats"
+                    if c.judgement.n else f"{_name(c)} diverges more often than {c.that}" for c in shown]  # fmt: skip
+        if rest := len(groups[verdict]) - len(shown):
+            clauses.append(f"{rest} more are {verdict}")
+    if same := groups["equal"]:
+        names = _listed([_name(c) for c in same])
+        clauses.append(f"{names} {'do' if len(same) > 1 else 'does'} not differ from {_listed([c.that for c in same])} "
+                       f"by more than {study.delta:g} nats")  # fmt: skip
+    decided = [c.judgement for c in ordered if c.judgement.verdict in ("better", "worse") and c.judgement.n]
+    if decided and len(clauses) == 1:
+        j = decided[0]
+        low, high = sorted((-j.low, -j.high) if j.mean < 0 else (j.low, j.high))
+        clauses = [f"{clauses[0]} ({percent(1 - study.alpha)} interval {low:.3g} to {high:.3g}, "
+                   f"{plural(j.n, 'seed')})"]  # fmt: skip
+    sentences = ["; ".join(clauses)] if clauses else []
+    if open_ := groups["undecided"]:
+        words = _listed([_name(c) for c in open_])
+        sentences.append(f"{'Still undecided' if clauses else 'Undecided'}: {words}")
+    return sentences
 
 
-def _rest(comparisons: Sequence[Comparison], shown: Comparison | None) -> list[str]:
-    """The verdicts on the others, counted."""
-    others = Counter(c.judgement.verdict for c in comparisons if c is not shown)
-    counted = [f"{others[verdict]} {word}" for verdict, word in VERDICTS.items() if others[verdict]]
-    return [f"Of the {'other ' if shown else ''}variants: {', '.join(counted)}."] if counted else []
+def _name(comparison: Comparison) -> str:
+    """What is compared, as a sentence names it: a number needs its factor's name."""
+    this, factor = comparison.this, comparison.factor
+    return f"{factor}={this}" if factor and this.replace(".", "").replace("-", "").isdigit() else this
 
 
-def _why(study: Study, undecided: Sequence[Comparison]) -> list[str]:
-    """Why comparisons are undecided, and what would decide the largest difference among them."""
-    most, family = max(c.judgement.n for c in undecided), len(study.comparisons)
-    if not most:
-        return [f"Undecided: no seed has a finished run of {study.baseline} and of another variant."]
-    fewest = fewest_seeds(study.alpha / family)
-    reason = f"Undecided: {plural(most, 'seed')} cannot decide {plural(family, 'comparison')} at {percent(study.alpha)}"
-    if fewest is None:
-        reason += "; no number of seeds can, because there are too many comparisons."
-    elif most < fewest:
-        reason += f": a difference takes at least {fewest}, equality {fewest - 1}."
-    else:
-        reason = f"Undecided: {plural(most, 'seed')} leave {plural(len(undecided), 'comparison')} open."
-    largest = max(undecided, key=lambda c: abs(c.judgement.mean) if c.judgement.n else -1.0)
-    j = largest.judgement
-    decides = f"; not even {MOST_SEEDS} seeds would decide it" if j.n > 1 else ""
-    if j.seeds_needed:
-        decides = f"; about {j.seeds_needed} seeds in all would decide it"
-    return [reason, f"So far the largest difference is {largest.this}, {abs(j.mean):.3g} nats "
-                    f"{'below' if j.mean < 0 else 'above'} {largest.that}{decides}."]  # fmt: skip
+def _listed(names: Sequence[str]) -> str:
+    """Names, each once: "a, b and c"; of many, some."""
+    names = list(dict.fromkeys(names))
+    if len(names) > MOST_CLAIMS + 2:
+        names = [*names[:MOST_CLAIMS], f"{len(names) - MOST_CLAIMS} others"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def disagreements(study: Study) -> list[str]:
+    """Comparisons whose verdict is another one in the loss that is not the headline's."""
+    other = "best" if study.metric == "final" else "final"
+    return [f"{c.this} against {c.that}: {VERDICTS[c.judgement.verdict]} by the {study.metric} loss, "
+            f"{VERDICTS[c.other.verdict]} by the {other} one" for c in study.comparisons
+            if c.judgement.verdict != c.other.verdict and c.judgement.n]  # fmt: skip
+
+
+def paper(study: Study) -> list[str]:
+    """A sentence for a paper on each comparison of the headline that has a verdict, and one on the method."""
+    kind = "factor" if any(c.kind == "factor" for c in study.comparisons) else "variant"
+    lines = []
+    for c in study.comparisons:
+        j = c.judgement
+        if c.kind != kind or j.n < FEWEST_SEEDS or j.verdict == "undecided":
+            continue
+        bounds = f"{j.n} seeds, {percent(1 - study.alpha)} CI {j.low:+.4f} to {j.high:+.4f} nats"
+        p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
+        lines.append(f"{_name(c)} and {c.that} do not differ by more than {study.delta:g} nats ({bounds})."
+                     if j.verdict == "equal" else
+                     f"{_name(c)} is {j.verdict} than {c.that} by {abs(j.mean):.4f} nats ({bounds}, {p}).")  # fmt: skip
+    if lines:
+        looks = " with group-sequential levels (Lan and DeMets 1983)" if study.looks else ""
+        lines.append(f"Variants share seeds; {study.metric} validation losses in nats per token were compared by "
+                     f"t-tests of paired differences with the noise pooled over variants{looks}, equality by two "
+                     "one-sided tests (Schuirmann 1987), both corrected by Holm's method (1979) at "
+                     f"{percent(study.alpha)}.")  # fmt: skip
+    return lines
+
+
+def open_questions(study: Study) -> list[str]:
+    """What is undecided: how large it is so far, and how many seeds would probably decide it."""
+    lines = []
+    for c in study.comparisons:
+        j = c.judgement
+        if j.verdict != "undecided" or j.n < 2:
+            continue
+        needed = f"about {j.seeds_needed} seeds in all" if j.seeds_needed else "no number of seeds that is near"
+        size = f"{_name(c)} against {c.that}: {j.mean:+.4f} nats so far"
+        lines.append(f"{size}, too small to matter ({needed} would prove it)" if abs(j.mean) < study.delta else
+                     f"{size}; {needed} would probably decide it")  # fmt: skip
+    return lines
 
 
 def further_seeds(study: Study) -> int | None:
-    """How many more seeds would give every comparison a verdict; None if no number is known."""
-    undecided = [c.judgement for c in study.comparisons if c.judgement.verdict == "undecided"]
-    if any(j.seeds_needed is None for j in undecided):
-        return None
-    return max((j.seeds_needed - j.n for j in undecided if j.seeds_needed is not None), default=0)
+    """How many more seeds would probably decide the differences that matter; None if nothing that matters is open."""
+    needed = [(c.judgement.seeds_needed, c.judgement.n) for c in study.comparisons
+              if c.judgement.verdict == "undecided" and c.judgement.n > 1 and abs(c.judgement.mean) >= study.delta]
+    known = [total - n for total, n in needed if total is not None]
+    return max(known, default=0) or None
 
 
 def counts(study: Study) -> str:
@@ -130,13 +186,3 @@ def percent(share: float) -> str:
 def plural(n: int, noun: str) -> str:
     """A number with its noun."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def interval_note(study: Study) -> str:
-    """A warning where few seeds make the intervals too narrow; "" otherwise."""
-    fewest = min((c.judgement.n for c in study.comparisons if c.judgement.n > 2), default=math.inf)
-    if fewest > 5:
-        return ""
-    most = percent(1 - 2.0 ** (1 - fewest))
-    return (f"With {fewest} seeds no bootstrap interval can cover more than {most}, whatever its nominal level; the "
-            "test allows for this, and no verdict rests on the interval alone.")  # fmt: skip

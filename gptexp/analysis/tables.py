@@ -6,13 +6,14 @@ from typing import Any
 import pandas as pd
 
 from gptexp.analysis.collect import AXES
+from gptexp.analysis.factors import level_of
 from gptexp.analysis.study import Metric, Study, Variant, losses, mean_loss
 
 ENDS = ("diverged", "failed", "interrupted", "running", "pruned", "missing")
 """How runs end that are not done."""
 
 FORMATS = {  # how a reader sees a column
-    **dict.fromkeys(("loss", "sd", "final", "best", "p", "p_equal", "target"), "{:.4f}"),
+    **dict.fromkeys(("loss", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"), "{:.4f}"),
     **dict.fromkeys(("difference", "low", "high"), "{:+.4f}"), "effect": "{:+.2f}",
     **dict.fromkeys(("seconds", "to_target_seconds"), "{:.1f}"),
     **dict.fromkeys(("parameters", "tokens_per_second", "to_target_tokens", "to_target_step"), "{:,.0f}"),
@@ -43,10 +44,10 @@ def variants_table(study: Study) -> pd.DataFrame:
 
 def comparisons_table(study: Study) -> pd.DataFrame:
     """A row per comparison, with its statistics."""
-    columns = ["kind", "factor", "this", "that", "seeds", "unpaired", "difference", "low", "high", "effect", "p",
-               "p_equal", "verdict", "seeds_needed"]  # fmt: skip
-    rows = [(c.kind, c.factor, c.this, c.that, c.judgement.n, len(c.unpaired), *list(vars(c.judgement).values())[1:])
-            for c in study.comparisons]  # fmt: skip
+    columns = ["kind", "factor", "this", "that", "seeds", "unpaired", "difference", "low", "high", "error", "df",
+               "effect", "p", "p_equal", "p_signs", "verdict", "seeds_needed", "other_verdict"]  # fmt: skip
+    rows = [(c.kind, c.factor, c.this, c.that, c.judgement.n, len(c.unpaired), *list(vars(c.judgement).values())[1:],
+             c.other.verdict) for c in study.comparisons]  # fmt: skip
     return pd.DataFrame(rows, columns=columns).astype({"seeds_needed": "Int64"})
 
 
@@ -56,7 +57,7 @@ def ranking_table(study: Study) -> pd.DataFrame:
     variants = variants_table(study)[["variant", "seeds", "loss", "sd", *ENDS]]
     table = variants.merge(against.rename(columns={"this": "variant"}), "left", "variant")
     table["verdict"] = [
-        "baseline" if name == study.baseline else "no result" if not seeds else verdict
+        "baseline" if name == study.baseline else verdict if seeds or verdict == "worse" else "no result"
         for name, seeds, verdict in zip(table["variant"], table["seeds"], table["verdict"], strict=True)
     ]
     return table
@@ -65,14 +66,17 @@ def ranking_table(study: Study) -> pd.DataFrame:
 def runs_table(study: Study) -> pd.DataFrame:
     """A row per run, however it ended."""
     labels = {run.path: v.label for v in study.variants for run in v.runs.values()}
-    columns = ["name", "compared_as", "seed", "status", "best", "final", "config", "data", "code", "note"]
+    levels = [f for f in study.factors if f.key != "name"]
+    columns = ["name", "compared_as", *(f.name for f in levels), "seed", "status", "best", "final", "config", "data",
+               "code", "note"]  # fmt: skip
     rows = [
-        (r.name, labels.get(r.path, ""), r.seed, r.status, r.best, r.final,
+        (r.name, labels.get(r.path, ""), *(level_of(r, f) for f in levels), r.seed, r.status, r.best, r.final,
          *(r.info["fingerprints"][key] for key in ("config", "data", "code")), note)
         for group, note in [(study.records, ""), *((runs, reason) for reason, runs in study.apart.items())]
         for r in group
     ]  # fmt: skip
-    lost = [(u.path.name, "", None, "unreadable", math.nan, math.nan, "", "", "", u.reason) for u in study.unreadable]
+    lost = [(u.path.name, "", *[""] * len(levels), None, "unreadable", math.nan, math.nan, "", "", "", u.reason)
+            for u in study.unreadable]  # fmt: skip
     return pd.DataFrame(rows + lost, columns=columns).astype({"seed": "Int64"})
 
 

@@ -227,5 +227,10 @@ class SweepConfig:
     """The name of the sweep's directory; null makes one from what varies."""
     retries: Annotated[int, Ge(0)] = 2
     """A failed job is run again this many times, once each time that the command is given."""
+    seeds: Literal["auto"] | None = None
+    """`auto` trains three seeds of all variants, from `seed` on, and further ones only of those that need them for a
+    verdict; null trains the seeds that the command names."""
+    max_seeds: Annotated[int, Ge(3)] = 12
+    """The most seeds of a variant with `seeds=auto`."""
     job: str | None = None
     """The job's name; the sweeper sets it."""

@@ -108,22 +108,43 @@ class Grid(Sweeper):
         if endless := [o for o in overrides if not each(o)]:
             raise UserError(f"{o.input_line}: values without number need a search, hydra/sweeper=optuna"
                             for o in endless)  # fmt: skip
+        if self.config.sweep.get("seeds") == "auto":
+            return self.until_decided(sweep, overrides)
         swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
         varied = list(dict.fromkeys([*sweep.info.get("varied", []), *swept]))
         jobs = distinct(self.prepare(list(values), varied) for values in itertools.product(*map(each, overrides)))
+        self.finish(sweep, jobs, varied)
+        return report(sweep, jobs)
+
+    def until_decided(self, sweep: Sweep, overrides: Sequence[Override]) -> list[float]:
+        """Finish a sweep that adds seeds as they are needed; see `gptexp.sweeps.seeds`."""
+        raise UserError("sweep.seeds=auto: decides a grid; this sweeper does not")
+
+    def finish(
+        self, sweep: Sweep, jobs: Sequence[Job], varied: Sequence[str], looks: dict[str, Any] | None = None,
+        note: str = "",
+    ) -> None:  # fmt: skip
+        """Train the jobs of a sweep that are not finished yet.
+
+        Args:
+            sweep: that they belong to.
+            jobs: all of them.
+            varied: the overrides that make them differ.
+            looks: the plan of a sweep that adds seeds as they are needed.
+            note: for the live table.
+        """
         sound = [job for job in jobs if job.error is None]
         if trees := [flatten(job.config.tree()) for job in sound if job.config]:
             keys = dict.fromkeys(key for tree in trees for key in tree)
             fixed = {k: trees[0].get(k) for k in keys if all(tree.get(k) == trees[0].get(k) for tree in trees)}
             differing = [k for k in keys if k not in fixed]
-            sweep.join(fixed, differing, varied, {job.name: job.config for job in sound}, sys.argv)
-        with show(sweep, [job.name for job in sound]):
+            sweep.join(fixed, differing, varied, {job.name: job.config for job in sound}, sys.argv, looks)
+        with show(sweep, [job.name for job in sound], note=note):
             todo = sound
             while todo := [job for job in todo if not sweep.is_final(job.name)]:
                 todo = self.send(todo)
                 while todo and all(sweep.is_busy(job.name) for job in todo):
                     time.sleep(1)
-        return report(sweep, jobs)
 
     def prepare(self, overrides: list[str], varied: Sequence[str]) -> Job:
         """Compose a job's configuration and name it; the job keeps a mistake as its error."""
@@ -166,7 +187,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
 
 
 @contextmanager
-def show(sweep: Sweep, names: Sequence[str], total: int | None = None) -> Iterator["Scoreboard"]:
+def show(sweep: Sweep, names: Sequence[str], total: int | None = None, note: str = "") -> Iterator["Scoreboard"]:
     """Show the progress of the sweep; the messages of its runs are in train.log alone."""
     from rich.console import Console
 
@@ -178,7 +199,7 @@ def show(sweep: Sweep, names: Sequence[str], total: int | None = None) -> Iterat
     try:
         for handler in levels:
             handler.setLevel(logging.WARNING)
-        with Scoreboard(sweep, names, Console(), total) as board:
+        with Scoreboard(sweep, names, Console(), total, note) as board:
             yield board
     except KeyboardInterrupt:
         log.warning("%s: stopped; the same command goes on with it", sweep.folder)

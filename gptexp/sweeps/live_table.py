@@ -27,10 +27,13 @@ STALE = 60  # seconds without a sign before this process began, after which a jo
 class Scoreboard:
     """Reads the sweep's directory once a second, so it also sees the jobs of other processes and machines.
 
-    `total` counts jobs that will be added later, too; by default it is the number of names.
+    `total` counts jobs that will be added later, too; by default it is the number of names. The note stands above all.
     """
 
-    def __init__(self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None) -> None:
+    def __init__(
+        self, sweep: Sweep, names: Sequence[str], console: Console, total: int | None = None, note: str = ""
+    ) -> None:
+        self.note = note
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
         self.standings = {name: sweep.standing(name) for name in names}
         self._done_before = sum(job.state in FINAL for job in self.standings.values())
@@ -101,7 +104,7 @@ class Scoreboard:
                           f"loss {at['train/loss']:.4f}" if "train/loss" in at else "")  # fmt: skip
         for place, job in enumerate(ranked[:BEST], 1):
             table.add_row(job.name, f"{place}.", job.state, f"val/loss {job.loss:.4f}")
-        return Group(Text(" · ".join(filter(None, words))), table)
+        return Group(*([Text(self.note)] if self.note else []), Text(" · ".join(filter(None, words))), table)
 
     def _left(self, over: int, under_way: float) -> str:
         """The time left, from the jobs, and parts of jobs, that have been done since this process began."""

@@ -38,6 +38,8 @@ class OptunaSearch(Grid):
             UserError: when Optuna is missing, the settings are wrong, or the search was begun over other values.
             RunFailed: when a job failed.
         """
+        if self.config.sweep.get("seeds") == "auto":
+            return self.until_decided(sweep, overrides)  # which a search does not
         swept = [o for o in overrides if o.is_sweep_override()]
         fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in overrides if o not in swept]
         base = self.prepare(fixed, [])

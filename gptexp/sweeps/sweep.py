@@ -76,7 +76,7 @@ class Sweep:
 
     def join(
         self, settings: Mapping[str, Any], swept: Sequence[str], varied: Sequence[str],
-        jobs: Mapping[str, Config | None], command: Sequence[str],
+        jobs: Mapping[str, Config | None], command: Sequence[str], looks: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Begin the sweep or continue it; new jobs, such as more seeds, come after those that it has.
 
@@ -86,9 +86,11 @@ class Sweep:
             varied: the overrides that make them differ, which are part of the jobs' names.
             jobs: the configurations of the jobs by name, in order; None for one that is wrong.
             command: the command line.
+            looks: the plan of a sweep that adds seeds as they are needed.
 
         Raises:
-            UserError: when the sweep, or a run in it, was begun with other settings, or the folder cannot be written.
+            UserError: when the sweep, its plan or a run in it was begun with other settings, or the folder cannot be
+                written.
         """
         try:
             (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,12 @@ class Sweep:
                     "name": self.folder.name, "started": info.get("started", now()), "command": list(command),
                     "settings": info.get("settings", dict(settings)), "swept": _union(info.get("swept", []), swept),
                     "varied": _union(info.get("varied", []), varied), "jobs": _union(info.get("jobs", []), list(jobs)),
-                }  # fmt: skip
+                } | ({"looks": planned} if (planned := info.get("looks", looks)) else {})  # fmt: skip
+                if looks and planned and planned != looks:
+                    first, *_, last = planned["seeds"]
+                    raise UserError(f"sweep.max_seeds={len(looks['seeds'])}: the sweep was planned with the seeds "
+                                    f"{first} to {last}; leave them as they were, or give the new sweep another "
+                                    "sweep.name")  # fmt: skip
                 self._check(merged["settings"], settings, merged["swept"], jobs)
                 write_atomically(self.folder / "sweep.json", (json.dumps(merged, indent=1) + "\n").encode())
         except OSError as error:

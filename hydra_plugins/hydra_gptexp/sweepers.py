@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 from hydra.core.config_store import ConfigStore
 
-from gptexp.sweeps import grid, optuna, search
+from gptexp.sweeps import optuna, search, seeds
 
 
-class GridSweeper(grid.Grid):
+class GridSweeper(seeds.DecidingGrid):
     """Every combination of the values."""
 
 
