@@ -24,7 +24,7 @@ from scipy.stats import t as student
 
 from gptexp.analysis.collect import collect
 from gptexp.analysis.figures import COLORS, VERDICT_COLORS
-from gptexp.analysis.statistics import Judgement, judge
+from gptexp.analysis.statistics import Judgement, differences, judge
 from gptexp.analysis.study import build_study
 from gptexp.analysis.summary import VERDICTS
 from gptexp.audits.influence import measure
@@ -95,8 +95,15 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
 
 def compared(pairs: Sequence[tuple[list[Run], list[Run]]]) -> list[Found]:
     """The final losses of runs against those of others, paired by seed; corrected for the number of comparisons."""
-    differences = [[final(a) - final(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
-    return list(zip(differences, judge([np.array(d) for d in differences], DELTA), strict=True))
+    groups = list({id(runs): runs for pair in pairs for runs in pair}.values())
+    by_seed = [{run.config.seed: final(run) for run in runs} for runs in groups]
+    seeds = sorted(set().union(*by_seed))
+    losses = np.array([[group.get(seed, math.nan) for seed in seeds] for group in by_seed])
+    contrasts = np.zeros((len(pairs), len(groups)))
+    for row, (this, that) in enumerate(pairs):
+        contrasts[row, [groups.index(this), groups.index(that)]] = 1, -1
+    found = zip((differences(losses, contrast) for contrast in contrasts), judge(losses, contrasts, DELTA), strict=True)
+    return [([float(d) for d in values if math.isfinite(d)], judgement) for values, judgement in found]
 
 
 def verdict(found: Found) -> str:
@@ -113,9 +120,9 @@ def forest(axes: Axes, rows: Mapping[str, Found], baseline: str) -> None:
     """Differences from a baseline: a tick for each seed, the mean with its interval, the band that does not matter."""
     axes.axvspan(-DELTA, DELTA, color=VERDICT_COLORS["equal"], alpha=0.15, linewidth=0)
     axes.axvline(0, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8)
-    for y, (differences, j) in enumerate(rows.values()):
+    for y, (values, j) in enumerate(rows.values()):
         color = tone(VERDICT_COLORS[j.verdict])
-        axes.plot(differences, [y] * len(differences), "|", color=color, alpha=0.6, markersize=9)
+        axes.plot(values, [y] * len(values), "|", color=color, alpha=0.6, markersize=9)
         if math.isfinite(j.low):
             axes.plot([j.low, j.high], [y, y], color=color, linewidth=2.4)
         axes.plot(j.mean, y, "o", color=color, markersize=6)
@@ -132,11 +139,11 @@ def forest(axes: Axes, rows: Mapping[str, Found], baseline: str) -> None:
 def norms(folder: Path) -> Page:
     """Three norms in two placements: each variant, and each factor over the other."""
     study = build_study(collect([folder]))
-    words = {"variant": "", "factor": ", on average"}
-    ordered = sorted(study.comparisons, key=lambda c: (c.kind == "factor", c.judgement.mean))
+    words = {"variant": "", "factor": ", on average", "interaction": ", beyond the sum of both"}
+    ordered = sorted(study.comparisons, key=lambda c: (list(words).index(c.kind), c.judgement.mean))
     rows = {c.this + words[c.kind]: (list(c.differences.values()), c.judgement) for c in ordered}
     lines = ["| variant | seeds | val/loss |", "|---|---|---|"]
-    lines += [f"| {v.label} | {len(v.runs)} | {spread(r.best for r in v.runs.values())} |" for v in study.ranked()]
+    lines += [f"| {v.label} | {len(v.runs)} | {spread(r.final for r in v.runs.values())} |" for v in study.ranked()]
     lines += ["", f"| compared | with | {VERDICT_COLUMNS} |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {c.that} | {verdict(found)} |"
               for c, (name, found) in zip(ordered, rows.items(), strict=True)]  # fmt: skip

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gptexp.analysis.collect import AXES, collect
 from gptexp.analysis.factors import Factor, is_numeric
@@ -186,6 +187,8 @@ def forest(study: Study) -> Figure:
         axes.minorticks_off()
         top = 10.0 ** math.floor(math.log10(largest))
         axes.set_xticks(ticks := [-top, -study.delta, 0, study.delta, top], [f"{x:g}" for x in ticks])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     low, high = (edge(x for c in everything for x in (*c.differences.values(), c.judgement.low, c.judgement.high)
                       if math.isfinite(x)) for edge in (min, max))  # fmt: skip
     room = 1.15 if axes.get_xscale() == "symlog" else 1.05  # markers are drawn whole

@@ -24,11 +24,17 @@ Verdict = Literal["better", "worse", "equal", "undecided"]
 FEWEST_SEEDS = 3
 """With fewer there are estimates, and no verdict."""
 
-NOISIER = 0.001
+NOISIER = 0.0001
 """Level of the F-test by which the noise of a variant is so much larger that it is judged by its own runs alone."""
 
 UNLIKE = 0.1
-"""Level of the F-test by which an interval has the width of its own differences, and not of the pooled noise."""
+"""Level of the F-test by which an interval has the larger width of its own differences, and not of the pooled noise."""
+
+QUIETER = 0.01
+"""Level of the F-test by which differences that vary much less than the pooled noise are judged by themselves: those of
+variants that are nearly the same. Fewer than `QUIET_SEEDS` seeds may vary little by chance."""
+
+QUIET_SEEDS = 5
 
 OWN_ERRORS = 3.2
 """So many standard errors of its own differences a mean must have in any case, unless its own t-test needs fewer."""
@@ -53,24 +59,25 @@ class Noise:
 def pooled_noise(losses: Array) -> Noise:
     """The variance of the residuals from variant + seed. Variants that are much noisier than the others are left out.
 
-    One variant at a time is left out, while an F-test of the noisiest against the rest is significant at `NOISIER`.
+    One variant at a time is left out, while an F-test of what it adds to the residuals is significant at `NOISIER`.
     """
     rows = [row for row, values in enumerate(losses) if np.isfinite(values).sum() > 1]
-    while True:
-        residuals, df = _residuals(losses[rows])
-        squares, counts = np.nansum(residuals**2, axis=1), np.isfinite(residuals).sum(1)
-        if len(rows) < 3 or df < 1:
+    residuals, df = _residuals(losses[rows])
+    while len(rows) > 2:
+        fits = [_residuals(losses[[other for other in rows if other != row]]) for row in rows]
+        squares, best = min((float(np.nansum(fit[0] ** 2)), i) for i, fit in enumerate(fits))
+        added, rest = df - fits[best][1], fits[best][1]
+        if added < 1 or rest < 1:
             break
-        own = df * counts / counts.sum()  # a variant's share of the degrees of freedom
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = (squares / own) / ((squares.sum() - squares) / (df - own))
-        worst = int(np.argmax(np.nan_to_num(ratio, nan=0.0, posinf=math.inf)))
-        if not ratio[worst] > stats.f.isf(NOISIER, own[worst], df - own[worst]):
+            ratio = np.divide((np.nansum(residuals**2) - squares) / added, squares / rest)
+        if not ratio > stats.f.isf(NOISIER, added, rest):
             break
-        del rows[worst]
+        del rows[best]
+        residuals, df = fits[best]
     whole = np.full(losses.shape, math.nan)
     whole[rows] = residuals
-    variance = float(squares.sum() / df) if df > 0 else math.nan
+    variance = float(np.nansum(residuals**2) / df) if df > 0 else math.nan
     noisier = tuple(r for r in range(len(losses)) if r not in rows and np.isfinite(losses[r]).sum() > 1)
     return Noise(variance, df, noisier, whole)
 
@@ -135,8 +142,9 @@ def judge(
     """Judge a family of comparisons together.
 
     The t-test of a contrast divides its mean by a standard error of the pooled noise or of its own differences,
-    whichever is larger, with the degrees of freedom of the pooled noise; a contrast with a variant that is much noisier
-    than the others has its own. A difference must also pass its own paired t-test, uncorrected, or have `OWN_ERRORS`.
+    whichever is larger, with the degrees of freedom of the pooled noise. A contrast with a variant that is much noisier
+    than the others, or whose differences vary much less, has its own. A difference must also pass its own paired
+    t-test, uncorrected, or have `OWN_ERRORS`.
     Equality takes two such t-tests, one-sided, against ±delta. p-values are corrected by Holm's method.
     docs/statistics.md has the rates of error and the power, by simulation.
 
@@ -197,9 +205,10 @@ def _t_tests(by_seed: Array, contrasts: Array, noise: Noise, delta: float) -> _T
     mean = np.array([d.mean() if len(d) else math.nan for d in found])
     own = np.array([d.std(ddof=1) if len(d) > 1 else math.nan for d in found])
     pooled = np.sqrt(noise.variance * (contrasts**2).sum(1))
-    alone = (contrasts[:, list(noise.noisier)] != 0).any(1) | ~np.isfinite(pooled)
-    df, root = np.where(alone, n - 1, noise.df).clip(1), np.sqrt(n.clip(1))
+    root, alone = np.sqrt(n.clip(1)), (contrasts[:, list(noise.noisier)] != 0).any(1) | ~np.isfinite(pooled)
     with np.errstate(divide="ignore", invalid="ignore"):
+        alone |= (n >= QUIET_SEEDS) & (own**2 < pooled**2 * stats.f.ppf(QUIETER, (n - 1).clip(1), max(noise.df, 1)))
+        df = np.where(alone, n - 1, noise.df).clip(1)
         unlike = own**2 > pooled**2 * stats.f.isf(UNLIKE, (n - 1).clip(1), df)
         error = np.where(alone, own, np.fmax(own, pooled)) / root
         t, own_t = (np.where(mean == 0, 0.0, abs(mean) / of) for of in (error, own / root))

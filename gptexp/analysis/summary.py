@@ -38,8 +38,8 @@ def headline(study: Study) -> list[str]:
     claims = _claims(effects or against, study)
     first, *others = [f"{words}." for words in claims]
     together = [c for c in study.comparisons if c.kind == "interaction" and c.judgement.verdict in ("better", "worse")]
-    more = [f"Together, {c.this} {'adds' if c.judgement.mean > 0 else 'takes'} {abs(c.judgement.mean):.3g} nats "
-            f"{'to' if c.judgement.mean > 0 else 'from'} the sum of the two." for c in together[:MOST_CLAIMS]]
+    more = [f"Together, {c.this.replace(' x ', ' and ')} cost {abs(c.judgement.mean):.2g} nats "
+            f"{'more' if c.judgement.mean > 0 else 'less'} than the sum of both." for c in together[:MOST_CLAIMS]]
     if effects:
         decided = Counter(c.judgement.verdict for c in against)
         told = ", ".join(f"{decided[verdict]} {word}" for verdict, word in VERDICTS.items() if decided[verdict])

@@ -115,6 +115,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def _cell(column: str, value: Any) -> str:
     if pd.isna(value):
         return "–"
+    if column in ("p", "p_equal") and value < 0.0001:
+        return "<0.0001"
     return FORMATS.get(column, "{:g}" if isinstance(value, float) else "{}").format(value)
 
 

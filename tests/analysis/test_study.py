@@ -296,7 +296,7 @@ def test_headline_by_factor(write: Write, study: Build) -> None:
     first, together, best = headline(found)
     assert re.fullmatch(r"batchnorm is worse than layernorm by 0\.55 nats; post is worse than pre by 0\.0\d+ nats\.",
                         first)  # fmt: skip
-    assert together.startswith("Together, batchnorm x post adds 0.")
+    assert re.fullmatch(r"Together, batchnorm and post cost 0\.\d+ nats more than the sum of both\.", together)
     assert best.startswith("The lowest loss is that of layernorm pre, 2.0")
     (interaction,) = [c for c in found.comparisons if c.kind == "interaction"]
     assert interaction.judgement.mean == pytest.approx(0.1, abs=0.005)

@@ -62,8 +62,7 @@ def test_the_commands_of_a_page(
     printed = [shlex.split(line) for line in re.findall(r"^\$ (.+)$", PAGES[page], flags=re.MULTILINE)]
     (draw,) = (words for words in printed if words[1] == "docs/known_results.py")
     for words in printed[: printed.index(draw)]:
-        assert words[:3] == ["python", "-m", "gptexp.train"]
-        if "-m" not in words[3:]:
+        if words[2] != "gptexp.train" or "-m" not in words[3:]:
             continue
         short = [s for s in SHORT if page != "warmup" or not s.startswith(("schedule", "max_steps"))]
         short += ["max_steps=2"] if page == "warmup" else []

@@ -50,7 +50,10 @@ def shortened(printed: str) -> str:
         return printed
     short = [printed, TRAINING, "data.offline_fallback=pydocs"]  # a corpus named in the command stays
     short += [SMALL] if "ladder" not in printed else []
-    short += ["seed=1,2"] if "sweep=" in printed or "seed=range" in printed else []
+    if "seeds=auto" in printed:
+        short += ["sweep.max_seeds=3"]
+    elif "sweep=" in printed or "seed=range" in printed:
+        short += ["seed=1,2"]
     short += ["max_steps=8"] if "resume=outputs" in printed else []
     short += ["hydra.sweeper.n_trials=3"] if "optuna" in printed else []
     line = " ".join(short)
