@@ -111,7 +111,7 @@ def show(study: "Study") -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from gptexp.analysis.summary import VERDICTS, counts, disagreements, further_seeds, headline, percent, plural
+    from gptexp.analysis.summary import VERDICTS, advice, counts, disagreements, headline, percent, plural
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
@@ -133,9 +133,7 @@ def show(study: "Study") -> None:
             table.add_row(label, *(row[column] for column in columns))
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
-    more = further_seeds(study)
-    decides = "would probably decide what is open and large enough to matter"
-    notes = [f"{plural(more, 'further seed')} {decides}."] if more else []
+    notes = [line] if (line := advice(study)) else []
     notes += [f"the other loss disagrees: {line}" for line in disagreements(study)[:5]]
     notes.append(f"{counts(study)}.")
     notes += [f"set apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]

@@ -173,7 +173,7 @@ def judge(
         elif not few[i] and p_equal[i] <= alpha:
             verdict = "equal"
         needed = None
-        if verdict == "undecided" and t.n[i] > 1:
+        if verdict == "undecided" and not few[i]:
             sd, df_per_seed = t.error[i] * math.sqrt(t.n[i]), t.df[i] / max(1, t.n[i] - 1)
             needed = seeds_needed(t.mean[i], sd, delta, alpha / len(contrasts), t.n[i] + 1, df_per_seed)
         effect = t.mean[i] / t.sd[i] * (1 - 3 / (4 * t.df[i] - 1)) if t.sd[i] else math.nan

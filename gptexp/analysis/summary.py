@@ -125,7 +125,7 @@ def open_questions(study: Study) -> list[str]:
     lines = []
     for c in study.comparisons:
         j = c.judgement
-        if j.verdict != "undecided" or j.n < 2:
+        if j.verdict != "undecided" or j.n < FEWEST_SEEDS:
             continue
         needed = f"about {j.seeds_needed} seeds in all" if j.seeds_needed else "no number of seeds that is near"
         size = f"{_name(c)} against {c.that}: {j.mean:+.4f} nats so far"
@@ -135,11 +135,27 @@ def open_questions(study: Study) -> list[str]:
 
 
 def further_seeds(study: Study) -> int | None:
-    """How many more seeds would probably decide the differences that matter; None if nothing that matters is open."""
+    """How many more seeds would probably decide the differences that matter; None if nothing that matters is open.
+
+    With fewer than three seeds it is not known how large differences are, so the answer is three in all.
+    """
+    if few := [c.judgement.n for c in study.comparisons if c.judgement.n < FEWEST_SEEDS and c.kind == "variant"]:
+        return FEWEST_SEEDS - min(few)
     needed = [(c.judgement.seeds_needed, c.judgement.n) for c in study.comparisons
               if c.judgement.verdict == "undecided" and c.judgement.n > 1 and abs(c.judgement.mean) >= study.delta]
     known = [total - n for total, n in needed if total is not None]
     return max(known, default=0) or None
+
+
+def advice(study: Study) -> str:
+    """What further seeds would bring; "" if none are needed."""
+    more = further_seeds(study)
+    if not more:
+        return ""
+    if any(c.judgement.n < FEWEST_SEEDS for c in study.comparisons if c.kind == "variant"):
+        return f"{plural(more, 'further seed')} would allow verdicts."
+    return (f"{plural(more, 'further seed')} would probably decide what is open and large enough to matter, if the "
+            "differences stay as they are.")  # fmt: skip
 
 
 def counts(study: Study) -> str:
