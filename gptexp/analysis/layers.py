@@ -74,9 +74,9 @@ def diagnostics(measured: pd.DataFrame, style: Mapping[str, Mapping[str, Any]], 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if 0 < 20 * part["value"].min() < part["value"].max():
             axes.set_yscale("log")
-        axes.set_title(f"{quantity}\n{kind}", fontsize=9)
-        axes.set_ylabel(UNITS[quantity], fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.set_title(f"{quantity}\n{kind}", fontsize=10)
+        axes.set_ylabel(UNITS[quantity], fontsize=9.6)
+        axes.tick_params(labelsize=9.6)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
     names = list(measured["variant"].unique())

@@ -45,6 +45,9 @@ SIGN_SEEDS = 6
 FLIPS = 2**14  # choices of signs that the sign-flip test counts; up to 14 seeds, these are all there are
 MOST_SEEDS = 1000
 
+# Below, the functions of scipy.special are the distributions of scipy.stats without its checks, which take most of the
+# time: stdtr and stdtrit are Student's, fdtri is F's, ndtr is the normal one.
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -71,7 +74,7 @@ def pooled_noise(losses: Array) -> Noise:
             break
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.divide((np.nansum(residuals**2) - squares) / added, squares / rest)
-        if not ratio > stats.f.isf(NOISIER, added, rest):
+        if not ratio > special.fdtri(added, rest, 1 - NOISIER):
             break
         del rows[best]
         residuals, df = fits[best]
@@ -161,10 +164,10 @@ def judge(
     t = _t_tests(by_seed, contrasts, pooled_noise(losses), delta)
     few = t.n < FEWEST_SEEDS
     p, p_equal = np.where(few, math.nan, t.p), np.where(few, math.nan, t.p_equal)
-    enough = np.minimum(stats.t.isf(alpha / 2, (t.n - 1).clip(1)), OWN_ERRORS)
+    enough = np.minimum(-special.stdtrit((t.n - 1).clip(1), alpha / 2), OWN_ERRORS)
     p = np.where(t.own < enough, np.fmax(holm(adjust(p)), t.p_own), holm(adjust(p)))
     p_equal = holm(np.where(p_equal < 0.5, adjust(np.minimum(2 * p_equal, 1)) / 2, p_equal))  # it has one side
-    p_signs, margin = sign_flips(by_seed), stats.t.isf(alpha / 2, t.df) * t.sd / np.sqrt(t.n.clip(1))
+    p_signs, margin = sign_flips(by_seed), -special.stdtrit(t.df, alpha / 2) * t.sd / np.sqrt(t.n.clip(1))
     judgements = []
     for i in range(len(contrasts)):
         verdict: Verdict = "undecided"
@@ -207,14 +210,14 @@ def _t_tests(by_seed: Array, contrasts: Array, noise: Noise, delta: float) -> _T
     pooled = np.sqrt(noise.variance * (contrasts**2).sum(1))
     root, alone = np.sqrt(n.clip(1)), (contrasts[:, list(noise.noisier)] != 0).any(1) | ~np.isfinite(pooled)
     with np.errstate(divide="ignore", invalid="ignore"):
-        alone |= (n >= QUIET_SEEDS) & (own**2 < pooled**2 * stats.f.ppf(QUIETER, (n - 1).clip(1), max(noise.df, 1)))
+        alone |= (n >= QUIET_SEEDS) & (own**2 < pooled**2 * special.fdtri((n - 1).clip(1), max(noise.df, 1), QUIETER))
         df = np.where(alone, n - 1, noise.df).clip(1)
-        unlike = own**2 > pooled**2 * stats.f.isf(UNLIKE, (n - 1).clip(1), df)
+        unlike = own**2 > pooled**2 * special.fdtri((n - 1).clip(1), df, 1 - UNLIKE)
         error = np.where(alone, own, np.fmax(own, pooled)) / root
         t, own_t = (np.where(mean == 0, 0.0, abs(mean) / of) for of in (error, own / root))
         inside = np.nan_to_num((delta - abs(mean)) / error, nan=-math.inf)
-    return _Tests(n, mean, np.where(alone | unlike, own, pooled), error, df, 2 * stats.t.sf(t, df),
-                  stats.t.sf(inside, df), own_t, 2 * stats.t.sf(own_t, (n - 1).clip(1)))  # fmt: skip
+    return _Tests(n, mean, np.where(alone | unlike, own, pooled), error, df, 2 * special.stdtr(df, -t),
+                  special.stdtr(df, -inside), own_t, 2 * special.stdtr((n - 1).clip(1), -own_t))  # fmt: skip
 
 
 def sign_flips(by_seed: Array) -> Array:
@@ -265,8 +268,8 @@ def seeds_needed(mean: float, sd: float, delta: float, level: float, at_least: i
     df, z = df_per_seed * (n - 1), special.ndtr
     with np.errstate(divide="ignore", invalid="ignore"):  # differences that do not spread
         error = np.float64(sd) / np.sqrt(n)
-        differs = z(abs(mean) / error - stats.t.isf(level / 2, df))
-        inside = stats.t.isf(level, df)
+        differs = z(abs(mean) / error + special.stdtrit(df, level / 2))
+        inside = -special.stdtrit(df, level)
         same = z((delta - mean) / error - inside) + z((delta + mean) / error - inside) - 1
     enough = n[(differs >= 0.8) | (same >= 0.8)]
     return int(enough[0]) if len(enough) else None

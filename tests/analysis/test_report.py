@@ -245,5 +245,5 @@ def test_the_page_in_a_browser(browser: str, page: Path, tmp_path: Path) -> None
     assert found["after"] == ["curves_seconds"]
     assert found["drawn"] == 5  # two curves are hidden
     assert float(str(found["smallest"])) > 9  # pixels of a phone
-    assert str(found["h1"]).startswith("Undecided")
+    assert str(found["h1"]).startswith("rmsnorm is worse than layernorm by 0.029 nats")
     assert console == ""
