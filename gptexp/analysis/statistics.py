@@ -67,8 +67,9 @@ def pooled_noise(losses: Array) -> Noise:
     rows = [row for row, values in enumerate(losses) if np.isfinite(values).sum() > 1]
     residuals, df = _residuals(losses[rows])
     while len(rows) > 2:
-        fits = [_residuals(losses[[other for other in rows if other != row]]) for row in rows]
-        squares, best = min((float(np.nansum(fit[0] ** 2)), i) for i, fit in enumerate(fits))
+        noisiest = np.argsort(np.nansum(residuals**2, axis=1))[-3:].tolist()  # one of them adds the most
+        fits = {i: _residuals(losses[[row for row in rows if row != rows[i]]]) for i in noisiest}
+        squares, best = min((float(np.nansum(fit[0] ** 2)), i) for i, fit in fits.items())
         added, rest = df - fits[best][1], fits[best][1]
         if added < 1 or rest < 1:
             break
@@ -93,12 +94,14 @@ def _residuals(losses: Array) -> tuple[Array, float]:
         rows, columns = losses.shape
         return centered - centered.mean(1, keepdims=True), float(max(0, rows - 1) * max(0, columns - 1))
     rows, columns = np.nonzero(there)
-    design = np.zeros((len(rows), sum(losses.shape)))
-    design[np.arange(len(rows)), rows] = design[np.arange(len(rows)), len(losses) + columns] = 1
-    solution, _, rank, _ = np.linalg.lstsq(design, losses[there])
+    counts, means = there.sum(1), np.where(there, losses, 0.0).sum(1) / there.sum(1)
+    # What variants explain is taken out of the losses and of the seeds, so that few unknowns are left.
+    design = (columns[:, None] == np.arange(losses.shape[1])) - there[rows] / counts[rows, None]
+    centered = losses[there] - means[rows]
+    solution, _, rank, _ = np.linalg.lstsq(design, centered)
     residuals = np.full(losses.shape, math.nan)
-    residuals[there] = losses[there] - design @ solution
-    return residuals, float(len(rows) - rank)
+    residuals[there] = centered - design @ solution
+    return residuals, float(len(rows) - len(losses) - rank)
 
 
 def differences(losses: Array, contrast: Array) -> Array:
