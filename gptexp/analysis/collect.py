@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +45,12 @@ class Record:
     windows: pd.DataFrame = field(repr=False)  # evaluations of some of its windows; often empty
     result: dict[str, Any] = field(repr=False)  # result.json, empty while there is none
 
-    @property
+    @cached_property
     def best(self) -> float:
         """The lowest validation loss; nan if there is none."""
         return float(self.curve["loss"].min())
 
-    @property
+    @cached_property
     def final(self) -> float:
         """The last validation loss; nan if there is none."""
         return math.nan if self.curve.empty else float(self.curve["loss"].iloc[-1])

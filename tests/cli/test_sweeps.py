@@ -129,7 +129,7 @@ def test_what_stands_in_the_place_of_a_job(sweep: Start, folder: Path, capfd: Ca
 @pytest.mark.parametrize(
     ("name", "count"),
     [("norms", 30), *(pytest.param(*rest, marks=pytest.mark.slow)
-                      for rest in (("heads", 20), ("learning_rate", 30), ("depth", 20), ("full", 90)))],
+                      for rest in (("heads", 20), ("learning_rate", 50), ("depth", 20), ("full", 90)))],
 )  # fmt: skip
 def test_a_named_sweep_has_its_jobs(
     name: str, count: int, command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
