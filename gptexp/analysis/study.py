@@ -135,10 +135,10 @@ def _judged(study: Study, base: Variant) -> Study:
     seeds = list(looks.seeds) if looks else sorted({seed for v in variants for seed in v.runs})
     notes, row = list(study.notes), variants.index(base)
     if looks:
-        pending = np.array([[_pending(study, v, seed) for seed in seeds] for v in variants])
+        pending = _pending(study, seeds)
         standing = stand(_losses(variants, study.metric, seeds), row, looks, study.delta, study.alpha, pending)
-        notes.append(f"seeds were added as they were needed: {describe(looks, max(0, standing.look))}; p-values allow "
-                     "for the looks before")  # fmt: skip
+        notes.append(f"seeds were added where they were needed ({describe(looks, max(0, standing.look))}); p-values "
+                     "allow for the earlier looks")  # fmt: skip
         strange = sorted({seed for v in variants for seed in v.runs} - set(seeds))
         if strange:
             notes.append(f"the seeds {', '.join(map(str, strange))} are not in the sweep's plan and are left out")
@@ -184,12 +184,10 @@ def _losses(variants: Sequence[Variant], metric: Metric, seeds: Sequence[int]) -
     return np.array([[getattr(v.runs[s], metric) if s in v.runs else math.nan for s in seeds] for v in variants])
 
 
-def _pending(study: Study, variant: Variant, seed: int) -> bool:
-    """Whether a run of the plan may still come: there is none yet, or it is not at its end."""
-    if seed in variant.runs:
-        return False
-    own = [r for r in study.records if r.seed == seed and label_of(study, r) == variant.label]
-    return not own or any(r.status in ("running", "interrupted") for r in own)
+def _pending(study: Study, seeds: Sequence[int]) -> Array:
+    """(variants, seeds) bool: runs that may still come, as there are none yet, or they are not at their end."""
+    ended = {(label_of(study, r), r.seed) for r in study.records if r.status not in ("running", "interrupted")}
+    return np.array([[(v.label, seed) not in ended for seed in seeds] for v in study.variants])
 
 
 def label_of(study: Study, record: Record) -> str:
