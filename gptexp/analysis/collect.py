@@ -4,13 +4,13 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from gptexp.analysis.looks import Looks, looks_from
@@ -156,11 +156,13 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith(("data.", "task."))}  # fmt: skip
-    rows = read_metrics(run.metrics_path, [*AXES, *_LOSSES])
-    table = pd.DataFrame(rows, columns=[*AXES, *_LOSSES], dtype=float)
-    table["seconds"] = table["seconds"].ffill().fillna(0.0)  # an evaluation has those of the training before it
-    curve, windows = (table[np.isfinite(table[loss])].rename(columns={loss: "loss"})[[*AXES, "loss"]]
-                      for loss in _LOSSES)  # fmt: skip
+    evaluations, seconds = defaultdict(list), 0.0
+    for row in read_metrics(run.metrics_path, [*AXES, *_LOSSES]):
+        seconds = row.get("seconds", seconds)  # an evaluation has those of the training before it
+        for loss in _LOSSES:
+            if math.isfinite(row.get(loss, math.nan)):
+                evaluations[loss].append((row["step"], row["tokens"], seconds, row[loss]))
+    curve, windows = (pd.DataFrame(evaluations[loss], columns=[*AXES, "loss"], dtype=float) for loss in _LOSSES)
     if info["status"] == "done" and curve.empty:
         raise UserError("metrics.csv holds no losses")
     return Record(

@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special, stats
 
-from gptexp.analysis.statistics import FEWEST_SEEDS, Array, Judgement, judge
+from gptexp.analysis.statistics import FEWEST_SEEDS, Array, Caution, Judgement, judge
 
 NODES = 64  # of the quadrature
+
+EARLY_LOOKS = 6
+"""A look with up to so many seeds, unless it is the last, is more cautious about variants that may be noisier."""
 
 IMPROBABLE = 0.1
 """A variant gets no further seeds if the probability that the last of them bring a verdict is below this."""
@@ -36,6 +39,11 @@ class Looks:
     def at(self, look: int) -> tuple[int, ...]:
         """The seeds that a look sees, counted from 0."""
         return self.seeds[: self.counts[look]]
+
+    def caution(self, look: int) -> Caution:
+        """How a look raises p-values."""
+        early = self.counts[look] <= EARLY_LOOKS and look < len(self.counts) - 1
+        return Caution(partial(self.adjust, look), EARLY_LOOKS if early else FEWEST_SEEDS)
 
     def adjust(self, look: int, p: Array) -> Array:
         """p-values at a look that allow for the looks before it: below alpha at most as often as alpha over all."""
@@ -133,8 +141,7 @@ def stand(
             break
         trained, reached = wanted, look
         seen = np.where(trained, losses, math.nan)
-        for row, judgement in zip(others, judge(seen, contrasts, delta, alpha, partial(looks.adjust, look)),
-                                  strict=True):  # fmt: skip
+        for row, judgement in zip(others, judge(seen, contrasts, delta, alpha, looks.caution(look)), strict=True):
             if row in open_:
                 final[row] = judgement
         open_ = [row for row in open_ if final[row].verdict == "undecided"

@@ -36,6 +36,10 @@ variants that are nearly the same. Fewer than `QUIET_SEEDS` seeds may vary littl
 
 QUIET_SEEDS = 5
 
+EARLY = 3.0
+"""By how much p-values of the pooled noise are multiplied with three seeds, and at looks with up to six: so few losses
+of a noisier variant often lie close together by chance, so that its noise seems like that of the others."""
+
 OWN_ERRORS = 3.2
 """So many standard errors of its own differences a mean must have in any case, unless its own t-test needs fewer."""
 
@@ -141,10 +145,19 @@ class Judgement:
     seeds_needed: int | None
 
 
+class Caution(NamedTuple):
+    """How p-values are raised."""
+
+    adjust: Callable[[Array], Array] = np.asarray  # for earlier looks at the same seeds; see gptexp.analysis.looks
+    early: int = FEWEST_SEEDS  # up to so many seeds, those of the pooled noise are also multiplied by `EARLY`
+
+
+ONCE = Caution()  # the seeds are looked at once
+
+
 def judge(
-    losses: Array, contrasts: Array, delta: float, alpha: float = 0.05,
-    adjust: Callable[[Array], Array] = np.asarray,
-) -> list[Judgement]:  # fmt: skip
+    losses: Array, contrasts: Array, delta: float, alpha: float = 0.05, caution: Caution = ONCE
+) -> list[Judgement]:
     """Judge a family of comparisons together.
 
     The t-test of a contrast divides its mean by a standard error of the pooled noise or of its own differences,
@@ -159,7 +172,7 @@ def judge(
         contrasts: (comparisons, variants).
         delta: the largest difference that counts as none, in the losses' units.
         alpha: the probability of claiming any difference in the family where there is none.
-        adjust: makes p-values allow for earlier looks at the same seeds; see `gptexp.analysis.looks`.
+        caution: how p-values are raised.
     """
     if not len(contrasts):
         return []
@@ -168,7 +181,9 @@ def judge(
     few = t.n < FEWEST_SEEDS
     p, p_equal = np.where(few, math.nan, t.p), np.where(few, math.nan, t.p_equal)
     enough = np.minimum(-special.stdtrit((t.n - 1).clip(1), alpha / 2), OWN_ERRORS)
-    p = np.where(t.own < enough, np.fmax(holm(adjust(p)), t.p_own), holm(adjust(p)))
+    adjust, early = caution.adjust, (t.n <= caution.early) & (t.df > t.n - 1)
+    p = holm(np.where(early, np.minimum(EARLY * adjust(p), 1), adjust(p)))
+    p = np.where(t.own < enough, np.fmax(p, t.p_own), p)
     p_equal = holm(np.where(p_equal < 0.5, adjust(np.minimum(2 * p_equal, 1)) / 2, p_equal))  # it has one side
     p_signs, margin = sign_flips(by_seed), -special.stdtrit(t.df, alpha / 2) * t.sd / np.sqrt(t.n.clip(1))
     judgements = []

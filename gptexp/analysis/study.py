@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from gptexp.analysis.factors import Factor, comparable, find_factors, label, lev
 from gptexp.analysis.looks import Looks, Standing, describe, stand
 from gptexp.analysis.statistics import (
     FEWEST_SEEDS,
+    ONCE,
     Array,
     Judgement,
     differences,
@@ -151,9 +151,9 @@ def _judged(study: Study, base: Variant) -> Study:
         losses, found = _losses(variants, metric, seeds), dict[int, Judgement]()
         if standing:
             losses = np.where(standing.trained, losses, math.nan)
-        adjust = partial(looks.adjust, standing.look) if looks and standing and standing.look >= 0 else np.asarray
+        caution = looks.caution(standing.look) if looks and standing and standing.look >= 0 else ONCE
         for family in families:
-            found |= dict(zip(family, judge(losses, contrasts[family], study.delta, study.alpha, adjust), strict=True))
+            found |= dict(zip(family, judge(losses, contrasts[family], study.delta, study.alpha, caution), strict=True))
         if standing and metric == study.metric:
             found |= dict(zip(families[0], standing.judgements, strict=True))
         judged[metric] = found

@@ -230,12 +230,12 @@ def test_variants_get_seeds_until_they_are_decided() -> None:
 def test_false_alarms(noise: str) -> None:
     """Limits of 6, 7 and 9 % with equal noise, a variant twice and one four times as noisy.
 
-    The last is 14 % for skewed noise: docs/statistics.md says why no test does better.
+    The last is 12 % with five seeds and skewed noise: docs/statistics.md says why no test does better.
     """
-    four = 0.09 if noise in ("normal", "t3") else 0.14
-    for scale, limit in {"equal": 0.06, "one variant twice": 0.07, "one variant four times": four}.items():
+    for scale, limit in {"equal": 0.06, "one variant twice": 0.07, "one variant four times": 0.09}.items():
         for seeds in (3, 5, 8):
-            assert power.false_alarms(noise, seeds, 1000, scale) <= limit, (scale, seeds)
+            known = limit == 0.09 and seeds == 5 and noise in ("exponential", "log-normal")
+            assert power.false_alarms(noise, seeds, 1000, scale) <= (0.12 if known else limit), (scale, seeds)
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_power_equality_and_coverage(noise: str) -> None:
 @pytest.mark.slow
 def test_sweeps_that_look_err_no_more_and_train_less() -> None:
     for scale, limit in {"equal": 0.06, "one variant twice": 0.07, "one variant four times": 0.09}.items():
-        assert power.sequential_false_alarms("normal", 1000, scale) <= limit
-    found = power.sequential(1000)
+        assert power.sequential_false_alarms("normal", 500, scale) <= limit
+    found = power.sequential(500)
     assert found["saved"] >= 0.3
     assert all(a >= b - 0.02 for a, b in zip(found["found"], found["found_fixed"], strict=True))
