@@ -38,14 +38,12 @@ QUIET_SEEDS = 5
 
 EARLY = 3.0
 """By how much p-values of the pooled noise are multiplied with three seeds, and at looks with up to six: so few losses
-of a noisier variant often lie close together by chance, so that its noise seems like that of the others."""
+of a noisier variant often lie close together."""
 
 OWN_ERRORS = 3.2
 """So many standard errors of its own differences a mean must have in any case, unless its own t-test needs fewer."""
 
-SIGN_SEEDS = 6
-"""The fewest seeds for the sign-flip test, which then can go below 0.05."""
-
+SIGN_SEEDS = 6  # the fewest seeds for the sign-flip test, which then can go below 0.05
 FLIPS = 2**14  # choices of signs that the sign-flip test counts; up to 14 seeds, these are all there are
 MOST_SEEDS = 1000
 
@@ -155,17 +153,12 @@ class Caution(NamedTuple):
 ONCE = Caution()  # the seeds are looked at once
 
 
-def judge(
-    losses: Array, contrasts: Array, delta: float, alpha: float = 0.05, caution: Caution = ONCE
-) -> list[Judgement]:
-    """Judge a family of comparisons together.
+def judge(losses: Array, contrasts: Array, delta: float, alpha: float = 0.05, caution: Caution = ONCE
+          ) -> list[Judgement]:  # fmt: skip
+    """Judge a family of comparisons together; docs/statistics.md has the rule, its rates of error and its power.
 
-    The t-test of a contrast divides its mean by a standard error of the pooled noise or of its own differences,
-    whichever is larger, with the degrees of freedom of the pooled noise. A contrast with a variant that is much noisier
-    than the others, or whose differences vary much less, has its own. A difference must also pass its own paired
-    t-test, uncorrected, or have `OWN_ERRORS`.
-    Equality takes two such t-tests, one-sided, against ±delta. p-values are corrected by Holm's method.
-    docs/statistics.md has the rates of error and the power, by simulation.
+    A standard error is that of the pooled noise or of a contrast's own differences, whichever is larger; that of its
+    own where it has a variant that is much noisier than the others, or varies much less.
 
     Args:
         losses: (variants, seeds), nan where there is no run.
