@@ -7,7 +7,7 @@ settings (key=value):
   prompt_per_line=true  each line of prompt_file is a prompt of its own
   num_samples=1         samples of each prompt
   max_new_tokens=500    longest continuation, in tokens
-  temperature=0.8       0 always takes the likeliest token
+  temperature=0.8       0, which answers to problems have, always takes the likeliest token
   top_k=null            sample among the k likeliest tokens
   top_p=null            sample among the likeliest tokens whose probabilities reach p
   stop=TEXT             end a sample at this text; documents end at their terminator by themselves
@@ -38,7 +38,7 @@ class SampleConfig:
     prompt_per_line: bool = False
     num_samples: Annotated[int, Ge(1)] = 1
     max_new_tokens: Annotated[int, Ge(1)] = 500
-    temperature: Annotated[float, Ge(0)] = 0.8
+    temperature: Annotated[float, Ge(0)] | None = None
     top_k: Annotated[int, Ge(1)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
     stop: str | None = None
@@ -106,17 +106,24 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
     mkl_kernels.choose(run.config.hardware.fast_mkl)
     info = run.info
     tokenizer = tokenizer_from_dict(info.get("tokenizer"))
-    documents = info.get("data", {}).get("document_end") is not None
-    opening = tokenizer.encode("\n").tolist() if documents else []
-    texts = list(prompts) or ([""] if documents else ["\n"])
+    data = info.get("data", {})
+    end = data.get("document_end")
+    start = data.get("document_start", end)
+    problems = end is not None and start is None
+    if problems and not prompts:
+        raise UserError(f"prompt: is missing; give a problem of task={data['task']['name']}")
+    opening, ending = (tokenizer.encode(symbol).tolist() if symbol else [] for symbol in (start, end))
+    texts = list(prompts) or ([""] if opening else ["\n"])
     rows = [[*opening, *tokenizer.encode(text, what="prompt").tolist()] for text in texts]
     if [] in rows:
         raise UserError("prompt=: is empty; give at least one character")
-    stop = tokenizer.encode(config.stop, what="stop").tolist() if config.stop else opening
+    stop = tokenizer.encode(config.stop, what="stop").tolist() if config.stop else ending
     model = load_model(run, config.checkpoint, tokenizer.vocab_size)
     texts = [text for text in texts for _ in range(config.num_samples)]
     rows = [row for row in rows for _ in range(config.num_samples)]
-    options = {key: getattr(config, key) for key in ("temperature", "top_k", "top_p", "seed")} | {"stop": stop}
+    temperature = config.temperature if config.temperature is not None else 0.0 if problems else 0.8
+    options = {key: getattr(config, key) for key in ("top_k", "top_p", "seed")}
+    options |= {"stop": stop, "temperature": temperature}
     if len(rows) == 1 and sys.stdout.isatty():
         print(texts[0].lstrip("\n"), end="", flush=True)
         waiting: list[int] = []
@@ -128,9 +135,9 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
         print()
         return
     for i, (text, row) in enumerate(zip(texts, model.generate(rows, config.max_new_tokens, **options), strict=True), 1):
-        ended = bool(documents and stop and row[-len(stop) :] == stop)
+        ended = bool(end and stop and row[-len(stop) :] == stop)
         body = text + tokenizer.decode(row[: -len(stop)] if ended else row)
-        if documents:
+        if end:
             print(body)
         elif len(rows) > 1:
             print(f"--- sample {i} of {len(rows)} ---\n{body.lstrip(chr(10))}\n")

@@ -144,6 +144,9 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     problems: list[str] = []
     tree = _by_short_names(tree, problems)
     values = read_fields(Config, "", tree, problems, skip=("vocab_size",))  # the tokenizer says vocab_size
+    task, data = values.get("task"), values.get("data", DataConfig())
+    if task and not task.corpus and data and data.name == DataConfig.name:
+        values["data"] = replace(data, name="none")  # the default corpus, which this task does not read
     sweep = values.get("sweep")
     name = sweep.name if sweep else None
     if name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", name):

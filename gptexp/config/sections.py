@@ -1,7 +1,7 @@
 """The sections of the configuration, and the bases of those that a registered component has."""
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, Predicate
 
@@ -55,6 +55,9 @@ class ModelConfig:
 class TaskConfig:
     """Base of every task, whose fields are its settings: what is to be predicted."""
 
+    corpus: ClassVar[bool] = True  # False for a task that makes its own problems: it needs data=none
+    exact_match: ClassVar[bool] = False  # whether a row is right or wrong as a whole: val/exact_match tells the share
+
     name: str = ""
     """The kind of task."""
 
@@ -62,8 +65,21 @@ class TaskConfig:
         """The symbol that ends each document of the data; None where a text has no documents."""
         return None
 
+    def document_start(self, data: "DataConfig") -> str | None:
+        """The symbol that comes before the first one of a document; None where there is none."""
+        return None
+
+    def encode(self, corpus: Any, data: "DataConfig") -> Any:
+        """The ids of a corpus, `gptexp.data.encoding.Encoded`; None where they are those of its text as it is."""
+        return None
+
     def problems(self, data: "DataConfig") -> list[str]:
         """What is wrong with the settings of the data; one line a problem."""
+        if self.corpus and data.name == "none":
+            return [f"data.name=none: task={self.name} needs a corpus"]
+        if not self.corpus and data.name != "none":
+            return [f"data.name={data.name}: has no effect with task={self.name}, which makes its own problems; "
+                    "allowed: data=none"]  # fmt: skip
         return []
 
     def splits(self, encoded: Any, data: "DataConfig", block_size: int) -> tuple[Any, Any]:

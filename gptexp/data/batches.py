@@ -56,6 +56,11 @@ def random_numbers(seed: int, step: int, count: int, stream: int) -> NDArray[np.
     return np.asarray(bits.random_raw(count), np.uint64)
 
 
+def part_for_training(n: int, val_fraction: float) -> int:
+    """n (1 - val_fraction), rounded down; the inner rounding is for products such as 10 * (1 - 0.9) = 0.999..."""
+    return int(round(n * (1 - val_fraction), 4))
+
+
 class Split(ABC):
     """The training or the validation part of a corpus: rows of `width` positions that are cut out of its ids.
 

@@ -173,6 +173,15 @@ class File(Source):
         raise UserError(f"data.path={data.path}: {problem}; allowed: a UTF-8 text file that is not empty")
 
 
+@CORPORA.register("none")
+class NoCorpus(Source):
+    """No text: for a task that makes its own problems, such as arithmetic."""
+
+    def find(self, data: DataConfig) -> tuple[Path, str]:
+        """A file that is always empty."""
+        return Path(os.devnull), hashlib.sha256().hexdigest()
+
+
 def find_corpus(data: DataConfig) -> Corpus:
     """The corpus that the settings ask for, downloaded if necessary; or its fallback, with a warning.
 

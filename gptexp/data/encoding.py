@@ -56,7 +56,8 @@ def read_corpus(data: DataConfig, task: TaskConfig) -> Reading:
     if corpus.name != data.name:
         data = replace(data, name=corpus.name)
         task = TASKS.settings(CORPORA[corpus.name].made.task)
-    return Reading(corpus, encode_corpus(corpus, data.tokenizer, task.document_end(data)), data, task)
+    encoded = task.encode(corpus, data) or encode_corpus(corpus, data.tokenizer, task.document_end(data))
+    return Reading(corpus, encoded, data, task)
 
 
 def encode_corpus(

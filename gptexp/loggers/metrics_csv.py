@@ -13,7 +13,7 @@ WHOLE = ("step", "tokens")  # columns of whole numbers
 
 
 class MetricsCSV(Logger):
-    """One row per step, with the columns of `METRICS`; other metrics are left to other loggers.
+    """One row per step, with the columns of `METRICS` and `more`; other metrics are left to other loggers.
 
     What is logged for one step, before and after its evaluation, becomes one row. A row is written once `flush` is
     called or another step begins. Metrics that are already in the file may be logged again: Lightning hands out a
@@ -21,14 +21,15 @@ class MetricsCSV(Logger):
 
     Args:
         path: of the file; rows are appended.
+        more: further columns.
 
     Attributes:
         row: the row that is not in the file yet, by column.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *more: str) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.columns = path, (*METRICS, *more)
         self.row: dict[str, float] = {}
         self._written: dict[str, float] = {}
 
@@ -51,7 +52,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of a step."""
-        row = {k: float(metrics[k]) for k in METRICS if k in metrics} | {"step": float(step or 0)}
+        row = {k: float(metrics[k]) for k in self.columns if k in metrics} | {"step": float(step or 0)}
         again = row["step"] == self._written.get("step") and row.keys() <= self._written.keys()
         if len(row) == 1 or again:
             return
@@ -63,5 +64,5 @@ class MetricsCSV(Logger):
     def flush(self) -> None:
         """Write the open row, if there is one."""
         if len(self.row) > 1:
-            append_rows(self.path, METRICS, [{k: int(v) if k in WHOLE else v for k, v in self.row.items()}])
+            append_rows(self.path, self.columns, [{k: int(v) if k in WHOLE else v for k, v in self.row.items()}])
             self._written, self.row = self.row, {}

@@ -17,6 +17,9 @@ METRICS = (
 
 TIMES = METRICS[-3:]
 
+EXACT_MATCH = "val/exact_match"
+"""A further column, of tasks whose rows are right or wrong as a whole."""
+
 
 class Measurement(NamedTuple):
     """A row of diagnostics.csv."""
@@ -50,7 +53,7 @@ def cut(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def read_metrics(path: Path, columns: Sequence[str] = METRICS) -> list[dict[str, float]]:
+def read_metrics(path: Path, columns: Sequence[str] = (*METRICS, EXACT_MATCH)) -> list[dict[str, float]]:
     """The rows of a metrics.csv, each with the columns that have a value; no rows while there is no file."""
     header, *rows = _read_table(path) if path.exists() else [[]]
     wanted = [(place, name) for place, name in enumerate(header) if name in columns]

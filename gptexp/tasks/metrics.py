@@ -16,6 +16,34 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+class ExactMatch(Metric):
+    """The share of rows whose every target is the likeliest token: what the model writes there is right.
+
+    A text that is written token by token, each the likeliest, equals the targets if and only if each of these is the
+    likeliest one after the targets before it. So one pass over the targets tells, and nothing needs to be written.
+    """
+
+    full_state_update = False
+    right: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits (N, L, V) and targets (N, L); rows without a target are left out."""
+        asked = targets != IGNORED
+        rows = asked.any(1)
+        self.right += (((logits.argmax(-1) == targets) | ~asked).all(1) & rows).sum()
+        self.count += rows.sum()
+
+    def compute(self) -> float:
+        """In 0..1; nan without a row."""
+        return int(self.right) / int(self.count) if self.count else math.nan
+
+
 class LanguageModelMetrics(Metric):
     """Counts that add up exactly over batches and ranks; padding is not counted.
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from gptexp.config.sections import DataConfig, Seed, TaskConfig
 from gptexp.config.settings import settings
-from gptexp.data.batches import SPLIT_STREAM, Documents, Indices, Split, Windows, random_numbers
+from gptexp.data.batches import SPLIT_STREAM, Documents, Indices, Split, Windows, part_for_training, random_numbers
 from gptexp.data.encoding import Encoded
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA, TASKS, TOKENIZERS
@@ -25,7 +25,7 @@ class Text(TaskConfig):
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the text is for validation; windows are `block_size` wide."""
         n = len(encoded.ids)
-        n_train = _n_train(n, data.val_fraction)
+        n_train = part_for_training(n, data.val_fraction)
         if n_train < block_size + 1:
             raise UserError(f"model.block_size={block_size}: longer than the training split, {n_train} tokens; "
                             f"allowed: at most {max(n_train - 1, 0)}")  # fmt: skip
@@ -52,6 +52,10 @@ class Lines(TaskConfig):
             return str(CORPORA[data.name].made.terminator)
         return self.terminator or "\n"
 
+    def document_start(self, data: DataConfig) -> str:
+        """The same symbol."""
+        return self.document_end(data)
+
     def problems(self, data: DataConfig) -> list[str]:
         """The terminator must be a symbol of the tokenizer."""
         text, symbol = f"task.terminator={self.terminator!r}:", self.terminator
@@ -59,7 +63,7 @@ class Lines(TaskConfig):
             return [f"{text} allowed: exactly one character"]
         if symbol not in (None, "\n") and not TOKENIZERS[data.tokenizer].made.one_per_character:
             return [f"{text} has no effect with data.tokenizer={data.tokenizer}, whose documents end with the newline"]
-        return []
+        return super().problems(data)
 
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the shuffled documents is for validation; each must fit into `block_size`."""
@@ -68,7 +72,7 @@ class Lines(TaskConfig):
         n = len(starts)
         if n < 2:
             raise UserError(f"task=documents: the corpus has {n} lines that are not empty; allowed: at least 2")
-        n_train = _n_train(n, data.val_fraction)
+        n_train = part_for_training(n, data.val_fraction)
         if not 0 < n_train < n:
             raise UserError(f"data.val_fraction={data.val_fraction}: leaves {n_train} of the {n} documents for "
                             f"training and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
@@ -86,11 +90,6 @@ class Lines(TaskConfig):
     def samples(self) -> int:
         """Ten, because documents are short."""
         return 10
-
-
-def _n_train(n: int, val_fraction: float) -> int:
-    """n (1 - val_fraction), rounded down; the inner rounding is for products such as 10 * (1 - 0.9) = 0.999..."""
-    return int(round(n * (1 - val_fraction), 4))
 
 
 def find_documents(ids: NDArray[np.generic], terminator: int) -> tuple[Indices, Indices]:

@@ -24,6 +24,7 @@ from gptexp.errors import Diverged, Interrupted, Stopped, UserError
 from gptexp.loggers.metrics_csv import MetricsCSV
 from gptexp.perf import mkl_kernels
 from gptexp.processes.group import Processes
+from gptexp.runs.files import EXACT_MATCH
 from gptexp.runs.run import Run, Status
 from gptexp.training.callbacks.checkpoints import RunCheckpoints
 from gptexp.training.callbacks.diagnostics import Diagnostics
@@ -70,7 +71,7 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
 
     data = load_data(run, config)
     module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
-                       chars_per_token=data.chars_per_token)  # fmt: skip
+                       chars_per_token=data.chars_per_token, exact_match=data.task.exact_match)  # fmt: skip
     before = run.info.get("device", {}).get("threads")
     torch.set_num_threads(thread_count(module.model, config, processes.per_node, before))
     if config.hardware.compile:
@@ -82,7 +83,7 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
         for path in run.growing if resuming is None else ():
             path.unlink(missing_ok=True)
 
-    record = MetricsCSV(run.metrics_path)
+    record = MetricsCSV(run.metrics_path, *([EXACT_MATCH] if data.task.exact_match else []))
     callbacks = _callbacks(run, config, processes, data, module, record, watch, quiet)
     with opened_loggers(run, config, module) as loggers:
         loggers.append(record)  # last, so that `trainer.logger` is the user's

@@ -16,7 +16,7 @@ from gptexp.data.batches import Batch, draw
 from gptexp.models.batch_norms import Penalized
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import build_model
-from gptexp.tasks.metrics import LanguageModelMetrics, summed_loss
+from gptexp.tasks.metrics import ExactMatch, LanguageModelMetrics, summed_loss
 from gptexp.training.callbacks.evaluations import evaluation_due
 from gptexp.training.optimizers import Parameters
 
@@ -39,6 +39,7 @@ class GPTModule(LightningModule):
         schedule: settings of the learning rate, in the same way, such as `{"name": "cosine", "warmup_steps": 100}`.
         seed: of the initial weights and of dropout.
         chars_per_token: of the validation split, for bits per character.
+        exact_match: also log `val/exact_match`, the share of rows whose every target is the likeliest token.
 
     Attributes:
         model: the network, called as model(ids, mask).
@@ -58,6 +59,7 @@ class GPTModule(LightningModule):
         *,
         seed: int = 1337,
         chars_per_token: float = 1.0,
+        exact_match: bool = False,
     ) -> None:
         super().__init__()
         network: ModelConfig = read_section("model", model)
@@ -65,11 +67,13 @@ class GPTModule(LightningModule):
         self.schedule_config: ScheduleConfig = read_section("schedule", schedule)
         sections = {"model": network, "optimizer": self.optimizer_config, "schedule": self.schedule_config}
         plain = {name: asdict(section) for name, section in sections.items()}
-        self.save_hyperparameters({**plain, "seed": seed, "chars_per_token": chars_per_token}, logger=False)
+        others = {"seed": seed, "chars_per_token": chars_per_token, "exact_match": exact_match}
+        self.save_hyperparameters(plain | others, logger=False)
         self.seed = seed
         self.learning_rate = self.optimizer_config.learning_rate  # the peak; `lr_find` changes it
         self.model: LanguageModel = build_model(network, seed)
         self.val_metrics = LanguageModelMetrics(chars_per_token)
+        self.exact_match = ExactMatch() if exact_match else None
         self.penalized: list[Any] = [m for m in self.model.modules() if isinstance(m, Penalized)]
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}  # a sharded one hides its shape
         self.weights = list(self.parameters())
@@ -129,13 +133,19 @@ class GPTModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a batch's losses and hits; padding enters none of them."""
-        self.val_metrics.update(self(batch.x), batch.y)
+        logits = self(batch.x)
+        self.val_metrics.update(logits, batch.y)
+        if self.exact_match is not None:
+            self.exact_match.update(logits, batch.y)
         self._whole = batch.whole
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all batches and all ranks."""
         values = self.val_metrics.compute()
         self.val_metrics.reset()
+        if self.exact_match is not None:
+            values["exact_match"] = self.exact_match.compute()
+            self.exact_match.reset()
         shown = {f"val/{k}": v for k, v in values.items()} if self._whole else {"val/loss_windows": values["loss"]}
         self.log_dict({name: self.exact(value) for name, value in shown.items()})
         self.log("step", float(self.global_step))

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from gptexp.config.schema import Config
 from gptexp.loggers.media import log_figure, log_summary
-from gptexp.runs.files import read_diagnostics, read_metrics, read_samples
+from gptexp.runs.files import EXACT_MATCH, read_diagnostics, read_metrics, read_samples
 from gptexp.runs.run import Run, Status
 from gptexp.training.callbacks.throughput import Throughput
 
@@ -73,12 +73,16 @@ def _tell(run: Run, result: dict[str, Any], best: dict[str, float]) -> None:
         case _ if not best:
             log.info("done · nothing was evaluated · %.0f s of training", seconds)
         case _:
-            log.info("done · best val/loss %.4f at step %d · %.0f s of training, %.0f s of evaluation",
-                     best["val/loss"], best["step"], seconds, result["eval_seconds"])  # fmt: skip
+            right = result["final"].get(EXACT_MATCH)
+            log.info("done · best val/loss %.4f at step %d%s · %.0f s of training, %.0f s of evaluation",
+                     best["val/loss"], best["step"], "" if right is None else f" · {right:.1%} right at the end",
+                     seconds, result["eval_seconds"])  # fmt: skip
             if samples := read_samples(run.samples_path):
                 lines = samples[-1][1].strip("\n").split("\n")
                 log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in lines))
-            prompt = "" if run.info["data"]["document_end"] else ' prompt="The "'
+            data = run.info["data"]
+            problem = data["document_end"] and not data.get("document_start", data["document_end"])
+            prompt = ' prompt="..."' if problem else "" if data["document_end"] else ' prompt="The "'
             plugins = f"GPTEXP_IMPORT={named} " if (named := os.environ.get("GPTEXP_IMPORT")) else ""
             log.info("results: %s\nsample more with: %spython -m gptexp.sample run=%s%s", run.path, plugins, run.path,
                      prompt)  # fmt: skip

@@ -35,7 +35,7 @@ def test_settings_that_go_together(tree):
         ({}, {"name": "documents", "terminator": "ab"}, "task.terminator='ab': allowed: exactly one"),
         ({}, {"name": "documents", "terminator": "\ud800"}, "task.terminator='\\ud800': allowed: exactly one"),
         ({"tokenizer": "byte"}, {"name": "documents", "terminator": "."}, "task.terminator='.': has no effect with d"),
-        ({"name": "shakspeare"}, {}, "data.name=shakspeare: must be one of file, names, pydocs, shakespeare; did you"),
+        ({"name": "shakspeare"}, {}, "data.name=shakspeare: must be one of file, names, none, pydocs, shakespeare"),
     ],
 )
 def test_settings_that_do_not(data, task, problem):

@@ -70,7 +70,8 @@ def test_each_default_stands_in_the_schema_alone(number: int) -> None:
 
 
 def test_every_choice_composes_into_a_valid_configuration() -> None:
-    extra = {"file": ["data.path=x"], "h6": ["model.n_embd=96"], "h12": ["model.n_embd=96"]}
+    extra = {"file": ["data.path=x"], "h6": ["model.n_embd=96"], "h12": ["model.n_embd=96"],
+             "none": ["task=arithmetic"], "problems": ["data=file", "data.path=x"]}  # fmt: skip
     for group, choices in groups().items():
         assert choices, group
         for name in choices if group not in ("sweep", *VALUES) else ():

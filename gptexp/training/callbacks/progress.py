@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gptexp.runs.files import EXACT_MATCH
+
 log = logging.getLogger("gptexp")
 
 
@@ -69,7 +71,8 @@ class ProgressReport(ProgressBar):
 
     def _shown(self, trainer: Trainer) -> dict[str, Any]:
         metrics = trainer.callback_metrics
-        forms = {"loss": ("train/loss", ".4f"), "val": (self.monitor, ".4f"), "rate": ("tokens_per_second", ",.0f")}
+        forms = {"loss": ("train/loss", ".4f"), "val": (self.monitor, ".4f"), "rate": ("tokens_per_second", ",.0f"),
+                 "right": (EXACT_MATCH, ".1%")}  # fmt: skip
         return {key: format(float(metrics[name]), form) if name in metrics else "-"
                 for key, (name, form) in forms.items()}  # fmt: skip
 
@@ -80,6 +83,7 @@ class ProgressReport(ProgressBar):
         parts += [f"{self.loss} {shown['loss']}"] if shown["loss"] != "-" else []
         whole = "" if self.monitor == "val/loss" else " (some windows)"
         parts += [f"val loss {shown['val']}{whole}"] if evaluated else []
+        parts += [f"{shown['right']} right"] if evaluated and shown["right"] != "-" else []
         parts += [f"{shown['rate']} tok/s"] if shown["rate"] != "-" else []
         if self._first < step < steps:
             left = (now - self._start) / (step - self._first) * (steps - step)

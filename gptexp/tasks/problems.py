@@ -1,0 +1,215 @@
+"""Problems, each a prompt with its answer: the loss counts the answers alone."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gptexp.config.sections import DataConfig, Seed, TaskConfig
+from gptexp.config.settings import settings
+from gptexp.data.batches import IGNORED, SPLIT_STREAM, Batch, Indices, Split, draw, part_for_training, random_numbers
+from gptexp.data.corpora import Corpus
+from gptexp.data.encoding import Encoded
+from gptexp.data.tokenizers import Ids, Tokenizer
+from gptexp.errors import UserError
+from gptexp.registry import TASKS, TOKENIZERS
+
+END = "\x03"  # ends an answer of a file, which may have several lines
+
+
+class Problem(NamedTuple):
+    """What is asked, and the text that answers it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedProblems(Encoded):
+    """The ids of all prompts and answers, and what they are."""
+
+    problems: Sequence[Problem]
+
+
+class Problems(Split):
+    """One problem per row: the prompt, the answer and the symbol that ends it, of which the last two are targets.
+
+    Args:
+        problems: prompts and answers, none of them empty.
+        tokenizer: knows their symbols.
+        end: the symbol that ends an answer.
+        width: L; by default that of the longest problem.
+
+    Attributes:
+        problems: as given.
+    """
+
+    masked = True
+
+    def __init__(
+        self, problems: Sequence[Problem], tokenizer: Tokenizer, end: str = "\n", width: int | None = None
+    ) -> None:
+        texts = [text for prompt, answer in problems for text in (prompt, answer + end)]
+        ids, lengths = _encoded(texts, tokenizer)
+        self._prompts = lengths[::2]
+        self._lengths = lengths[::2] + lengths[1::2] - 1  # of x, and of y
+        self._starts = np.cumsum(self._lengths + 1) - self._lengths - 1
+        super().__init__(ids, width or int(self._lengths.max()))
+        self.problems, self.n_rows = problems, len(problems)
+        self.n_tokens = int(lengths[1::2].sum())
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Problems drawn at random, with repetition."""
+        numbers = draw(seed, step, batch_size, self.n_rows)
+        targets = (self._lengths - self._prompts + 1)[numbers].sum()
+        return self.rows(numbers[rows])._replace(tokens=float(targets))
+
+    def find(self, numbers: Indices) -> tuple[Indices, Indices]:
+        """Where these rows begin, and how many positions each has."""
+        return self._starts[numbers], self._lengths[numbers]
+
+    def rows(self, indices: ArrayLike) -> Batch:
+        """As its base; a prompt's own symbols are no targets."""
+        batch = super().rows(indices)
+        numbers = np.maximum(np.asarray(indices, np.int64), 0)
+        batch.y[np.arange(self.width) < self._prompts[numbers, None] - 1] = IGNORED
+        return batch._replace(tokens=float((batch.y != IGNORED).sum()))
+
+
+class EndlessProblems(Problems):
+    """Problems made at random for each batch, none of which is held out; its numbered rows are some of them.
+
+    Args:
+        make: problems of (seed, step, number of problems), a pure function.
+        held_out: the problems that may not occur.
+        tokenizer: knows their symbols.
+        width: L.
+    """
+
+    def __init__(
+        self, make: Callable[[int, int, int], Sequence[Problem]], held_out: Problems, tokenizer: Tokenizer, width: int
+    ) -> None:
+        super().__init__(make(0, 0, held_out.n_rows), tokenizer, width=width)
+        self._make, self._tokenizer = make, tokenizer
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """New problems."""
+        made = Problems(self._make(seed, step, batch_size), self._tokenizer, width=self.width)
+        return made.rows(np.arange(batch_size)[rows])._replace(tokens=float(made.n_tokens))
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Ids, Indices]:
+    """The ids of all texts, one after the other, and the length of each."""
+    if tokenizer.one_per_character:  # all at once, which takes a fraction of the time
+        return tokenizer.encode("".join(texts)), np.fromiter(map(len, texts), np.int64, len(texts))
+    ids = [tokenizer.encode(text) for text in texts]
+    return np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids))
+
+
+def check_width(problems: Sequence[Problem], tokenizer: Tokenizer, end: str, block_size: int) -> int:
+    """The positions of the longest row.
+
+    Raises:
+        UserError: when they are more than `block_size`.
+    """
+    longest = Problems(problems, tokenizer, end)
+    if longest.width > block_size:
+        raise UserError(f"model.block_size={block_size}: shorter than the longest prompt with its answer, "
+                        f"{longest.width} tokens; allowed: at least {longest.width}")  # fmt: skip
+    return longest.width
+
+
+@settings
+class ProblemsConfig(TaskConfig):
+    """Base of the tasks of problems."""
+
+    exact_match: ClassVar[bool] = True
+
+    def document_start(self, data: DataConfig) -> None:
+        """A prompt begins a row."""
+        return
+
+    def samples(self) -> int:
+        """Ten problems, because they are short."""
+        return 10
+
+
+@TASKS.register("problems")
+@settings
+class ProblemFile(ProblemsConfig):
+    """Answer the problems of a file of JSON lines, such as `{"prompt": "2+3=", "answer": "5"}`."""
+
+    name: Literal["problems"] = "problems"
+    prompt: str = "prompt"
+    """The key of a line's prompt."""
+    answer: str = "answer"
+    """The key of a line's answer."""
+    split_seed: Seed = 1337
+    """The seed of the shuffle of the problems before the split."""
+
+    def document_end(self, data: DataConfig) -> str:
+        """A control character, so that answers may have several lines."""
+        return END
+
+    def problems(self, data: DataConfig) -> list[str]:
+        """The file must be named."""
+        return [] if data.name == "file" else [f"data.name={data.name}: task=problems needs data=file data.path=FILE"]
+
+    def encode(self, corpus: Corpus, data: DataConfig) -> Encoded:
+        """The problems, in their order.
+
+        Raises:
+            UserError: for the first line that holds none.
+        """
+        problems = self._read(corpus)
+        texts = [text for problem in problems for text in problem]
+        tokenizer = TOKENIZERS[data.tokenizer].made.learn(lambda: iter((*texts, END)), None)
+        digest = sha256(json.dumps([corpus.sha256, self.prompt, self.answer, tokenizer.to_dict()]).encode())
+        return EncodedProblems(_encoded(texts, tokenizer)[0], tokenizer, digest.hexdigest(), problems)
+
+    def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
+        """The last `val_fraction` of the shuffled prompts is for validation; each row must fit into `block_size`."""
+        assert isinstance(encoded, EncodedProblems)
+        prompts = list(dict.fromkeys(problem.prompt for problem in encoded.problems))
+        n, n_train = len(prompts), part_for_training(len(prompts), data.val_fraction)
+        if not 0 < n_train < n:
+            raise UserError(f"data.val_fraction={data.val_fraction}: leaves {n_train} of the {n} prompts for training "
+                            f"and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
+        order = np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
+        held_out = {prompts[i] for i in order[n_train:]}
+        width = check_width(encoded.problems, encoded.tokenizer, END, block_size)
+        train, val = (
+            Problems([p for p in encoded.problems if (p.prompt in held_out) == held], encoded.tokenizer, END, width)
+            for held in (False, True)
+        )
+        return train, val
+
+    def _read(self, corpus: Corpus) -> list[Problem]:
+        problems = []
+        try:
+            with open(corpus.path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    problems.append(self._problem(line, f"data.path={corpus.path}: line {number}"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.path={corpus.path}: not UTF-8 at offset {error.start}") from error
+        if len(problems) < 2:
+            raise UserError(f"data.path={corpus.path}: has {len(problems)} problems; allowed: at least 2")
+        return problems
+
+    def _problem(self, line: str, where: str) -> Problem:
+        allowed = f'; allowed: {{"{self.prompt}": TEXT, "{self.answer}": TEXT}}'
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            what = "is empty" if not line.strip() else "is not JSON"
+            raise UserError(f"{where} {what}{allowed}") from error
+        for key in (self.prompt, self.answer):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
+                raise UserError(f'{where} has no text "{key}"{allowed}')
+            if END in entry[key]:
+                raise UserError(f'{where}: "{key}" has the character U+0003, which ends an answer')
+        return Problem(entry[self.prompt], entry[self.answer])
