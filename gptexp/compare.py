@@ -8,8 +8,9 @@ baseline. Prints a table and writes a report, figures and tables. Works on an un
 
 settings (key=value):
   baseline=LABEL   the variant that the others are compared with, or a word that it alone has; the first by default
-  metric=final     final or best validation loss; verdicts on the other one are beside it
-  delta=0.01       the largest difference, in nats per token, that counts as none
+  metric=final     final or best validation loss, with verdicts on the other one beside it; or exact_match, the
+                   share of answers to problems that are right
+  delta=0.01       the largest difference, in nats per token or as a share, that counts as none
   alpha=0.05       the probability of claiming any difference where there is none
   target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
   output=DIR       where the files go; report/ in the first directory by default
@@ -42,7 +43,7 @@ class CompareConfig:
     """Settings of the command; see the module's text."""
 
     baseline: str | None = None
-    metric: Literal["final", "best"] = "final"
+    metric: Literal["final", "best", "exact_match"] = "final"
     delta: Annotated[float, Gt(0)] = 0.01
     alpha: Annotated[float, Gt(0), Lt(1)] = 0.05
     target: float | None = None
@@ -115,9 +116,9 @@ def show(study: "Study") -> None:
     from gptexp.analysis.tables import ENDS, comparisons_table, ranking_table, readable
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    title = f"{study.metric} val/loss, nats per token; differences are from {study.baseline}"
+    title = f"{study.measure.title}, {study.measure.of}; differences are from {study.baseline}"
     interval = f"{percent(1 - study.alpha)} interval"
-    wanted = ("seeds", "loss", "sd", "difference", interval, "p", "verdict", "seeds needed")
+    wanted = ("seeds", study.measure.column, "sd", "difference", interval, "p", "verdict", "seeds needed")
     effects = comparisons_table(study).query("kind != 'variant'")
     effects = effects.assign(variant=effects["factor"] + ": " + effects["this"] + " against " + effects["that"])
     tables = {"variant": ranking_table(study), "on average over the others, and together": effects}
@@ -134,7 +135,7 @@ def show(study: "Study") -> None:
         console.print(table)
     console.print(" ".join(headline(study)), style="bold", soft_wrap=True)
     notes = [line] if (line := advice(study)) else []
-    notes += [f"the other loss disagrees: {line}" for line in disagreements(study)[:5]]
+    notes += [f"disagreement: {line}" for line in disagreements(study)[:5]]
     notes.append(f"{counts(study)}.")
     notes += [f"set apart: {plural(len(runs), 'run')} ({reason})" for reason, runs in study.apart.items()]
     notes += [f"unreadable: {path} ({reason})" for path, reason in study.unreadable]

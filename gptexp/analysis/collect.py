@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from gptexp.analysis.looks import Looks, looks_from
+from gptexp.analysis.measures import Metric
 from gptexp.config.schema import flatten
 from gptexp.config.settings import show
 from gptexp.errors import UserError
-from gptexp.runs.files import read_metrics
+from gptexp.runs.files import EXACT_MATCH, read_metrics
 from gptexp.runs.run import Run
 
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
@@ -54,6 +55,12 @@ class Record:
     def final(self) -> float:
         """The last validation loss; nan if there is none."""
         return math.nan if self.curve.empty else float(self.curve["loss"].iloc[-1])
+
+    def measured(self, metric: Metric) -> float:
+        """What is compared, lower being better; nan where the run does not tell."""
+        if metric == "exact_match":
+            return 1 - float(self.result.get("final", {}).get(EXACT_MATCH, math.nan))
+        return self.final if metric == "final" else self.best
 
     @property
     def complete(self) -> bool:

@@ -193,13 +193,13 @@ def forest(study: Study) -> Figure:
                       if math.isfinite(x)) for edge in (min, max))  # fmt: skip
     room = 1.15 if axes.get_xscale() == "symlog" else 1.05  # markers are drawn whole
     axes.set_xlim(min(low * room, -1.2 * study.delta), max(high * room, 1.2 * study.delta))
-    figure.supxlabel(f"difference in {study.metric} val/loss (nats per token): ← better · worse →", fontsize="medium")
+    figure.supxlabel(f"difference in {study.measure.axis}: ← better · worse →", fontsize="medium")
     return figure
 
 
 def heat_map(study: Study, rows: Factor, columns: Factor) -> Figure:
     """The mean loss of every pair of levels, averaged over any other factors."""
-    table = variants_table(study).pivot_table("loss", rows.name, columns.name)
+    table = variants_table(study).pivot_table(study.measure.column, rows.name, columns.name)
     table = table.reindex(rows.levels, columns=columns.levels)
     values = table.to_numpy()
     finite = values[np.isfinite(values)]
@@ -217,7 +217,7 @@ def heat_map(study: Study, rows: Factor, columns: Factor) -> Figure:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     beyond = "max" if high < finite.max() else "neither"
-    figure.colorbar(image, ax=axes, label=f"{study.metric} val/loss", extend=beyond)
+    figure.colorbar(image, ax=axes, label=study.measure.title, extend=beyond)
     return figure
 
 
@@ -240,7 +240,7 @@ def sensitivity(study: Study, factor: Factor) -> Figure:
     if len(levels) <= 8:
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
-    axes.set(xlabel=factor.name, ylabel=f"{study.metric} val/loss (nats per token)")
+    axes.set(xlabel=factor.name, ylabel=study.measure.axis)
     if any(lines):
         _legend(figure)
     return figure
@@ -255,7 +255,7 @@ def loss_against_time(study: Study) -> Figure:
         errors = (seconds.std(ddof=1), values.std(ddof=1)) if len(values) > 1 else (0.0, 0.0)
         axes.errorbar(seconds.mean(), values.mean(), errors[1], errors[0], "o", color=look["color"],
                       label=variant.label, capsize=2, fillstyle="full" if look["linestyle"] == "-" else "none")
-    axes.set(xlabel="seconds of training", ylabel=f"{study.metric} val/loss (nats per token)",
+    axes.set(xlabel="seconds of training", ylabel=study.measure.axis,
              title="mean and standard deviation of the seeds")  # fmt: skip
     _legend(figure)
     return figure

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from gptexp.analysis.collect import Collection, Record, Unreadable, without_seed
 from gptexp.analysis.contrasts import Kind, contrasts_of
 from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, precision
 from gptexp.analysis.looks import Looks, Standing, describe, stand
+from gptexp.analysis.measures import MEASURES, Measure, Metric
 from gptexp.analysis.statistics import (
     FEWEST_SEEDS,
     ONCE,
@@ -26,8 +26,6 @@ from gptexp.analysis.statistics import (
 )
 from gptexp.config.settings import instead
 from gptexp.errors import UserError
-
-Metric = Literal["best", "final"]
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,18 @@ class Comparison:
     factor: str  # the factor's name, or both names; "" for a variant
     this: str  # the variant's label, the factor's level, or both levels
     that: str  # what it is compared with
-    differences: Mapping[int, float]  # in the metric, by seed, nats per token
+    differences: Mapping[int, float]  # in the metric, by seed
     unpaired: tuple[int, ...]  # seeds that not all of its variants have
     judgement: Judgement
-    other: Judgement  # in the other metric
+    other: Judgement  # in the metric beside it
 
 
 @dataclass(frozen=True)
 class Study:
     """Everything that a report says about a set of runs."""
 
-    metric: Metric  # which validation loss is compared; verdicts on the other one are beside it
-    delta: float  # the largest difference that counts as none, nats per token
+    metric: Metric  # what is compared
+    delta: float  # the largest difference that counts as none, in its units
     alpha: float  # the probability of any false claim
     factors: tuple[Factor, ...]  # what varies
     variants: tuple[Variant, ...]  # in the order in which they were run; the baseline is one of them
@@ -80,22 +78,27 @@ class Study:
     standing: Standing | None = None  # what its looks have decided
 
     @property
+    def measure(self) -> Measure:
+        """The words for what is compared."""
+        return MEASURES[self.metric]
+
+    @property
     def base(self) -> Variant | None:
         """The baseline; None if no run is done."""
         return next((v for v in self.variants if v.label == self.baseline), None)
 
     def ranked(self) -> list[Variant]:
-        """The variants with runs that are done, the lowest mean loss first."""
+        """The variants with runs that are done, the lowest mean first."""
         return sorted((v for v in self.variants if v.runs), key=lambda v: mean_loss(v, self.metric))
 
 
 def losses(variant: Variant, metric: Metric) -> list[float]:
-    """A variant's validation losses, by seed."""
-    return [getattr(run, metric) for run in variant.runs.values()]
+    """What is compared of a variant, by seed."""
+    return [run.measured(metric) for run in variant.runs.values()]
 
 
 def mean_loss(variant: Variant, metric: Metric) -> float:
-    """Mean validation loss of a variant over its seeds; nan without a run that is done."""
+    """The mean of `losses`; nan without a run that is done."""
     return float(np.mean(losses(variant, metric))) if variant.runs else math.nan
 
 
@@ -109,14 +112,16 @@ def build_study(
         found: the runs.
         baseline: the label of the variant that others are compared with, or words that no other label has; None is
             the first variant that has a run that is done.
-        metric: the loss that is compared.
-        delta: the largest difference that counts as none, in nats per token.
+        metric: what is compared.
+        delta: the largest difference that counts as none, in its units.
         alpha: the probability of any false claim about the variants, and of any about the factors.
 
     Raises:
         UserError: when there is no such variant, or none of its runs is done.
     """
     together, apart = comparable(found.records)
+    if metric == "exact_match" and all(math.isnan(r.measured(metric)) for r in together if r.complete):
+        raise UserError("metric=exact_match: no run tells it; it needs runs of a task of problems that are done")
     factors = find_factors(together)
     variants, notes = _variants(together, factors, found.missing)
     base = next((v for v in variants if v.runs), None) if baseline is None else _named(variants, baseline)
@@ -147,7 +152,7 @@ def _judged(study: Study, base: Variant) -> Study:
     contrasts = np.array([pair.weights for pair in pairs]).reshape(len(pairs), len(variants))
     families = [[i for i, pair in enumerate(pairs) if (pair.kind == "variant") == of] for of in (True, False)]
     judged: dict[Metric, dict[int, Judgement]] = {}
-    for metric in (study.metric, _other(study.metric)):
+    for metric in (study.metric, study.measure.beside):
         losses, found = _losses(variants, metric, seeds), dict[int, Judgement]()
         if standing:
             losses = np.where(standing.trained, losses, math.nan)
@@ -169,19 +174,15 @@ def _judged(study: Study, base: Variant) -> Study:
             judgement = replace(judgement, verdict="worse", seeds_needed=None)
         comparisons.append(Comparison(
             kind, factor, this, that, {s: float(d) for s, d in zip(seeds, values, strict=True) if math.isfinite(d)},
-            tuple(np.array(seeds)[some].tolist()), judgement, judged[_other(study.metric)][i],
+            tuple(np.array(seeds)[some].tolist()), judgement, judged[study.measure.beside][i],
         ))  # fmt: skip
     return replace(study, comparisons=tuple(comparisons), notes=tuple(notes), standing=standing,
                    assumptions=tuple(_assumptions(study, table)))  # fmt: skip
 
 
-def _other(metric: Metric) -> Metric:
-    return "best" if metric == "final" else "final"
-
-
 def _losses(variants: Sequence[Variant], metric: Metric, seeds: Sequence[int]) -> Array:
     """(variants, seeds), nan where a variant has no run that is done."""
-    return np.array([[getattr(v.runs[s], metric) if s in v.runs else math.nan for s in seeds] for v in variants])
+    return np.array([[v.runs[s].measured(metric) if s in v.runs else math.nan for s in seeds] for v in variants])
 
 
 def _pending(study: Study, seeds: Sequence[int]) -> Array:

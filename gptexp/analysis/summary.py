@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptexp.analysis.measures import MEASURES
 from gptexp.analysis.statistics import FEWEST_SEEDS, Verdict
 from gptexp.analysis.study import Comparison, Study, mean_loss
 
@@ -25,25 +26,26 @@ def headline(study: Study) -> list[str]:
         return [f"No run has finished, so there is nothing to compare ({counts(study)})."]
     if len(study.variants) == 1:
         (variant,) = ranked
-        return [f"There is only one variant, {variant.label}, so there is nothing to compare: {study.metric} val/loss "
+        return [f"There is only one variant, {variant.label}, so there is nothing to compare: {study.measure.title} "
                 f"{mean_loss(variant, study.metric):.4f} ({plural(len(variant.runs), 'seed')})."]  # fmt: skip
     against = [c for c in study.comparisons if c.kind == "variant"]
     most = max(c.judgement.n for c in against)
     if most < FEWEST_SEEDS and not any(c.judgement.verdict == "worse" for c in against):
         best, loss = ranked[0].label, mean_loss(ranked[0], study.metric)
         few = ("no two variants share a seed", "one seed decides nothing", "two seeds decide nothing")[most]
-        return [f"{best} has the lowest loss, {loss:.4f}, but {few}.",
+        return [f"{best} has the lowest {study.measure.noun}, {loss:.4f}, but {few}.",
                 f"A verdict takes at least {FEWEST_SEEDS} seeds that both variants have."]  # fmt: skip
     effects = [c for c in study.comparisons if c.kind == "factor"]
     claims = _claims(effects or against, study)
     first, *others = [f"{words}." for words in claims]
     together = [c for c in study.comparisons if c.kind == "interaction" and c.judgement.verdict in ("better", "worse")]
-    more = [f"Together, {c.this.replace(' x ', ' and ')} cost {abs(c.judgement.mean):.2g} nats "
+    more = [f"Together, {c.this.replace(' x ', ' and ')} cost {abs(c.judgement.mean):.2g} {study.measure.unit} "
             f"{'more' if c.judgement.mean > 0 else 'less'} than the sum of both." for c in together[:MOST_CLAIMS]]
     if effects:
         decided = Counter(c.judgement.verdict for c in against)
         told = ", ".join(f"{decided[verdict]} {word}" for verdict, word in VERDICTS.items() if decided[verdict])
-        more.append(f"The lowest loss is that of {ranked[0].label}, {mean_loss(ranked[0], study.metric):.4f}; against "
+        first_of_all, lowest = ranked[0].label, mean_loss(ranked[0], study.metric)
+        more.append(f"The lowest {study.measure.noun} is that of {first_of_all}, {lowest:.4f}; against "
                     f"{study.baseline}, of {plural(len(against), 'variant')}: {told}.")  # fmt: skip
     return [first, *others, *more]
 
@@ -55,14 +57,14 @@ def _claims(comparisons: Sequence[Comparison], study: Study) -> list[str]:
     clauses = []
     for verdict in ("better", "worse"):
         shown = groups[verdict][:MOST_CLAIMS]
-        clauses += [f"{_name(c)} is {verdict} than {c.that} by {abs(c.judgement.mean):.2g} nats"
+        clauses += [f"{_name(c)} is {verdict} than {c.that} by {abs(c.judgement.mean):.2g} {study.measure.unit}"
                     if c.judgement.n else f"{_name(c)} diverges more often than {c.that}" for c in shown]  # fmt: skip
         if rest := len(groups[verdict]) - len(shown):
             clauses.append(f"{rest} more are {verdict}")
     if same := groups["equal"]:
         names = _listed([_name(c) for c in same])
         clauses.append(f"{names} {'do' if len(same) > 1 else 'does'} not differ from {_listed([c.that for c in same])} "
-                       f"by more than {study.delta:g} nats")  # fmt: skip
+                       f"by more than {study.delta:g} {study.measure.unit}")  # fmt: skip
     decided = [c.judgement for c in ordered if c.judgement.verdict in ("better", "worse") and c.judgement.n]
     if decided and len(clauses) == 1:
         j = decided[0]
@@ -91,29 +93,30 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def disagreements(study: Study) -> list[str]:
-    """Comparisons whose verdict is another one in the loss that is not the headline's."""
-    other = "best" if study.metric == "final" else "final"
-    return [f"{c.this} against {c.that}: {VERDICTS[c.judgement.verdict]} by the {study.metric} loss, "
-            f"{VERDICTS[c.other.verdict]} by the {other} one" for c in study.comparisons
+    """Comparisons whose verdict is another one by the measure that is not the headline's."""
+    this, other = study.measure.title, MEASURES[study.measure.beside].title
+    return [f"{c.this} against {c.that}: {VERDICTS[c.judgement.verdict]} by {this}, "
+            f"{VERDICTS[c.other.verdict]} by {other}" for c in study.comparisons
             if c.judgement.verdict != c.other.verdict and c.judgement.n]  # fmt: skip
 
 
 def paper(study: Study) -> list[str]:
     """A sentence for a paper on each comparison of the headline that has a verdict, and one on the method."""
     kind = "factor" if any(c.kind == "factor" for c in study.comparisons) else "variant"
-    lines = []
+    lines, unit = [], study.measure.unit
     for c in study.comparisons:
         j = c.judgement
         if c.kind != kind or j.n < FEWEST_SEEDS or j.verdict == "undecided":
             continue
-        bounds = f"{j.n} seeds, {percent(1 - study.alpha)} CI {j.low:+.4f} to {j.high:+.4f} nats"
-        p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
-        lines.append(f"{_name(c)} and {c.that} do not differ by more than {study.delta:g} nats ({bounds})."
-                     if j.verdict == "equal" else
-                     f"{_name(c)} is {j.verdict} than {c.that} by {abs(j.mean):.4f} nats ({bounds}, {p}).")  # fmt: skip
+        bounds = f"{j.n} seeds, {percent(1 - study.alpha)} CI {j.low:+.4f} to {j.high:+.4f} {unit}"
+        if j.verdict == "equal":
+            lines.append(f"{_name(c)} and {c.that} do not differ by more than {study.delta:g} {unit} ({bounds}).")
+        else:
+            p = f"p = {j.p:.2g}" if j.p >= 0.001 else "p < 0.001"
+            lines.append(f"{_name(c)} is {j.verdict} than {c.that} by {abs(j.mean):.4f} {unit} ({bounds}, {p}).")
     if lines:
         looks = " with group-sequential levels (Lan and DeMets 1983)" if study.looks else ""
-        lines.append(f"Variants share seeds; {study.metric} validation losses in nats per token were compared by "
+        lines.append(f"Variants share seeds; {study.measure.plural} were compared by "
                      f"t-tests of paired differences with the noise pooled over variants{looks}, equality by two "
                      "one-sided tests (Schuirmann 1987), both corrected by Holm's method (1979) at "
                      f"{percent(study.alpha)}.")  # fmt: skip
@@ -128,7 +131,7 @@ def open_questions(study: Study) -> list[str]:
         if j.verdict != "undecided" or j.n < FEWEST_SEEDS:
             continue
         needed = f"about {j.seeds_needed} seeds in all" if j.seeds_needed else "no number of seeds that is near"
-        size = f"{_name(c)} against {c.that}: {j.mean:+.4f} nats so far"
+        size = f"{_name(c)} against {c.that}: {j.mean:+.4f} {study.measure.unit} so far"
         lines.append(f"{size}, too small to matter ({needed} would prove it)" if abs(j.mean) < study.delta else
                      f"{size}; {needed} would probably decide it")  # fmt: skip
     return lines

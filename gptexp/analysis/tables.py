@@ -7,13 +7,14 @@ import pandas as pd
 
 from gptexp.analysis.collect import AXES
 from gptexp.analysis.factors import level_of
-from gptexp.analysis.study import Metric, Study, Variant, losses, mean_loss
+from gptexp.analysis.measures import Metric
+from gptexp.analysis.study import Study, Variant, losses, mean_loss
 
 ENDS = ("diverged", "failed", "interrupted", "running", "pruned", "missing")
 """How runs end that are not done."""
 
 FORMATS = {  # how a reader sees a column
-    **dict.fromkeys(("loss", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"), "{:.4f}"),
+    **dict.fromkeys(("loss", "wrong", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"), "{:.4f}"),
     **dict.fromkeys(("difference", "low", "high"), "{:+.4f}"), "effect": "{:+.2f}",
     **dict.fromkeys(("seconds", "to_target_seconds"), "{:.1f}"),
     **dict.fromkeys(("parameters", "tokens_per_second", "to_target_tokens", "to_target_step"), "{:,.0f}"),
@@ -30,11 +31,11 @@ def all_tables(study: Study, target: float | None = None) -> dict[str, pd.DataFr
 
 def variants_table(study: Study) -> pd.DataFrame:
     """A row per variant, the lowest mean loss first: seeds, losses and how its runs ended."""
-    other: Metric = "final" if study.metric == "best" else "best"
+    other, column = study.measure.beside, study.measure.column
     return pd.DataFrame([
         {
             "variant": variant.label, **variant.levels, "seeds": len(variant.runs),
-            "loss": mean_loss(variant, study.metric), "sd": pd.Series(losses(variant, study.metric)).std(),
+            column: mean_loss(variant, study.metric), "sd": pd.Series(losses(variant, study.metric)).std(),
             other: mean_loss(variant, other), "parameters": _mean_result(variant, "parameters"),
             **{end: variant.counts.get(end, 0) for end in ENDS},
         }
@@ -54,7 +55,7 @@ def comparisons_table(study: Study) -> pd.DataFrame:
 def ranking_table(study: Study) -> pd.DataFrame:
     """The variants, the lowest mean loss first, each with its comparison to the baseline."""
     against = comparisons_table(study).query("kind == 'variant'").drop(columns=["kind", "factor", "that", "seeds"])
-    variants = variants_table(study)[["variant", "seeds", "loss", "sd", *ENDS]]
+    variants = variants_table(study)[["variant", "seeds", study.measure.column, "sd", *ENDS]]
     table = variants.merge(against.rename(columns={"this": "variant"}), "left", "variant")
     table["verdict"] = [
         "baseline" if name == study.baseline else verdict if seeds or verdict == "worse" else "no result"
@@ -85,14 +86,15 @@ def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
 
     The target is in nats per token; None is the baseline's mean.
     """
+    metric: Metric = "final" if study.metric == "exact_match" else study.metric
     if target is None:
-        target = mean_loss(study.base, study.metric) if study.base else math.nan
+        target = mean_loss(study.base, metric) if study.base else math.nan
     rows = []
     for variant in study.ranked():
         curves = [run.curve for run in variant.runs.values()]
         first = pd.concat([curve[curve["loss"] <= target].head(1) for curve in curves])  # of those that reach it
         rows.append({
-            "variant": variant.label, "loss": mean_loss(variant, study.metric),
+            "variant": variant.label, "loss": mean_loss(variant, metric),
             **{key: _mean_result(variant, key) for key in ("seconds", "tokens_per_second")},
             "target": target, "reached": len(first), "of": len(curves),
             **{f"to_target_{axis}": first[axis].mean() for axis in AXES},

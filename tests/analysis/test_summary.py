@@ -20,6 +20,8 @@ from gptexp.analysis.summary import (
     open_questions,
     paper,
 )
+from gptexp.analysis.tables import variants_table
+from gptexp.errors import UserError
 from tests.analysis.conftest import Write
 
 Build = Callable[..., Study]
@@ -106,7 +108,28 @@ def test_the_losses_may_disagree(write: Write, study: Build) -> None:
         write([4.0, 2.0, 2.001 * (1 + seed * 1e-5)], seed)
         write([4.0, 2.0, 2.5 + seed * 1e-3], seed, "rmsnorm")
     (line,) = disagreements(study())
-    assert line == "rmsnorm against layernorm: worse by the final loss, no different by the best one"
+    assert line == "rmsnorm against layernorm: worse by final val/loss, no different by best val/loss"
+
+
+def test_right_answers_are_compared(write: Write, study: Build) -> None:
+    """As shares of wrong ones, so that lower is better."""
+    for seed in (1, 2, 3, 4, 5):
+        for norm, right in (("layernorm", 0.97 + seed / 1000), ("rmsnorm", 0.6 + seed / 50)):
+            run = write(2.0, seed, norm)
+            run.write_result({**(run.result or {}), "final": {"val/exact_match": right}})
+    found = study(metric="exact_match")
+    (comparison,) = found.comparisons
+    assert comparison.differences == pytest.approx({s: 0.37 + s / 1000 - s / 50 for s in range(1, 6)})
+    assert comparison.judgement.verdict == "worse"
+    assert headline(found)[0].startswith("rmsnorm is worse than layernorm by 0.31 of the answers (95")
+    assert variants_table(found)["wrong"].tolist() == pytest.approx([0.027, 0.34])
+    assert study().comparisons[0].judgement.verdict == "equal"  # the losses are
+
+
+def test_answers_of_runs_that_have_none(write: Write, study: Build) -> None:
+    write(2.0)
+    with pytest.raises(UserError, match="metric=exact_match: no run tells it"):
+        study(metric="exact_match")
 
 
 def test_a_variant_that_diverges_counts_as_worse(write: Write, study: Build) -> None:

@@ -94,7 +94,7 @@ def test_mistakes_are_reported_together(write: Write, compared: Compared, tmp_pa
         f"error: {nowhere}: there is no such directory",
         "error: alpha=3: alpha is set twice",
         "error: dleta=0.1: unknown key; did you mean delta?",
-        "error: metric=worst: must be one of final, best",
+        "error: metric=worst: must be one of final, best, exact_match",
         "error: alpha=2: must be a number greater than 0 and less than 1",
     ]
     assert "no directory is given" in compared(code=2)
