@@ -35,9 +35,10 @@ class Record:
     status: str  # running, done, failed, diverged, interrupted or pruned
     seed: int  # of initial weights and batches
     # Every other setting that can change a result, by dotted key, as text. The number of threads is left out: a
-    # launcher may choose it, and it changes only the last digits. So are the data and the task: see `split` and `info`.
+    # launcher may choose it, and it changes only the last digits. So is the data: see `split` and `info`.
     settings: dict[str, str]
     split: str  # the validation fraction and the task, which cut the corpus in two
+    questions: str  # what decides which problems are held out; "" where that is all of the above
     length: str  # of training, which can be compared with another one only if its sweep varies that
     order: tuple[Any, ...]  # sorts runs by the directory given, the job's number in its sweep, the time it started
     info: dict[str, Any] = field(repr=False)  # run.json
@@ -162,7 +163,7 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
     if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in numbers):
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
-                if k not in ("seed", "hardware.threads") and not k.startswith(("data.", "task."))}  # fmt: skip
+                if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
     evaluations, seconds = defaultdict(list), 0.0
     for row in read_metrics(run.metrics_path, [*AXES, *_LOSSES]):
         seconds = row.get("seconds", seconds)  # an evaluation has those of the training before it
@@ -175,6 +176,7 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
     return Record(
         path=path, name=str(info["name"]), label=config.name, status=str(info["status"]), seed=config.seed,
         settings=settings, split=f"data.val_fraction={config.data.val_fraction}, task={show(asdict(config.task))}",
+        questions=show(info.get("data", {}).get("questions") or ""),
         length="" if config.name or "max_steps" in sweep.swept else f"max_steps={config.max_steps}",
         order=(folder, str(path.parent), sweep.jobs.get(path.name, len(sweep.jobs)), str(info["started"]), str(path)),
         info=info, curve=curve, windows=windows, result=result,

@@ -9,6 +9,7 @@ from functools import cache
 import pandas as pd
 
 from gptexp.analysis.collect import Record
+from gptexp.analysis.measures import Metric
 from gptexp.config.schema import Config
 from gptexp.config.settings import VARIANT, marked
 
@@ -31,9 +32,14 @@ class Factor:
     levels: tuple[str, ...]  # its values, in the order in which they were run
 
 
-def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, list[Record]]]:
-    """The largest set of runs whose losses can be compared, and the others by what is different about them."""
-    kinds = [(r.info["fingerprints"]["data"], r.split, precision(r), r.length) for r in records]
+def comparable(records: Sequence[Record], metric: Metric = "final") -> tuple[list[Record], dict[str, list[Record]]]:
+    """The largest set of runs that can be compared, and the others by what is different about them.
+
+    Losses need the same targets, answers only the same questions.
+    """
+    questions = [metric == "exact_match" and r.questions for r in records]
+    kinds = [(q or r.info["fingerprints"]["data"], q or r.split, precision(r), r.length)
+             for q, r in zip(questions, records, strict=True)]  # fmt: skip
     finished = Counter(kind for kind, r in zip(kinds, records, strict=True) if r.complete)
     main = max(dict.fromkeys(kinds), key=lambda k: (finished[k], kinds.count(k)), default=())
     groups: dict[str, list[Record]] = {"": []}

@@ -119,7 +119,7 @@ def build_study(
     Raises:
         UserError: when there is no such variant, or none of its runs is done.
     """
-    together, apart = comparable(found.records)
+    together, apart = comparable(found.records, metric)
     if metric == "exact_match" and all(math.isnan(r.measured(metric)) for r in together if r.complete):
         raise UserError("metric=exact_match: no run tells it; it needs runs of a task of problems that are done")
     factors = find_factors(together)

@@ -82,6 +82,10 @@ class TaskConfig:
                     "allowed: data=none"]  # fmt: skip
         return []
 
+    def questions(self) -> dict[str, Any] | None:
+        """What decides which problems are held out, whatever else is set; None where the corpus and all settings do."""
+        return None
+
     def splits(self, encoded: Any, data: "DataConfig", block_size: int) -> tuple[Any, Any]:
         """The training and the validation part of an encoded corpus: two of `gptexp.data.batches.Split`.
 

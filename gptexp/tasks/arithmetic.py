@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from hashlib import sha256
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Le, Len
@@ -64,8 +64,10 @@ class Arithmetic(ProblemsConfig):
     """Write the answer from its last digit to its first, as one computes it."""
     zero_padding: bool = False
     """Write zeros before a number, so that all are of one length."""
+    balance_digits: bool = False
+    """Train on numbers of each length equally often; by themselves, nine of ten have `digits` digits."""
     balance_carries: bool = False
-    """Make each number of carries equally frequent, in sums; by themselves, few or many are rare."""
+    """Train on sums with each number of carries equally often; by themselves, few or many are rare."""
     scratchpad: bool = False
     """Write every step of a sum before its answer (Lee et al. 2023, "Teaching Arithmetic to Small Transformers")."""
     train_examples: Annotated[int, Ge(1)] | None = None
@@ -92,6 +94,10 @@ class Arithmetic(ProblemsConfig):
         }  # fmt: skip
         return [*super().problems(data), *(line for line, applies in rules.items() if applies)]
 
+    def questions(self) -> dict[str, Any]:
+        """However they are written."""
+        return {key: getattr(self, key) for key in ("name", "operators", "digits", "val_examples", "split_seed")}
+
     def encode(self, corpus: Corpus, data: DataConfig) -> Encoded:
         """No ids: a vocabulary alone."""
         longest = self.written(Operation(10**self.digits - 1, self.operators[0], 10**self.digits - 1))
@@ -114,7 +120,8 @@ class Arithmetic(ProblemsConfig):
             given = getattr(self, key)
             raise UserError(f"task.{key}={given}: there are {there:,} problems of task.digits={self.digits}, for "
                             f"training and validation; allowed: at most {max(0, given + there - wanted)}")  # fmt: skip
-        held_out = self._different(self.val_examples, SPLIT_STREAM, set())
+        uniform = replace(self, balance_digits=False, balance_carries=False)
+        held_out = uniform._different(self.val_examples, SPLIT_STREAM, set())
         val = Problems([self.written(o) for o in held_out], tokenizer, width=width)
         known = set(held_out)
         if self.train_examples is not None:
@@ -163,14 +170,22 @@ class Arithmetic(ProblemsConfig):
 
     def _operations(self, seed: int, step: int, count: int, stream: int) -> list[Operation]:
         """Operations at random: a pure function."""
-        columns = 3 + 2 * self.digits
+        columns = 5 + 2 * self.digits
         numbers = random_numbers(seed, step, count * columns, stream).reshape(count, columns)
+        digits = np.full(count, self.digits)
+        if self.balance_digits:
+            digits = 1 + _below(numbers[:, 1], self.digits)
         if self.balance_carries:
-            a, b = _with_carries(numbers[:, 2:], self.digits)
+            a, b = _with_carries(numbers[:, 4:], digits)
         else:
-            a, b = ((numbers[:, i] % np.uint64(10**self.digits)).astype(np.int64) for i in (1, 2))
-        signs = (numbers[:, 0] % np.uint64(len(self.operators))).tolist()
+            a, b = (_below(numbers[:, i], 10**digits) for i in (2, 3))
+        signs = _below(numbers[:, 0], len(self.operators)).tolist()
         return [Operation(*o) for o in zip(a.tolist(), (self.operators[i] for i in signs), b.tolist(), strict=True)]
+
+
+def _below(numbers: NDArray[np.uint64], n: int | Numbers) -> Numbers:
+    """Random bits as numbers in 0 .. n - 1."""
+    return (numbers % np.asarray(n).astype(np.uint64)).astype(np.int64)
 
 
 def _pairs(carry_in: int, carry_out: int) -> Numbers:
@@ -181,22 +196,23 @@ def _pairs(carry_in: int, carry_out: int) -> Numbers:
 _PAIRS = {(i, o): _pairs(i, o) for i in (0, 1) for o in (0, 1)}
 
 
-def _with_carries(numbers: NDArray[np.uint64], digits: int) -> tuple[Numbers, Numbers]:
+def _with_carries(numbers: NDArray[np.uint64], digits: Numbers) -> tuple[Numbers, Numbers]:
     """Pairs of numbers whose sums have 0 .. `digits` carries, each equally often, at any places.
 
     Args:
-        numbers: (pairs, 1 + 2 digits), 64 random bits each.
-        digits: of the numbers.
+        numbers: (pairs, 1 + 2 places), 64 random bits each.
+        digits: (pairs,) of the numbers, at most so many places.
     """
-    carries = (numbers[:, 0] % np.uint64(digits + 1)).astype(np.int64)
-    order = np.argsort(np.argsort(numbers[:, 1 : 1 + digits], axis=1), axis=1)
-    carry_out = (order < carries[:, None]).astype(np.int64)  # the places that carry, the last digit first
-    carry_in = np.pad(carry_out, ((0, 0), (1, 0)))[:, :digits]
-    chosen = np.empty((*carry_out.shape, 2), np.int64)
+    places = numbers.shape[1] // 2
+    inside = np.arange(places) < digits[:, None]  # the last digit first
+    order = np.argsort(np.argsort(np.where(inside, numbers[:, 1 : 1 + places] >> np.uint64(1), 2**63), axis=1), axis=1)
+    carry_out = (order < _below(numbers[:, 0], digits + 1)[:, None]).astype(np.int64)
+    carry_in = np.pad(carry_out, ((0, 0), (1, 0)))[:, :places]
+    chosen = np.zeros((*carry_out.shape, 2), np.int64)
     for (carried, carry), pairs in _PAIRS.items():
-        here = (carry_in == carried) & (carry_out == carry)
-        chosen[here] = pairs[(numbers[:, 1 + digits :][here] % np.uint64(len(pairs))).astype(np.int64)]
-    values = (chosen * 10 ** np.arange(digits)[:, None]).sum(1)
+        here = (carry_in == carried) & (carry_out == carry) & inside
+        chosen[here] = pairs[_below(numbers[:, 1 + places :][here], len(pairs))]
+    values = (chosen * 10 ** np.arange(places)[:, None]).sum(1)
     return values[:, 0], values[:, 1]
 
 

@@ -80,7 +80,7 @@ def claim(
         "fingerprints": {"config": config.fingerprint(), "data": encoded.fingerprint, "code": code_fingerprint(config)},
         "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
                  "sha256": corpus.sha256, "tokens": len(encoded.ids), "task": asdict(reading.task),
-                 "document_start": reading.task.document_start(reading.data),
+                 "questions": reading.task.questions(), "document_start": reading.task.document_start(reading.data),
                  "document_end": reading.task.document_end(reading.data)},
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": command,

@@ -126,6 +126,19 @@ def test_right_answers_are_compared(write: Write, study: Build) -> None:
     assert study().comparisons[0].judgement.verdict == "equal"  # the losses are
 
 
+def test_answers_to_the_same_questions_are_compared_however_they_are_written(write: Write, study: Build) -> None:
+    for seed in (1, 2, 3):
+        for reverse in (False, True):
+            task = {"name": "arithmetic", "reverse": reverse}
+            run = write(2.0, seed, name=f"{reverse}-{seed}", data="ef"[reverse] * 64, settings={"task": task})
+            run.update(data={"corpus": "none", "questions": {"digits": 3}})
+            run.write_result({**(run.result or {}), "final": {"val/exact_match": 0.5 + 0.4 * reverse + seed / 1000}})
+    found = study(metric="exact_match", baseline="reverse=true")
+    assert [(f.key, f.levels) for f in found.factors] == [("task.reverse", ("false", "true"))]
+    assert headline(found)[0].startswith("reverse=false is worse than reverse=true by 0.4 of the answers")
+    assert [len(runs) for runs in study().apart.values()] == [3]
+
+
 def test_answers_of_runs_that_have_none(write: Write, study: Build) -> None:
     write(2.0)
     with pytest.raises(UserError, match="metric=exact_match: no run tells it"):

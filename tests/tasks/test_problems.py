@@ -114,13 +114,32 @@ def test_carries_are_as_frequent_as_each_other() -> None:
     def carries(a: int, b: int) -> int:
         return sum((a % 10**place + b % 10**place) >= 10**place for place in range(1, 4))
 
-    counts = {}
-    for balanced in (False, True):
-        data = arithmetic(balance_carries=balanced)
-        rows = rows_of(data, data.train.train_batch(0, 0, 8000))
-        counts[balanced] = Counter(carries(*map(int, whole.partition("=")[0].split("+"))) for whole, _ in rows)
-    assert max(counts[False].values()) > 2 * min(counts[False].values())
-    assert all(abs(count - 2000) < 200 for count in counts[True].values())
+    def counted(of: Callable[[int, int], int], **settings: Any) -> list[int]:
+        data = arithmetic(**settings)
+        rows = rows_of(data, data.train.train_batch(0, 0, 12000))
+        found = Counter(of(*map(int, whole.partition("=")[0].split("+"))) for whole, _ in rows)
+        return [found[n] for n in sorted(found)]
+
+    by_chance, balanced = counted(carries), counted(carries, balance_carries=True)
+    assert len(by_chance) == len(balanced) == 4
+    assert max(by_chance) > 2 * min(by_chance)
+    assert all(abs(count - 3000) < 250 for count in balanced)
+    both = counted(carries, balance_digits=True, balance_carries=True)  # 0 to 1, 2 or 3 carries
+    assert [n / 12000 for n in both] == pytest.approx([13 / 36, 13 / 36, 7 / 36, 3 / 36], abs=0.02)
+    lengths = counted(lambda a, b: len(str(max(a, b))), balance_digits=True)
+    assert [n / 12000 for n in lengths] == pytest.approx([0.34, 0.33, 0.33], abs=0.02)
+
+
+def test_what_is_held_out_is_the_same_however_it_is_written() -> None:
+    def held_out(**settings: Any) -> set[str]:
+        data = arithmetic(128, zero_padding=True, **settings)
+        return {whole.partition("=")[0] for whole, _ in rows_of(data, data.val.rows(range(1000)))}
+
+    plain = held_out()
+    assert len(plain) == 1000
+    assert plain == held_out(reverse=True, train_examples=50, balance_carries=True, balance_digits=True)
+    assert plain == held_out(scratchpad=True)
+    assert plain != held_out(split_seed=1)
 
 
 @pytest.mark.parametrize(("settings", "block", "line"), [
