@@ -106,7 +106,12 @@ class DataConfig:
     name: Annotated[str, Predicate(CORPORA.__contains__)] = "shakespeare"
     """The corpus."""
     path: str | None = None
-    """The UTF-8 text file, for `data=file` alone."""
+    """The UTF-8 text file, folder or pattern of files, for `data=file` alone: .txt, .md, .py, .jsonl, each also with
+    .gz; a file that is named may have any other ending."""
+    val_path: str | None = None
+    """A text of its own for validation, in the same forms, in place of `val_fraction`."""
+    field: str = "text"
+    """The key of the text in each line of .jsonl files."""
     tokenizer: Annotated[str, Predicate(TOKENIZERS.__contains__)] = "char"
     """What text is cut into."""
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
@@ -121,10 +126,13 @@ class DataConfig:
         never replaced keeps that promise anyway.
         """
         if self.name == "file" and not self.path:
-            return ["data.path=null: data.name=file needs data.path, a UTF-8 text file"]
-        if self.name != "file" and self.path is not None:
-            return [f"data.path={self.path}: has no effect with data.name={self.name}; allowed: data.name=file"]
-        return []
+            return ["data.path=null: data.name=file needs data.path, a UTF-8 text file or a folder of them"]
+        own = {"path": (self.path, None), "val_path": (self.val_path, None), "field": (self.field, DataConfig.field)}
+        problems = [f"data.{key}={value}: has no effect with data.name={self.name}; allowed: data.name=file"
+                    for key, (value, default) in own.items() if self.name != "file" and value != default]  # fmt: skip
+        if self.val_path is not None and self.val_fraction != DataConfig.val_fraction:
+            problems.append(f"data.val_fraction={self.val_fraction}: has no effect with data.val_path={self.val_path}")
+        return problems
 
 
 @settings

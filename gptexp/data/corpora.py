@@ -1,6 +1,7 @@
 """From the name of a corpus to a UTF-8 file on this machine, with a known checksum."""
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from gptexp.config.sections import DataConfig
 from gptexp.data.cache import cache_folder, locked, replacing
+from gptexp.data.files import Part, find_parts, is_json, sha256_of
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA
 
@@ -22,8 +24,16 @@ class Corpus:
 
     name: str  # the corpus that is used
     requested: str  # the corpus that was asked for, which differs if this is the fallback
-    path: Path  # the UTF-8 file
-    sha256: str  # of the file's bytes, in hexadecimal
+    path: Path  # the UTF-8 file; or a folder or pattern of files
+    sha256: str  # of the file's bytes, in hexadecimal; of several files, of everything that their text depends on
+    several: tuple[Part, ...] = ()  # the files, if it is not one of plain text
+    val_files: int = 0  # so many of them, the last ones, are for validation
+    field: str = "text"  # the key of a line's text in files of JSON lines
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The files."""
+        return self.several or (Part(self.path, self.sha256),)
 
 
 class Unreachable(Exception):
@@ -49,6 +59,10 @@ class Source:
             Unreachable: when the corpus cannot be downloaded.
         """
         raise NotImplementedError
+
+    def corpus(self, data: DataConfig) -> Corpus:
+        """What was found; errors as of `find`."""
+        return Corpus(data.name, data.name, *self.find(data))
 
 
 class Download(Source):
@@ -159,18 +173,25 @@ class Pydocs(Generated):
 
 @CORPORA.register("file")
 class File(Source):
-    """Any UTF-8 text: `data=file data.path=TEXT`. With `task=documents`, each line is a document."""
+    """Any UTF-8 text, in one file or in many: `data=file data.path=TEXT`."""
 
-    def find(self, data: DataConfig) -> tuple[Path, str]:
-        """As its base."""
-        path = Path(data.path or "").expanduser().absolute()
-        try:
-            if path.is_file() and path.stat().st_size:
-                return path, _sha256(path)
-            problem = "empty" if path.is_file() else "not a file" if path.exists() else "no such file"
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-        raise UserError(f"data.path={data.path}: {problem}; allowed: a UTF-8 text file that is not empty")
+    def corpus(self, data: DataConfig) -> Corpus:
+        """As its base; one plain file is as its bytes are."""
+        given = data.path or ""
+        parts, path = find_parts(given, "data.path"), Path(given).expanduser().absolute()
+        val_parts = find_parts(data.val_path, "data.val_path") if data.val_path is not None else []
+        if shared := {p.path for p in parts} & {p.path for p in val_parts}:
+            raise UserError(f"data.val_path={data.val_path}: {min(shared)} is in data.path={data.path}, too; "
+                            "allowed: a text of its own")  # fmt: skip
+        together = (*parts, *val_parts)
+        coded = [p.path.suffix for p in together if is_json(p.path) or p.path.suffix == ".gz"]
+        if data.field != DataConfig.field and not any(is_json(p.path) for p in together):
+            raise UserError(f"data.field={data.field}: has no effect without a .jsonl file in data.path={data.path}")
+        if len(together) == 1 and not coded:
+            return Corpus(data.name, data.name, path, parts[0].sha256)
+        whole = json.dumps([[p.sha256 for p in together], coded, len(val_parts), data.field])
+        return Corpus(data.name, data.name, path, hashlib.sha256(whole.encode()).hexdigest(), together,
+                      len(val_parts), data.field)  # fmt: skip
 
 
 @CORPORA.register("none")
@@ -191,7 +212,8 @@ def find_corpus(data: DataConfig) -> Corpus:
     """
     source = CORPORA[data.name].made()
     try:
-        return Corpus(data.name, data.name, *source.find(data))
+        found: Corpus = source.corpus(data)
+        return found
     except Unreachable as error:
         failures = error.args
     if data.offline_fallback is None:
@@ -212,15 +234,10 @@ def find_corpus(data: DataConfig) -> Corpus:
 def _holds(path: Path, sha256: str) -> bool:
     """Whether the file exists with the right bytes; logs a warning if its bytes are wrong."""
     try:
-        found = _sha256(path) if path.is_file() else ""
+        found = sha256_of(path) if path.is_file() else ""
         problem = f"wrong SHA-256 {found[:12]}... instead of {sha256[:12]}..." if found not in ("", sha256) else ""
     except OSError as error:
         found, problem = "", f"cannot be read ({error.strerror})"
     if problem:
         log.warning("%s: %s; trying the next source", path, problem)
     return found == sha256
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

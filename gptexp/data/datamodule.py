@@ -17,6 +17,8 @@ from gptexp.data.encoding import Encoded, read_corpus
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA
 
+COUNTED = 2**26  # of a large corpus, so many tokens tell which are rare
+
 
 class CharDataModule(LightningDataModule):
     """A corpus as batches: endless training batches, and each target of the validation split once.
@@ -95,6 +97,15 @@ class CharDataModule(LightningDataModule):
         """Mean number of characters per token of the validation split; reads the corpus if necessary."""
         self.setup()
         return chars_per_token(self.val, self.encoded.tokenizer)
+
+    def summary(self) -> str:
+        """The symbols, the rarest of them, and the sizes of the splits; reads the corpus if necessary."""
+        self.setup()
+        tokenizer, known = self.encoded.tokenizer, self.encoded.ids[:COUNTED]
+        counts = np.bincount(known, minlength=tokenizer.vocab_size)
+        rarest = ", ".join(f"{tokenizer.decode([i])!r} ({counts[i]:,})" for i in np.argsort(counts, kind="stable")[:3])
+        return (f"{tokenizer.vocab_size:,} symbols, the rarest {rarest}; {self.train.n_tokens:,} tokens to train on, "
+                f"{self.val.n_tokens:,} for validation")  # fmt: skip
 
     def train_dataloader(self) -> "TrainBatches":
         """The micro-batches of this process, from the trainer's current step on, without end.

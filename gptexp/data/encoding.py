@@ -7,8 +7,7 @@ tokenizer). Its name is a hash of everything that determines the ids, so it neve
 import hashlib
 import json
 import sys
-from codecs import getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from gptexp.config.sections import DataConfig, TaskConfig
 from gptexp.data.cache import cache_folder, locked, replacing
 from gptexp.data.corpora import Corpus, find_corpus
+from gptexp.data.files import Part, read_text
 from gptexp.data.tokenizers import Tokenizer, tokenizer_from_dict
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA, TASKS, TOKENIZERS, foreign_source
@@ -34,6 +34,7 @@ class Encoded:
     ids: NDArray[Any]  # (n,) of the tokenizer's `dtype`; a read-only map of a file
     tokenizer: Tokenizer  # what the ids mean
     fingerprint: str  # SHA-256 of corpus, tokenizer and terminator; equal for equal data alone
+    val_start: int | None = None  # where the validation split begins, if it is a text of its own
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,18 @@ def encode_corpus(
 
 def _build(folder: Path, key: str, corpus: Corpus, kind: str, terminator: str | None, chunk_bytes: int) -> None:
     """Write the entry, the ids first, so that a description never exists without its ids."""
-    tokenizer: Tokenizer = TOKENIZERS[kind].made.learn(lambda: _texts(corpus, chunk_bytes), terminator)
+    parts = corpus.parts
+    tokenizer: Tokenizer = TOKENIZERS[kind].made.learn(lambda: _texts(corpus, parts, chunk_bytes), terminator)
+    cut = len(parts) - corpus.val_files
     with replacing(folder / "ids.bin") as file:
-        for text in _texts(corpus, chunk_bytes):
-            file.write(tokenizer.packed(text))
-        n = file.tell() // tokenizer.dtype.itemsize
+        ends = []
+        for some in (parts[:cut], parts[cut:]):
+            for text in _texts(corpus, some, chunk_bytes):
+                file.write(tokenizer.packed(text))
+            ends.append(file.tell() // tokenizer.dtype.itemsize)
+    entry = {"key": key, "n": ends[1], "tokenizer": tokenizer.to_dict()}
     with replacing(folder / "entry.json") as file:
-        file.write(json.dumps({"key": key, "n": n, "tokenizer": tokenizer.to_dict()}).encode())
+        file.write(json.dumps(entry | ({"val_start": ends[0]} if corpus.val_files else {})).encode())
 
 
 def _read(folder: Path, key: str, corpus: Corpus, terminator: str | None) -> Encoded | None:
@@ -111,34 +117,23 @@ def _read(folder: Path, key: str, corpus: Corpus, terminator: str | None) -> Enc
             return None
     except (OSError, ValueError, TypeError, KeyError, UserError):
         return None
-    return Encoded(ids, tokenizer, _sha256_of(corpus=corpus.sha256, tokenizer=tokenizer.to_dict(),
-                                              documents=terminator is not None))  # fmt: skip
+    fingerprint = _sha256_of(corpus=corpus.sha256, tokenizer=tokenizer.to_dict(), documents=terminator is not None)
+    return Encoded(ids, tokenizer, fingerprint, entry.get("val_start"))
 
 
-def _texts(corpus: Corpus, chunk_bytes: int) -> Iterator[str]:
-    """The corpus in pieces, as text.
+def _texts(corpus: Corpus, parts: Iterable[Part], chunk_bytes: int) -> Iterator[str]:
+    """The text of some of the files in pieces; where there are several, each ends with a newline.
 
     Raises:
-        UserError: a file that cannot be read, has changed, or is not UTF-8, with the offset of the first wrong byte.
+        UserError: see `gptexp.data.files.read_text`.
     """
-    digest = hashlib.sha256()
-    decoder = getincrementaldecoder("utf-8")()
-    offset = 0  # of the end of the chunk in the file
-    try:
-        with open(corpus.path, "rb") as file:
-            while chunk := file.read(chunk_bytes):
-                digest.update(chunk)
-                offset += len(chunk)
-                yield decoder.decode(chunk)
-        yield decoder.decode(b"", final=True)
-    except OSError as error:
-        raise UserError(f"data.path={corpus.path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:  # its object begins with the rest of the previous chunk
-        at = offset - len(error.object) + error.start
-        raise UserError(f"data.path={corpus.path}: not UTF-8, byte 0x{error.object[error.start]:02x} at offset {at}; "
-                        "allowed: a UTF-8 text file") from error  # fmt: skip
-    if digest.hexdigest() != corpus.sha256:
-        raise UserError(f"data.path={corpus.path}: changed while it was being read; allowed: a file nobody writes to")
+    for part in parts:
+        last = "\n"
+        for text in read_text(part, corpus.field, chunk_bytes):
+            yield text
+            last = text or last
+        if not last.endswith("\n") and len(corpus.parts) > 1:
+            yield "\n"
 
 
 def _sha256_of(**parts: object) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +14,7 @@ from gptexp.config.settings import settings
 from gptexp.data.batches import IGNORED, SPLIT_STREAM, Batch, Indices, Split, draw, part_for_training, random_numbers
 from gptexp.data.corpora import Corpus
 from gptexp.data.encoding import Encoded
+from gptexp.data.files import Part, json_lines
 from gptexp.data.tokenizers import Ids, Tokenizer
 from gptexp.errors import UserError
 from gptexp.registry import TASKS, TOKENIZERS
@@ -32,7 +33,8 @@ class Problem(NamedTuple):
 class EncodedProblems(Encoded):
     """The ids of all prompts and answers, and what they are."""
 
-    problems: Sequence[Problem]
+    problems: Sequence[Problem] = ()
+    held_out: int = 0  # how many of them, the last ones, are in a file of their own
 
 
 class Problems(Split):
@@ -165,22 +167,23 @@ class ProblemFile(ProblemsConfig):
         Raises:
             UserError: for the first line that holds none.
         """
-        problems = self._read(corpus)
-        texts = [text for problem in problems for text in problem]
+        cut = len(corpus.parts) - corpus.val_files
+        trained, held_out = ([self._problem(part, *line) for part in parts for line in json_lines(part)]
+                             for parts in (corpus.parts[:cut], corpus.parts[cut:]))  # fmt: skip
+        if both := {problem.prompt for problem in trained} & {problem.prompt for problem in held_out}:
+            raise UserError(f"data.val_path={data.val_path}: {len(both)} of its prompts, such as {min(both)!r}, are in "
+                            f"data.path={data.path}, too; allowed: problems that are not trained on")  # fmt: skip
+        texts = [text for problem in (*trained, *held_out) for text in problem]
         tokenizer = TOKENIZERS[data.tokenizer].made.learn(lambda: iter((*texts, END)), None)
         digest = sha256(json.dumps([corpus.sha256, self.prompt, self.answer, tokenizer.to_dict()]).encode())
-        return EncodedProblems(_encoded(texts, tokenizer)[0], tokenizer, digest.hexdigest(), problems)
+        return EncodedProblems(_encoded(texts, tokenizer)[0], tokenizer, digest.hexdigest(),
+                               problems=[*trained, *held_out], held_out=len(held_out))  # fmt: skip
 
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the shuffled prompts is for validation; each row must fit into `block_size`."""
         assert isinstance(encoded, EncodedProblems)
-        prompts = list(dict.fromkeys(problem.prompt for problem in encoded.problems))
-        n, n_train = len(prompts), part_for_training(len(prompts), data.val_fraction)
-        if not 0 < n_train < n:
-            raise UserError(f"data.val_fraction={data.val_fraction}: leaves {n_train} of the {n} prompts for training "
-                            f"and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
-        order = np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
-        held_out = {prompts[i] for i in order[n_train:]}
+        own = encoded.problems[-encoded.held_out :] if encoded.held_out else ()
+        held_out = {problem.prompt for problem in own} or self._chosen(encoded.problems, data)
         width = check_width(encoded.problems, encoded.tokenizer, END, block_size)
         train, val = (
             Problems([p for p in encoded.problems if (p.prompt in held_out) == held], encoded.tokenizer, END, width)
@@ -188,28 +191,22 @@ class ProblemFile(ProblemsConfig):
         )
         return train, val
 
-    def _read(self, corpus: Corpus) -> list[Problem]:
-        problems = []
-        try:
-            with open(corpus.path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    problems.append(self._problem(line, f"data.path={corpus.path}: line {number}"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.path={corpus.path}: not UTF-8 at offset {error.start}") from error
-        if len(problems) < 2:
-            raise UserError(f"data.path={corpus.path}: has {len(problems)} problems; allowed: at least 2")
-        return problems
+    def _chosen(self, problems: Sequence[Problem], data: DataConfig) -> set[str]:
+        """The prompts that are held out."""
+        prompts = list(dict.fromkeys(problem.prompt for problem in problems))
+        n, n_train = len(prompts), part_for_training(len(prompts), data.val_fraction)
+        if not 0 < n_train < n:
+            raise UserError(f"data.val_fraction={data.val_fraction}: leaves {n_train} of the {n} prompts for training "
+                            f"and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
+        order = np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
+        return {prompts[i] for i in order[n_train:]}
 
-    def _problem(self, line: str, where: str) -> Problem:
-        allowed = f'; allowed: {{"{self.prompt}": TEXT, "{self.answer}": TEXT}}'
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            what = "is empty" if not line.strip() else "is not JSON"
-            raise UserError(f"{where} {what}{allowed}") from error
+    def _problem(self, part: Part, number: int, entry: Any) -> Problem:
         for key in (self.prompt, self.answer):
+            where = f"data.path={part.path}: line {number}"
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
-                raise UserError(f'{where} has no text "{key}"{allowed}')
+                raise UserError(f'{where} has no text "{key}"; allowed: {{"{self.prompt}": TEXT, "{self.answer}": '
+                                "TEXT}")  # fmt: skip
             if END in entry[key]:
                 raise UserError(f'{where}: "{key}" has the character U+0003, which ends an answer')
         return Problem(entry[self.prompt], entry[self.answer])

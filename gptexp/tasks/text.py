@@ -25,7 +25,7 @@ class Text(TaskConfig):
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the text is for validation; windows are `block_size` wide."""
         n = len(encoded.ids)
-        n_train = part_for_training(n, data.val_fraction)
+        n_train = part_for_training(n, data.val_fraction) if encoded.val_start is None else encoded.val_start
         if n_train < block_size + 1:
             raise UserError(f"model.block_size={block_size}: longer than the training split, {n_train} tokens; "
                             f"allowed: at most {max(n_train - 1, 0)}")  # fmt: skip
@@ -72,15 +72,19 @@ class Lines(TaskConfig):
         n = len(starts)
         if n < 2:
             raise UserError(f"task=documents: the corpus has {n} lines that are not empty; allowed: at least 2")
-        n_train = part_for_training(n, data.val_fraction)
+        own = encoded.val_start
+        n_train = part_for_training(n, data.val_fraction) if own is None else int(np.searchsorted(starts, own))
         if not 0 < n_train < n:
-            raise UserError(f"data.val_fraction={data.val_fraction}: leaves {n_train} of the {n} documents for "
+            key = f"data.val_fraction={data.val_fraction}" if own is None else f"data.val_path={data.val_path}"
+            raise UserError(f"{key}: leaves {n_train} of the {n} documents for "
                             f"training and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
         width = int(lengths.max()) + 1
         if width > block_size:
             raise UserError(f"model.block_size={block_size}: shorter than the longest document with its terminator, "
                             f"{width} tokens; allowed: at least {width}")  # fmt: skip
         order = np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
+        if own is not None:
+            order = np.arange(n)
         train, val = (
             Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
             for part in (order[:n_train], order[n_train:])

@@ -191,10 +191,17 @@ def _introduce(
         train_loss={"sees_later_tokens": share.looks_ahead, "sees_other_sequences": share.couples},
     )  # fmt: skip
     log.info(
-        "%s · %s parameters · %s, %s tokens · %s x %s, %s", run.path, f"{parameters:,}",
-        run.info["data"]["corpus"], f"{len(data.encoded.ids):,}", processes.world_size, device["name"],
-        device["precision"],
+        "%s · %s parameters · %s · %s x %s, %s", run.path, f"{parameters:,}", _learned_from(run, data),
+        processes.world_size, device["name"], device["precision"],
     )  # fmt: skip
+    if run.info["data"]["corpus"] == "file":
+        log.info("%s: %s", run.info["data"]["path"], data.summary())
     if share.looks_ahead:
         log.warning("%s: in training, this variant's loss sees the tokens that it predicts; judge it by val/loss",
                     config.model.label)  # fmt: skip
+
+
+def _learned_from(run: Run, data: CharDataModule) -> str:
+    """A few words on the data."""
+    corpus, tokens = run.info["data"]["corpus"], f"{len(data.encoded.ids):,} tokens"
+    return f"task={data.task.name}" if corpus == "none" else f"{corpus}, {tokens}"

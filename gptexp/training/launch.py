@@ -79,6 +79,7 @@ def claim(
         "variant": config.variant,
         "fingerprints": {"config": config.fingerprint(), "data": encoded.fingerprint, "code": code_fingerprint(config)},
         "data": {"corpus": corpus.name, "requested": corpus.requested, "path": str(corpus.path.absolute()),
+                 "val_path": config.data.val_path and str(Path(config.data.val_path).expanduser().absolute()),
                  "sha256": corpus.sha256, "tokens": len(encoded.ids), "task": asdict(reading.task),
                  "questions": reading.task.questions(), "document_start": reading.task.document_start(reading.data),
                  "document_end": reading.task.document_end(reading.data)},

@@ -21,9 +21,9 @@ def load_data(run: Run, config: Config) -> CharDataModule:
         UserError: when that corpus is gone or has changed.
     """
     known = run.info["data"]
-    path = known["path"] if known["corpus"] == "file" else None
+    path, val_path = (known.get(key) if known["corpus"] == "file" else None for key in ("path", "val_path"))
     data = CharDataModule(
-        replace(config.data, name=known["corpus"], path=path, offline_fallback=None),
+        replace(config.data, name=known["corpus"], path=path, val_path=val_path, offline_fallback=None),
         read_section("task", known["task"]),
         block_size=config.model.block_size,
         batch_size=config.batch_size,

@@ -67,7 +67,7 @@ WRONG: dict[str, list[str]] = {
         "placement=mid: unknown; allowed: deepnorm, ",
         "hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, ",
         "data=notes.txt: unknown; did you mean data=file data.path=notes.txt? allowed: file, ",
-        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: fast_cpu, fast_gpu, ",
+        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: addition, fast_cpu, ",
         "model=lecture: unknown; did you mean experiment=lecture? allowed: bigram, gpt, mlp"],
     "norm=batch placement=pre_norm experiment=known/rmsnorm": [
         "norm=batch: unknown; did you mean batchnorm? allowed: ",
@@ -76,7 +76,7 @@ WRONG: dict[str, list[str]] = {
     "norm=RMSNorm heads=8 experiment=null": [
         "norm=RMSNorm: unknown; did you mean rmsnorm? allowed: ",
         "heads=8: unknown; did you mean h8? allowed: h1, ",
-        "experiment=null: unknown; allowed: fast_cpu, "],
+        "experiment=null: unknown; allowed: addition, "],
     "~norm ~seed logger=null schedule=null": [
         "~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, ",
         "~seed: cannot be left out; write seed=VALUE",
@@ -101,7 +101,7 @@ WRONG: dict[str, list[str]] = {
                        "model.n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"],
     "model.block_size=10000": ["model.block_size=10000: longer than the training split"],
     "data.path=nowhere.txt hydra.run.dir=run": ["data.path=nowhere.txt: no such file"],
-    "data.path=.": ["data.path=.: not a file"],
+    "data.path=.": ["data.path=.: holds no file that is not empty and ends with .txt, "],
     "gradient_accumulation_steps=3": ["batch_size=4: must be a multiple of hardware.devices=1 * "
                                       "gradient_accumulation_steps=3 = 3"],
     "hardware.compile=graphs": ["hardware.compile=graphs: needs a GPU, not hardware.accelerator=cpu"],

@@ -1,5 +1,6 @@
 """Every command of the README and of the pages on using the program, as printed, with training cut short."""
 
+import json
 import os
 import re
 import shlex
@@ -70,6 +71,10 @@ def test_every_command(
     """A plain command of ours is run in this process, which has imported torch; anything else in a shell."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(corpus, tmp_path / "mytext.txt")
+    (tmp_path / "notes").mkdir()
+    shutil.copy(corpus, tmp_path / "notes" / "a.md")
+    problems = ({"prompt": f"{n}: ", "answer": str(n * n)} for n in range(50))
+    (tmp_path / "problems.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
     failures = []
     for line in map(shortened, commands(page)):
         if line.startswith("make ") or MACHINES.match(line):

@@ -178,7 +178,7 @@ def test_cache_that_cannot_be_written(names_at, server, tmp_path, monkeypatch):
 def test_a_file_of_ones_own(tmp_path: Path):
     path, empty = tmp_path / "mine.txt", tmp_path / "empty.txt"
     empty.touch()
-    for wrong, problem in ((path, "no such file"), (empty, "empty"), (tmp_path, "not a file")):
+    for wrong, problem in ((path, "no such file"), (empty, "empty"), (tmp_path, "holds no file that is not")):
         line = problem_of(DataConfig(name="file", path=str(wrong)))
         assert line.startswith(f"data.path={wrong}: {problem}")
     path.write_bytes(b"a\r\nb")
