@@ -20,7 +20,7 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from benchmarks.measure import CPU, parser, spread, write
-from gptexp.models.gpt import GPTConfig
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.settings import build_model
 from gptexp.runs.files import read_metrics
 

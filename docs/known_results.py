@@ -30,7 +30,7 @@ from gptexp.analysis.summary import VERDICTS
 from gptexp.audits.influence import measure
 from gptexp.config.schema import Config
 from gptexp.data.datamodule import CharDataModule
-from gptexp.models.gpt import GPTConfig
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.settings import build_model
 from gptexp.runs.files import read_diagnostics, read_metrics
 from gptexp.runs.run import Run

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import memory, scaling
 from benchmarks.forecast import SIZES, Size, forecast
-from gptexp.models.gpt import GPTConfig
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.settings import build_model
 from tests.conftest import REPOSITORY
 

@@ -28,8 +28,13 @@ CHOSEN = {*(f"{section}.{group}" for group, (section, _) in VALUES.items()),
           *(f"{section}.name" for section in (*SECTIONS, "data"))}  # fmt: skip
 """The settings whose value is the name of a registered component."""
 
-HEADS = (1, 2, 4, 6, 8, 12, 16)
-"""The choices of the group `heads`, h1 and so on, for Hydra takes no number for a choice; model.n_head takes any."""
+_COUNTS = (1, 2, 4, 6, 8, 12, 16)
+HEADS: dict[str, tuple[int, int | None]] = {
+    **{f"h{n}": (n, None) for n in _COUNTS},
+    **{f"h{n}_kv{k}": (n, k) for n in _COUNTS for k in _COUNTS if k < n and n % k == 0},
+}
+"""The choices of the group `heads`: attention heads, and those of keys and values if they are fewer. Hydra takes no
+number for a choice; model.n_head and model.n_kv_head take any."""
 
 
 def conf_dir() -> str:
@@ -43,7 +48,8 @@ def groups() -> dict[str, dict[str, str]]:
     """What there is to choose from: for each group, the meaning of each of its choices."""
     kinds: dict[str, Kind] = {**{group: kind for group, (_, kind) in VALUES.items()}, **SECTIONS, "data": CORPORA}
     found = {group: {name: component.summary for name, component in kind.items()} for group, kind in kinds.items()}
-    found["heads"] = {f"h{n}": f"{n} attention head{'s' * (n > 1)}." for n in HEADS}
+    found["heads"] = {name: f"{n} attention head{'s' * (n > 1)}{f', {k} of keys and values' if k else ''}."
+                      for name, (n, k) in HEADS.items()}  # fmt: skip
     for folder in sorted(path for path in Path(conf_dir()).iterdir() if path.is_dir()):
         files = sorted(folder.rglob("*.yaml"))
         found[folder.name] = {str(f.relative_to(folder).with_suffix("")): _comment(f) for f in files}

@@ -44,8 +44,9 @@ def register_choices(chosen: Config | None = None) -> None:
     for group, (section, kind) in VALUES.items():
         for name in kind:
             store(group=group, name=name, node={section: {group: name}}, package="_global_")
-    for n in HEADS:
-        store(group="heads", name=f"h{n}", node={"model": {"n_head": n}}, package="_global_")
+    for name, (n_head, n_kv_head) in HEADS.items():
+        counts = {"n_head": n_head} | ({"n_kv_head": n_kv_head} if n_kv_head else {})
+        store(group="heads", name=name, node={"model": counts}, package="_global_")
     sections = {*SECTIONS, "data"}
     choices = [{section: getattr(chosen, section).name} for section in (*SECTIONS, "data")]
     own = {f.name: getattr(chosen, f.name) for f in fields(Config) if f.name not in sections}

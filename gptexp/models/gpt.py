@@ -1,187 +1,24 @@
-"""A decoder-only GPT, from its settings to its logits, in the order in which data meets its parts.
+"""A decoder-only GPT, in the order in which data meets its parts.
 
-The parts with modules of their own: `attention`, `positions`, `norms`, `batch_norms`, `placements`, `activations`,
-`ngrams`; the initial values of the weights are a table in `initialization`.
+Its settings are in `gpt_settings`, and the parts with modules of their own in `attention`, `positions`, `norms`,
+`batch_norms`, `placements`, `activations` and `ngrams`; the initial values of the weights are a table in
+`initialization`.
 """
 
-from dataclasses import field
 from functools import partial
-from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Le, Lt, Predicate
 from torch import Tensor, nn
 
-from gptexp.config.settings import VARIANT, settings
 from gptexp.inference.kv_cache import CachedDecoder, Positions
-from gptexp.models.activations import Activation
-from gptexp.models.attention import CausalSelfAttention
+from gptexp.models.attention import CausalSelfAttention, softcapped
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.initialization import gpt_std, initialize
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.ngrams import NGrams
-from gptexp.models.norms import NormSite, build_norm, normalized
-from gptexp.models.placements import Placement
-from gptexp.models.positions import Relative
-from gptexp.models.settings import NormedConfig, NormName, table_of
-from gptexp.registry import ACTIVATIONS, MODELS, PLACEMENTS, POSITIONS
-
-
-@settings
-class GPTConfig(NormedConfig):
-    """A decoder-only transformer."""
-
-    name: Literal["gpt"] = "gpt"
-    placement: Annotated[str, Predicate(PLACEMENTS.__contains__), VARIANT] = "pre"
-    """Where the norms are."""
-    placements: table_of(PLACEMENTS) = field(default_factory=PLACEMENTS.defaults)  # type: ignore[valid-type]
-    """Settings of each placement, by its name; only those of the one in use have an effect."""
-    n_layer: Annotated[int, Ge(0)] = 4
-    """Blocks, each an attention and a feed-forward sub-layer."""
-    n_head: Annotated[int, Ge(1), VARIANT] = 4
-    """Attention heads; must divide `n_embd`."""
-    n_embd: Annotated[int, Ge(1)] = 128
-    """Channels C of the residual stream."""
-    n_inner: Annotated[int, Ge(0)] | None = None
-    """Width of the feed-forward layer; null is 4 n_embd (8/3 n_embd for a gated activation; n_embd without
-    `projection`), 0 leaves it out."""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Probability of dropping an embedding, an attention weight or a sub-layer's output."""
-    bias: bool = False
-    """Give linear layers, layernorm and an untied head a bias."""
-    qkv_bias: bool | None = None
-    """The bias of the query, key and value projections alone; null follows `bias`."""
-    norm_attention: NormName | None = None
-    """The norm around attention; null follows `norm`."""
-    norm_mlp: NormName | None = None
-    """The norm around the feed-forward layer; null follows `norm`."""
-    norm_final: NormName | None = None
-    """The norm before the head; null follows `norm`."""
-    final_norm: bool | None = None
-    """A norm before the head; null follows the placement."""
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of queries and keys: `head` for each head by itself, `full` for all heads together."""
-    attention_scale: bool = True
-    """Divide the attention's logits by the square root of the head size."""
-    residual: bool = True
-    """Add each sub-layer's input to its output."""
-    projection: bool = True
-    """A linear layer at the end of each sub-layer."""
-    activation: Annotated[str, Predicate(ACTIVATIONS.__contains__)] = "gelu"
-    """The non-linearity of the feed-forward layer."""
-    tie_weights: bool = True
-    """Share the token embedding with the LM head."""
-    position: Annotated[str, Predicate(POSITIONS.__contains__)] = "learned"
-    """The position encoding."""
-    ngram: Annotated[int, Ge(1), Le(8)] = 1
-    """Also embed the last 2, 3 .. `ngram` tokens together, and add that to each token's embedding; 1 does not."""
-    ngram_rows: Annotated[int, Ge(1)] = 16384
-    """The most rows in the table of each length; n-grams share rows where there are more of them."""
-    init: Literal["gpt2", "xavier", "torch"] = "gpt2"
-    """Initial weights: `gpt2` as GPT-2's (DeepNet's for placement=deepnorm), `xavier` as the first Transformer's,
-    `torch` as torch's own layers."""
-    zero_init: bool = False
-    """Start the linear layer at the end of each sub-layer at 0, so that each block starts as the identity."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head, D."""
-        return self.n_embd // self.n_head
-
-    @property
-    def inner_dim(self) -> int:
-        """Width of the feed-forward layer; 0 for none."""
-        if self.n_inner is not None:
-            return self.n_inner
-        if not self.projection:
-            return self.n_embd
-        return -(-self.n_embd // 3) * 8 if self.act.gated else 4 * self.n_embd
-
-    @property
-    def components(self) -> list[type]:
-        """The classes of the norms and other registered parts."""
-        return [*super().components, type(self.place), self.act, POSITIONS[self.position].made]
-
-    @property
-    def place(self) -> Placement:
-        """The placement, with its settings."""
-        settings = self.placements.get(self.placement, {})
-        return PLACEMENTS[self.placement].made(**settings)  # type: ignore[no-any-return]
-
-    @property
-    def act(self) -> type[Activation]:
-        """The activation."""
-        return ACTIVATIONS[self.activation].made  # type: ignore[no-any-return]
-
-    @property
-    def used_norms(self) -> dict[str, NormSite]:
-        """The norms in use, each with the first of its sites."""
-        parts = ["final"] * self.has_final_norm + ["mlp"] * (self.inner_dim > 0) + ["attention"]
-        found = dict([self.qk_norm_site]) if self.qk_norm != "none" else {}
-        return found | {self.norm_of(part): self.site(part, 0) for part in parts}
-
-    @property
-    def qk_norm_site(self) -> tuple[str, NormSite]:
-        """The norm of `qk_norm`, and what it is built for."""
-        channels = self.head_dim if self.qk_norm == "head" else self.n_embd
-        return "rmsnorm", NormSite(channels, self.block_size, part="qkv")
-
-    def tree(self) -> dict[str, Any]:
-        """Every setting that has an effect."""
-        own = self.placements.get(self.placement)
-        return super().tree() | {"placements": {self.placement: own} if own else {}}
-
-    def norm_of(self, part: str) -> str:
-        """The norm of a part: "attention", "mlp" or "final"."""
-        own: str | None = getattr(self, f"norm_{part}")
-        return self.norm if own is None else own
-
-    def site(self, part: str, layer: int) -> NormSite:
-        """What the norm of this part of the block `layer` is built for."""
-        of_heads = part == "attention" and self.place.at(part, layer, self.n_layer).qkv
-        channels = self.head_dim if of_heads else self.n_embd
-        return NormSite(channels, self.block_size, self.bias, part, layer, self.n_layer)
-
-    @property
-    def has_final_norm(self) -> bool:
-        """Whether there is a norm before the head."""
-        return self.place.final if self.final_norm is None else self.final_norm
-
-    @property
-    def tags(self) -> list[str]:
-        """The words by which a dashboard finds this variant."""
-        own = {part: self.norm_of(part) for part in ("attention", "mlp", "final")}
-        others = [f"{part}_{name}" for part, name in own.items() if name != self.norm]
-        return [self.norm, *others, self.placement, f"h{self.n_head}"]
-
-    def problems(self) -> list[str]:
-        """Problems between settings that are each valid alone; one line per problem."""
-        problems = []
-        if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
-            problems.append(f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}; nearest: "
-                            f"{', '.join(map(str, near))}")  # fmt: skip
-        rules = {
-            f"model.residual=false: model.placement={self.placement} weighs the residual connection":
-                not self.residual and self.place.needs_residual,
-            f"model.n_inner={self.n_inner}: must be 0 or model.n_embd={self.n_embd} with model.projection=false":
-                not self.projection and self.inner_dim not in (0, self.n_embd),
-            "model.final_norm=true: has no effect with model.norm=none":
-                self.final_norm and self.norm_of("final") == "none",
-            f"model.norm_final={self.norm_final}: has no effect without a final norm":
-                self.norm_final is not None and not self.has_final_norm,
-            f"model.norm_mlp={self.norm_mlp}: has no effect with model.n_inner=0":
-                self.norm_mlp is not None and not self.inner_dim,
-            f"model.ngram_rows={self.ngram_rows}: has no effect with model.ngram=1":
-                self.ngram == 1 and self.ngram_rows != GPTConfig.ngram_rows,
-            "model.zero_init=true: has no effect with model.projection=false": self.zero_init and not self.projection,
-            f"model.init={self.init}: model.placement={self.placement} has initial weights of its own":
-                self.init != "gpt2" and self.place.beta(1) is not None,
-        }  # fmt: skip
-        problems += [f"model.position={self.position}: {line}"
-                     for line in POSITIONS[self.position].made.problems(self)]
-        problems += [f"model.placement={self.placement}: {line}" for line in self.place.problems(self)]
-        return [*problems, *(problem for problem, applies in rules.items() if applies), *super().problems()]
+from gptexp.models.norms import build_norm, normalized
+from gptexp.models.positions import Relative, within
+from gptexp.registry import MODELS, POSITIONS
 
 
 class FeedForward(nn.Module):
@@ -254,7 +91,20 @@ class GPT(LanguageModel):
         6 per weight of a linear layer, plus the attention scores: Chowdhery et al. 2022, "PaLM", appendix B.
         """
         c: GPTConfig = self.config
-        return super().flops_per_token() + 12.0 * c.n_layer * c.n_embd * c.block_size
+        seen = min(c.block_size, c.window or c.block_size)
+        return super().flops_per_token() + 12.0 * c.n_layer * c.qkv_sizes[0] * seen
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values of one row take while text is generated, in float32."""
+        c: GPTConfig = self.config
+        return 4 * c.n_layer * c.block_size * sum(c.qkv_sizes[1:])
+
+    @property
+    def hidden_matrices(self) -> dict[str, tuple[int, ...]]:
+        """As its base; the weight of queries, keys and values holds three."""
+        return {name: self.config.qkv_sizes if name.endswith(".qkv.weight") else rows
+                for name, rows in super().hidden_matrices.items()}  # fmt: skip
 
     def decoder(self, n_rows: int) -> CachedDecoder:
         """Computes the next-token logits of `n_rows` growing rows with a KV cache."""
@@ -276,11 +126,15 @@ class GPT(LanguageModel):
         if self.ngram is not None:
             x = x + self.ngram(ids, None if cache is None else cache.preceding)
         x, relative = self.wpe.embed(x, positions), self.wpe.relative(positions)
+        if self.config.window is not None:
+            relative = within(self.config.window, relative, positions, x.device)
+        if self.config.value_residual:
+            relative = relative._replace(first_values=[])
         x = self.place.enter(torch.dropout(x, self.dropout, self.training))
         for block in self.blocks:
             x = block(x, mask, relative, positions, cache)
         logits: Tensor = self.head(self.place.leave(x, lambda y: normalized(self.norm_f, y, mask, positions)))
-        return logits
+        return softcapped(logits, self.config.logit_softcap)
 
 
 def _connection(config: GPTConfig, part: str, layer: int) -> nn.Module:

@@ -59,7 +59,7 @@ def gpt_std(config: Any, name: str, shape: torch.Size) -> float | Tensor:
     if in_block and (beta is not None or config.init == "xavier"):
         beta = 1.0 if beta is None else beta
         if name.endswith("qkv.weight"):
-            return torch.tensor([1.0, 1.0, beta]).repeat_interleave(config.n_embd)[:, None] * root
+            return torch.tensor([1.0, 1.0, beta]).repeat_interleave(torch.tensor(config.qkv_sizes))[:, None] * root
         return float(beta * math.sqrt(2 / sum(shape)))
     if config.init == "xavier":
         return float(math.sqrt(2 / sum(shape)) if name == "head.weight" else root)

@@ -28,13 +28,10 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @property
-    def hidden_matrices(self) -> dict[str, int]:
-        """The weights of all linear layers but the head, by name, each with the number of matrices stacked in its rows.
-
-        That is 3 for the weight of queries, keys and values, and 1 for any other.
-        """
-        linear = [name for name, m in self.named_modules() if isinstance(m, nn.Linear) and name != "head"]
-        return {f"{name}.weight": 3 if name.endswith(".qkv") else 1 for name in linear}
+    def hidden_matrices(self) -> dict[str, tuple[int, ...]]:
+        """The weights of all linear layers but the head, by name, each with the rows of the matrices stacked in it."""
+        linear = {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear) and name != "head"}
+        return {f"{name}.weight": (m.out_features,) for name, m in linear.items()}
 
     def flops_per_token(self) -> float:
         """Floating-point operations per token of one training step (forward and backward).

@@ -29,6 +29,7 @@ class Relative(NamedTuple):
     # added to the logits, -inf at later keys: (H, queries, keys) where all rows have the same positions, else
     # (N, H, 1, keys)
     bias: Tensor | None = None
+    first_values: list[Tensor] | None = None  # gets the values of the first layer, which the others mix with theirs
 
 
 NOTHING = Relative()
@@ -88,7 +89,7 @@ class Sinusoidal(Position, nn.Module):
 
 @POSITIONS.register("rope")
 class Rotary(Position, nn.Module):
-    """Rotates queries and keys by an angle that grows with the position; frequencies have the base 10,000.
+    """Rotates queries and keys by an angle that grows with the position; frequencies have the base `rope_theta`.
 
     Source: Su et al. 2021, "RoFormer"; channel i of a head and channel i + D/2 make a pair, as in Llama.
     """
@@ -97,15 +98,17 @@ class Rotary(Position, nn.Module):
 
     def __init__(self, settings: NoSettings, config: Any) -> None:
         nn.Module.__init__(self)
-        self.register_buffer("table", torch.stack(rope_table(config.block_size, config.head_dim)), persistent=False)
+        self.register_buffer("table", torch.stack(rope_table(config.block_size, config.head_size, config.rope_theta)),
+                             persistent=False)  # fmt: skip
 
     @staticmethod
     def problems(config: Any) -> list[str]:
         """Channels of a head come in pairs."""
-        if config.n_embd % config.n_head or config.head_dim % 2 == 0:
+        if (config.head_dim is None and config.n_embd % config.n_head) or config.head_size % 2 == 0:
             return []
-        return [f"needs an even head size, but model.n_embd={config.n_embd} / model.n_head={config.n_head} = "
-                f"{config.head_dim}"]  # fmt: skip
+        given = f"model.n_embd={config.n_embd} / model.n_head={config.n_head}"
+        return [f"needs an even head size, but {given if config.head_dim is None else 'model.head_dim'} = "
+                f"{config.head_size}"]  # fmt: skip
 
     def relative(self, positions: Positions) -> Relative:
         """The rotation: (L, D) where all rows have the same positions, else (N, 1, 1, D)."""
@@ -150,18 +153,30 @@ class NoPosition(Position, nn.Module):
         nn.Module.__init__(self)
 
 
+def within(window: int, relative: Relative, positions: Positions, device: torch.device) -> Relative:
+    """The same for a sliding window: each query attends to its own key and the `window` - 1 before it."""
+    if isinstance(positions, slice):
+        start, stop = positions.start or 0, int(positions.stop)
+        distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)
+    else:
+        distance = (positions - torch.arange(int(positions.max()) + 1, device=device))[:, None, None]
+    outside = (distance < 0) | (distance >= window)
+    bias = torch.zeros(distance.shape, device=device) if relative.bias is None else relative.bias
+    return relative._replace(bias=bias.masked_fill(outside, -math.inf))
+
+
 def sinusoidal_table(length: int, channels: int) -> Tensor:
     """Sines at even channels and cosines at odd ones, (length, channels)."""
     angle = _angles(length, channels)  # (L, C/2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
-def rope_table(length: int, head_dim: int) -> Rotation:
-    """The rotation of the first positions: cosines and sines (length, head_dim)."""
-    angle = _angles(length, head_dim).repeat(1, 2)
+def rope_table(length: int, head_dim: int, theta: float = 10000.0) -> Rotation:
+    """The rotation of the first positions, with frequencies of this base: cosines and sines (length, head_dim)."""
+    angle = _angles(length, head_dim, theta).repeat(1, 2)
     return Rotation(angle.cos(), angle.sin())
 
 
-def _angles(length: int, channels: int) -> Tensor:
-    frequency = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(10000.0) / channels))
+def _angles(length: int, channels: int, theta: float = 10000.0) -> Tensor:
+    frequency = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(theta) / channels))
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()  # (L, channels/2)

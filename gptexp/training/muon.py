@@ -1,6 +1,6 @@
 """Muon: momentum whose updates of matrices are made orthogonal; AdamW for all other parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,8 +36,8 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
 class Muon(Optimizer):
     """Muon for the parameter groups that have "parts", AdamW for the others; each has an "lr" and a "weight_decay".
 
-    A group with "parts" holds matrices, each of that many matrices of equal size one below the other, such as the
-    three of queries, keys and values: with momentum m, and gradient g,
+    A group with "parts" holds matrices, each made of matrices with that many rows, one below the other, such as the
+    three of queries, keys and values; () is whole ones. With momentum m, and gradient g,
     m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g, w <- w (1 - lr weight_decay) - lr scale O(u),
     where O makes orthogonal and scale is the root of max(1, rows / columns), as in `torch.optim.Muon`. That one works
     in bfloat16 on one matrix at a time; this one in the gradient's precision on all matrices of a shape together, which
@@ -76,7 +76,7 @@ class Muon(Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(grad, 1 - group["momentum"])
             update = grad.lerp(state["momentum"], group["momentum"])
-            for part, u in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
+            for part, u in zip(_cut(p, group["parts"]), _cut(update, group["parts"]), strict=True):
                 shapes.setdefault((part.shape[0], part.shape[1]), []).append((part, u))
         for (rows, columns), pairs in shapes.items():
             stack = torch.stack([u.T if rows > columns else u for _, u in pairs])
@@ -98,6 +98,10 @@ class Muon(Optimizer):
             foreach=False, fused=group["fused"], amsgrad=False, maximize=False, beta1=group["betas"][0],
             beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
+
+
+def _cut(matrix: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
+    return matrix.split(tuple(parts)) if parts else (matrix,)
 
 
 @OPTIMIZERS.register("muon")
@@ -124,8 +128,8 @@ class MuonConfig(OptimizerConfig):
     """Of the matrices of hidden layers."""
 
     def build(self, parameters: Parameters, peak: float, fused: bool) -> Optimizer:
-        """Muon in a group for each number of parts, AdamW in another one."""
-        named, hidden = parameters.named, parameters.hidden
+        """Muon in a group for the matrices of one part, and for those of the same parts each; AdamW in another one."""
+        named, hidden = parameters.named, {n: rows if len(rows) > 1 else () for n, rows in parameters.hidden.items()}
         groups: list[dict[str, Any]] = [
             {"params": [p for n, p in named if hidden.get(n) == parts], "parts": parts, "lr": peak,
              "weight_decay": self.weight_decay} for parts in sorted(set(hidden.values()))

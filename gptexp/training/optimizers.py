@@ -20,8 +20,8 @@ class Parameters:
     named: list[tuple[str, nn.Parameter]]
     matrices: set[str]
     """Names of the parameters of two or more dimensions, embeddings among them; a sharded one hides its shape."""
-    hidden: Mapping[str, int] = field(default_factory=dict)
-    """Names of the matrices of hidden layers, and of how many equal parts each is made."""
+    hidden: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Names of the matrices of hidden layers, and the rows of the parts of which each is made."""
 
     def decayed(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups with weight decay on matrices alone."""

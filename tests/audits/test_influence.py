@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from gptexp.audits.influence import measure
 from gptexp.models.attention import CausalSelfAttention
-from gptexp.models.gpt import GPT, FeedForward, GPTConfig
+from gptexp.models.gpt import GPT, FeedForward
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.registry import ACTIVATIONS, PLACEMENTS, POSITIONS
-from tests.models.conftest import NORM_VARIANTS, PAIRS, VARIANTS, VERDICTS, assert_close, every_variant
+from tests.models.conftest import ATTENTIONS, NORM_VARIANTS, PAIRS, VARIANTS, VERDICTS, assert_close, every_variant
 
 L, V = 8, 11
 Lively = Callable[..., GPT]
@@ -87,6 +88,19 @@ def test_what_an_output_depends_on(
 )
 def test_evaluation_sees_no_later_token_with_other_settings(lively: Lively, changes: dict) -> None:
     check_evaluation(lively(**changes))
+
+
+@pytest.mark.parametrize("changes", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_every_attention_is_causal(lively: Lively, changes: dict, training: bool) -> None:
+    """And reaches back exactly as far as its window in each of the two blocks."""
+    model = lively(**changes).double().train(training)
+    found = measure(model, random_ids(4, L), training)
+    assert (found.model.looks_ahead, found.model.couples) == (False, False)
+    reach = 2 * (changes.get("window", L) - 1)
+    seen = torch.arange(L)[:, None] - torch.arange(L)
+    assert bool((found.map[(seen >= 0) & (seen <= reach)] > 0).all())
+    assert bool((found.map[(seen < 0) | (seen > reach)] == 0).all())
 
 
 # --- padding -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptexp.inference import kv_cache
 from gptexp.inference.sampling import sample_tokens
 from gptexp.models.gpt import GPT
-from tests.models.conftest import VARIANTS, VERDICTS
+from tests.models.conftest import ATTENTIONS, VARIANTS, VERDICTS
 
 V, BLOCK = 11, 8
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 0, 1, 2, 3, 4, 5]]  # the last is longer than the block
@@ -48,6 +48,7 @@ CHANGES = [
     {"n_layer": 0},
     {"ngram": 2},
     {"ngram": 5, "ngram_rows": 20},
+    *ATTENTIONS,
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.registry import ACTIVATIONS, NORMS, PLACEMENTS, POSITIONS
 
 NORM_VARIANTS = [*NORMS, "batchnorm[batch]", "rbn[batch]", "powernorm[batch]"]
@@ -61,6 +62,17 @@ VARIANTS = [
     for i, (norm, placement) in enumerate(PAIRS)
 ]
 """Norm, placement, position and activation: each pair of norm and placement, and both with every position."""
+
+ATTENTIONS: list[dict[str, Any]] = [
+    {"n_head": 4, "n_kv_head": 2, "position": "rope", "rope_theta": 50.0},
+    {"n_head": 4, "n_kv_head": 1, "head_dim": 6, "qk_norm": "full"},
+    {"window": 3},
+    {"window": 2, "position": "alibi", "value_residual": True},
+    {"attention_softcap": 0.5, "logit_softcap": 2.0, "attention_gate": "head"},
+    {"attention_softcap": 1.0, "window": 4, "n_kv_head": 1, "attention_gate": "channel"},
+    {"value_residual": True, "position": "rope"},
+]  # fmt: skip
+"""What attention can be besides."""
 
 every_variant = pytest.mark.parametrize(("norm", "placement", "position", "activation"), VARIANTS)
 

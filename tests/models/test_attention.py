@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gptexp.models.attention import CausalSelfAttention
-from gptexp.models.gpt import GPT, GPTConfig
-from gptexp.models.positions import Relative, Rotation, rope_table, sinusoidal_table
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
+from gptexp.models.positions import Relative, Rotation, rope_table, sinusoidal_table, within
 from gptexp.registry import POSITIONS
 
 EPS = 1e-2  # of the norm of queries and keys; large, so that it shows
@@ -22,24 +23,30 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def naive_attention(config: GPTConfig, attn: CausalSelfAttention, x: Tensor, rope: Rotation | None) -> Tensor:
     """One sequence, one head, one query and one key at a time."""
     N, L, C = x.shape
-    D = C // config.n_head
+    H, K = config.n_head, config.n_kv_head or config.n_head
+    D = config.head_dim or C // H
     divisor = math.sqrt(D) if config.attention_scale else 1.0
+    starts = (0, H * D, (H + K) * D, (H + 2 * K) * D)
 
     def projected(n: int, i: int) -> Tensor:
-        part = slice(i * C, (i + 1) * C)
-        return x[n] @ attn.qkv.weight[part].T + (attn.qkv.bias[part] if attn.qkv.bias is not None else 0.0)  # (L, C)
+        part = slice(starts[i], starts[i + 1])
+        return x[n] @ attn.qkv.weight[part].T + (attn.qkv.bias[part] if attn.qkv.bias is not None else 0.0)
 
     def normed(v: Tensor, weight: Tensor) -> Tensor:
         return v / torch.sqrt((v * v).sum(-1, keepdim=True) / v.shape[-1] + EPS) * weight
 
-    y = torch.zeros_like(x)
+    def capped(score: Tensor) -> Tensor:
+        c = config.attention_softcap
+        return score if c is None else c * (1 - 2 / (1 + torch.exp(2 * score / c)))
+
+    y = torch.zeros(N, L, H * D, dtype=x.dtype)
     for n in range(N):
         q_all, k_all, v_all = (projected(n, i) for i in range(3))
         if config.qk_norm == "full":
             q_all, k_all = normed(q_all, attn.q_norm.weight), normed(k_all, attn.k_norm.weight)
-        for h in range(config.n_head):
-            part = slice(h * D, (h + 1) * D)
-            q, k, v = q_all[:, part], k_all[:, part], v_all[:, part]
+        for h in range(H):
+            part, shared = slice(h * D, (h + 1) * D), slice(h * K // H * D, (h * K // H + 1) * D)
+            q, k, v = q_all[:, part], k_all[:, shared], v_all[:, shared]
             if config.qk_norm == "head" or config.placement == "hybrid":
                 q, k = normed(q, attn.q_norm.weight), normed(k, attn.k_norm.weight)
             if config.placement == "hybrid":
@@ -47,9 +54,13 @@ def naive_attention(config: GPTConfig, attn: CausalSelfAttention, x: Tensor, rop
             if rope is not None:
                 q, k = rope(q), rope(k)
             for t in range(L):
-                scores = torch.stack([q[t] @ k[s] / divisor for s in range(t + 1)])
+                seen = range(max(0, t + 1 - (config.window or L)), t + 1)
+                scores = torch.stack([capped(q[t] @ k[s] / divisor) for s in seen])
                 weights = scores.exp() / scores.exp().sum()
-                y[n, t, part] = sum(weights[s] * v[s] for s in range(t + 1))
+                y[n, t, part] = sum(w * v[s] for w, s in zip(weights, seen, strict=True))
+            if attn.gate is not None:
+                rows = slice(h, h + 1) if config.attention_gate == "head" else part
+                y[n, :, part] /= 1 + torch.exp(-x[n] @ attn.gate.weight[rows].T)
     if not config.projection:
         return y
     return y @ attn.proj.weight.T + (attn.proj.bias if attn.proj.bias is not None else 0.0)
@@ -83,19 +94,28 @@ rotated = pytest.mark.parametrize("rotate", [False, True], ids=["plain", "rope"]
         {"n_head": 2, "qk_norm": "full", "attention_scale": False, "projection": False},
         {"n_head": 2, "placement": "hybrid", "norm": "rmsnorm"},  # norms of each head's queries, keys and values
         {"n_head": 4, "placement": "hybrid", "norm_attention": "rmsnorm", "attention_scale": False},
+        {"n_head": 4, "n_kv_head": 2, "qkv_bias": True},
+        {"n_head": 4, "n_kv_head": 1, "head_dim": 6, "qk_norm": "head"},
+        {"n_head": 4, "n_kv_head": 2, "qk_norm": "full", "window": 2},
+        {"n_head": 2, "head_dim": 4, "window": 3, "attention_softcap": 0.7},
+        {"n_head": 4, "n_kv_head": 2, "attention_softcap": 2.0, "attention_gate": "head"},
+        {"n_head": 2, "attention_gate": "channel", "placement": "hybrid", "n_kv_head": 1, "norm": "rmsnorm"},
     ],
     ids=str,
 )
 @rotated
 def test_attention_is_its_formula(changes: dict, rotate: bool) -> None:
     config, attn = random_attention(**changes)
-    rope = double_rope(5, config.head_dim) if rotate else None
-    x = random(2, 5, 16)
-    torch.testing.assert_close(attn(x, Relative(rope)), naive_attention(config, attn, x, rope))
+    rope = double_rope(5, config.head_size) if rotate else None
+    x, relative = random(2, 5, 16), Relative(rope)
+    if config.window:
+        relative = within(config.window, relative, slice(5), x.device)
+    torch.testing.assert_close(attn(x, relative), naive_attention(config, attn, x, rope))
     assert (attn.proj is None) == (not config.projection)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": "head"}, {"qk_norm": "full", "attention_scale": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "head"}, {"qk_norm": "full", "attention_scale": False},
+                                     {"attention_softcap": 0.5}], ids=str)  # fmt: skip
 @rotated
 def test_logits_are_what_the_softmax_sees(changes: dict, rotate: bool) -> None:
     _, attn = random_attention(n_head=2, **changes)
@@ -118,6 +138,39 @@ def test_logits_are_what_the_softmax_sees(changes: dict, rotate: bool) -> None:
 def test_qkv_bias_is_apart_from_bias(bias: bool, qkv_bias: bool | None, expected: tuple[bool, bool]) -> None:
     attn = CausalSelfAttention(GPTConfig(bias=bias, qkv_bias=qkv_bias))
     assert (attn.qkv.bias is not None, attn.proj.bias is not None) == expected
+
+
+def test_values_of_the_first_layer_are_mixed_into_the_others() -> None:
+    """With weights of their own, which start at one half each: "learnable ResFormer"."""
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, value_residual=True, position="rope")).double()
+    assert [block.attn.value_mix is None for block in model.blocks] == [True, False, False]
+    assert all(block.attn.value_mix.tolist() == [0.5, 0.5] for block in model.blocks[1:])
+    with torch.no_grad():
+        model.blocks[1].attn.value_mix.copy_(torch.tensor([0.3, 0.9]))
+    inputs, read = {}, {}
+    for i, block in enumerate(model.blocks):
+        block.attn.register_forward_hook(lambda _, args, out, i=i: inputs.update({i: args[0]}))
+        block.attn.proj.register_forward_hook(lambda _, args, out, i=i: read.update({i: args[0]}))
+    model(torch.arange(8)[None])
+    values = {i: model.blocks[i].attn.heads(x)[2] for i, x in inputs.items()}
+    for i, (own, first) in {0: (1.0, 0.0), 1: (0.3, 0.9), 2: (0.5, 0.5)}.items():
+        mixed = own * values[i] + first * values[0]
+        weights = model.blocks[i].attn.logits(inputs[i], model.wpe.relative(slice(8))).softmax(-1)
+        torch.testing.assert_close(read[i], (weights @ mixed).transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+
+
+def test_capped_logits() -> None:
+    model, capped = (GPT(GPTConfig(n_layer=1, n_embd=16, logit_softcap=cap)) for cap in (None, 0.01))
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(capped(ids), 0.01 * torch.tanh(model(ids) / 0.01))
+
+
+@pytest.mark.parametrize("theta", [100.0, 1e6])
+def test_the_base_of_rotary_frequencies(theta: float) -> None:
+    cos, sin = rope_table(9, 8, theta)
+    for j in range(4):
+        angle = 5 * theta ** (-2 * j / 8)
+        assert (float(cos[5, j]), float(sin[5, j + 4])) == pytest.approx((math.cos(angle), math.sin(angle)), abs=1e-6)
 
 
 @pytest.mark.parametrize("channels", [4, 16, 64])

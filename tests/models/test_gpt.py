@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptexp.models.gpt import GPT, FeedForward, GPTConfig
+from gptexp.models.gpt import GPT, FeedForward
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.registry import ACTIVATIONS
 from tests.models.conftest import VARIANTS, every_variant
 

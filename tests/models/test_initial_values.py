@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.positions import NOTHING
 from gptexp.registry import ACTIVATIONS, PLACEMENTS, POSITIONS
 from tests.models.conftest import NORM_VARIANTS

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptexp.audits.influence import measure, train_mode
-from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.ngrams import NGrams
 
 V = 11

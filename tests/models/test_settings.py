@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from gptexp.models.baselines import BigramConfig, MLPConfig
-from gptexp.models.gpt import GPTConfig
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.registry import ACTIVATIONS, PLACEMENTS, POSITIONS
 from tests.models.conftest import NORM_VARIANTS
 

@@ -15,7 +15,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.registry import NORMS
 
 V, BLOCK, LAYERS, HEADS, C = 29, 16, 3, 4, 32
@@ -139,6 +140,20 @@ def qwen3() -> Pair:
     return llama_like(theirs, PRE | OF_HEADS, qk_norm="head")
 
 
+def qwen3_grouped() -> Pair:
+    """Keys and values of half as many heads, which are wider than C / H; and slower rotations."""
+    sizes = THEIR_SIZES | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    theirs = hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, head_dim=12))
+    return llama_like(theirs, PRE | OF_HEADS, qk_norm="head", n_kv_head=2, head_dim=12, rope_theta=500.0)
+
+
+def mistral() -> Pair:
+    """Llama with one head of keys and values, and a sliding window."""
+    sizes = THEIR_SIZES | {"num_key_value_heads": 1}
+    theirs = hf.MistralForCausalLM(hf.MistralConfig(**sizes, sliding_window=5))
+    return llama_like(theirs, PRE, n_kv_head=1, window=5)
+
+
 def olmo2() -> Pair:
     """Norms of the sub-layers' outputs, and of all queries and all keys together."""
     theirs = hf.Olmo2ForCausalLM(hf.Olmo2Config(**THEIR_SIZES))
@@ -147,22 +162,23 @@ def olmo2() -> Pair:
 
 
 def gemma2() -> Pair:
-    """Norms of the sub-layers' inputs and outputs.
+    """Norms of the sub-layers' inputs and outputs, and soft caps of both kinds of logits.
 
-    Its norms multiply by 1 + weight, and its embeddings by sqrt(C). What else it has is turned off: soft caps of the
-    logits and sliding windows.
+    Its norms multiply by 1 + weight, and its embeddings by sqrt(C). Its sliding windows are turned off.
     """
     config = hf.Gemma2Config(**THEIR_SIZES, head_dim=C // HEADS, query_pre_attn_scalar=C // HEADS, sliding_window=BLOCK,
                           layer_types=["full_attention"] * LAYERS, hidden_activation="silu",
-                          attn_logit_softcapping=None, final_logit_softcapping=None)  # fmt: skip
+                          attn_logit_softcapping=0.8, final_logit_softcapping=3.0)  # fmt: skip
     sandwich = {"residual1.before": "input_layernorm", "residual1.after": "post_attention_layernorm",
                 "residual2.before": "pre_feedforward_layernorm",
                 "residual2.after": "post_feedforward_layernorm"}  # fmt: skip
-    return llama_like(hf.Gemma2ForCausalLM(config), sandwich, plus=1.0, scale=math.sqrt(C), placement="sandwich")
+    return llama_like(hf.Gemma2ForCausalLM(config), sandwich, plus=1.0, scale=math.sqrt(C), placement="sandwich",
+                      attention_softcap=0.8, logit_softcap=3.0)  # fmt: skip
 
 
 # The rotary tables and norms of Llama and its kin are float32 in transformers, whatever the weights are.
-MODELS = {gpt2: 1e-10, gpt1: 1e-10, llama: 1e-5, qwen3: 1e-5, olmo2: 1e-5, gemma2: 1e-5}
+MODELS = {gpt2: 1e-10, gpt1: 1e-10, llama: 1e-5, qwen3: 1e-5, qwen3_grouped: 1e-5, mistral: 1e-5, olmo2: 1e-5,
+          gemma2: 1e-5}  # fmt: skip
 Build = Callable[[], Pair]
 every_model = pytest.mark.parametrize(("build", "tolerance"), MODELS.items(), ids=[m.__name__ for m in MODELS])
 
@@ -180,7 +196,7 @@ def test_logits_are_equal(build: Build, tolerance: float, ids: Tensor) -> None:
     for length in (1, 5, BLOCK):
         with torch.no_grad():
             mine, other = ours(ids[:, :length]), theirs(ids[:, :length]).logits
-        assert float(other.std()) > 0.5  # there is something to compare
+        assert float(other.std()) > 0.4  # there is something to compare
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
@@ -200,7 +216,7 @@ def test_gradients_of_the_loss_are_equal(build: Build, tolerance: float, ids: Te
     torch.testing.assert_close(pair.ours.wte.weight.grad * pair.scale, grad, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("build", [gpt2, llama, qwen3, olmo2, gemma2])
+@pytest.mark.parametrize("build", [gpt2, llama, qwen3, qwen3_grouped, mistral, olmo2, gemma2])
 def test_greedy_text_is_that_of_transformers(build: Build, ids: Tensor) -> None:
     pair = build()
     ours, theirs = pair.ours, pair.theirs

@@ -16,7 +16,7 @@ from gptexp.config.schema import Config, read_config
 from gptexp.config.sections import ModelConfig
 from gptexp.errors import UserError
 from gptexp.models.baselines import MLPConfig
-from gptexp.models.gpt import GPTConfig
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.models.norms import NormSettings, NormSite, build_norm
 from gptexp.models.settings import build_model
 from gptexp.registry import NORMS

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gptexp.models.gpt import GPT, GPTConfig
+from gptexp.models.gpt import GPT
+from gptexp.models.gpt_settings import GPTConfig
 from gptexp.training.muon import MuonConfig, orthogonalized
 from gptexp.training.optimizers import AdamWConfig, Parameters, SGDConfig
 
@@ -83,12 +84,13 @@ def gpt_with_gradients(**changes: Any) -> GPT:
     return model
 
 
-def test_muon_is_torchs_own_on_hidden_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1}], ids=str)
+def test_muon_is_torchs_own_on_hidden_matrices(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which works in bfloat16 unless it is kept from it, and takes q, k and v for one matrix."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
-    model, config = gpt_with_gradients(), MuonConfig(weight_decay=0.3, learning_rate=0.05)
-    pieces = {f"{name}/{i}": part.detach().clone() for name, parts in model.hidden_matrices.items()
-              for i, part in enumerate(model.get_parameter(name).chunk(parts))}  # fmt: skip
+    model, config = gpt_with_gradients(**changes), MuonConfig(weight_decay=0.3, learning_rate=0.05)
+    pieces = {f"{name}/{i}": part.detach().clone() for name, rows in model.hidden_matrices.items()
+              for i, part in enumerate(model.get_parameter(name).split(rows))}  # fmt: skip
     assert len(pieces) == 2 * (3 + 1 + 1 + 1)
     theirs = torch.optim.Muon(list(pieces.values()), lr=0.05, weight_decay=0.3, momentum=0.95)
     ours = build(config, model)
@@ -99,12 +101,12 @@ def test_muon_is_torchs_own_on_hidden_matrices(monkeypatch: pytest.MonkeyPatch) 
             name, _, i = key.partition("/")
             grad = model.get_parameter(name).grad
             assert grad is not None
-            piece.grad = grad.chunk(model.hidden_matrices[name])[int(i)]
+            piece.grad = grad.split(model.hidden_matrices[name])[int(i)]
         ours.step()
         theirs.step()
     for key, piece in pieces.items():
         name, _, i = key.partition("/")
-        part = model.get_parameter(name).chunk(model.hidden_matrices[name])[int(i)]
+        part = model.get_parameter(name).split(model.hidden_matrices[name])[int(i)]
         torch.testing.assert_close(part.detach(), piece, rtol=1e-5, atol=1e-6)
 
 
