@@ -1,9 +1,9 @@
 """Draws the figure and prints the tables of a page in this folder: `python docs/known_results.py NAME DIR ...`.
 
-NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, ladder, fast, scale or audit. DIR is what
-the page's sweep left, such as outputs/sweeps/known-heads; scale takes the two files that its benchmarks wrote, and
-audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the folder figures/ beside this
-file.
+NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, ladder, fast, scale or
+audit. DIR is what the page's sweep left, such as outputs/sweeps/known-heads; scale takes the two files that its
+benchmarks wrote, and audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the folder
+figures/ beside this file.
 """
 
 import json
@@ -93,10 +93,15 @@ def spread(values: Iterable[float], digits: int = 4) -> str:
     return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
 
 
-def compared(pairs: Sequence[tuple[list[Run], list[Run]]]) -> list[Found]:
+def wrong(run: Run) -> float:
+    """The share of answers that are wrong at the end."""
+    return 1 - float((run.result or {})["final"]["val/exact_match"])
+
+
+def compared(pairs: Sequence[tuple[list[Run], list[Run]]], of: Callable[[Run], float] = final) -> list[Found]:
     """The final losses of runs against those of others, paired by seed; corrected for the number of comparisons."""
     groups = list({id(runs): runs for pair in pairs for runs in pair}.values())
-    by_seed = [{run.config.seed: final(run) for run in runs} for runs in groups]
+    by_seed = [{run.config.seed: of(run) for run in runs} for runs in groups]
     seeds = sorted(set().union(*by_seed))
     losses = np.array([[group.get(seed, math.nan) for seed in seeds] for group in by_seed])
     contrasts = np.zeros((len(pairs), len(groups)))
@@ -313,6 +318,35 @@ def gaps(ends: Mapping[int, Mapping[str, tuple[float, Sequence[float]]]]) -> Fig
     return new
 
 
+def arithmetic(folder: Path) -> Page:
+    """The share of right answers, by how numbers and answers are written."""
+    groups = runs_of(folder, lambda r: (r.config.task.zero_padding, r.config.task.reverse))
+    names = {key: f"{'padded' if key[0] else 'not padded'}, {'reversed' if key[1] else 'plain'}" for key in groups}
+    lines = ["| numbers, answer | right answers in 1,000, each seed | val/loss |", "|---|---|---|"]
+    lines += [f"| {names[key]} | {' '.join(f'{1000 * (1 - wrong(r)):.0f}' for r in runs)} | "
+              f"{spread(map(final, runs))} |" for key, runs in groups.items()]  # fmt: skip
+    pairs = {f"{names[padded, False]} against reversed": (groups[padded, False], groups[padded, True])
+             for padded in (True, False)}  # fmt: skip
+    lines += ["", f"| wrong answers compared | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| {name} | {verdict(found)} |"
+              for name, found in zip(pairs, compared(list(pairs.values()), wrong), strict=True)]  # fmt: skip
+
+    def draw() -> Figure:
+        new, (axes,) = figure(3.2)
+        for (padded, reverse), runs in groups.items():
+            curves = [{r["step"]: r["val/exact_match"] for r in read_metrics(run.metrics_path)
+                       if "val/exact_match" in r} for run in runs]  # fmt: skip
+            means = {step: mean(curve[step] for curve in curves) for step in curves[0]}
+            axes.plot(list(means), list(means.values()), color=f"C{int(padded)}", label=names[padded, reverse],
+                      linestyle="-" if reverse else "--")  # fmt: skip
+        axes.set(xlabel="step", ylabel="right answers", ylim=(0, 1.02))
+        axes.set_title("Means of the seeds")
+        axes.legend()
+        return new
+
+    return lines, draw
+
+
 PUBLISHED = {
     "ladder-1-bigram": 2.5, "ladder-2-head": 2.4, "ladder-3-heads": 2.28, "ladder-4-feed-forward": 2.24,
     "ladder-5-blocks": 2.08, "ladder-6-layernorm": 2.06, "ladder-7-scaled": 1.48,
@@ -468,7 +502,8 @@ def audit(norm: Path) -> Page:
 
 
 PAGES: dict[str, Callable[..., Page]] = {
-    f.__name__: f for f in (norms, audit, rmsnorm, heads, attention_scale, warmup, batchnorm, ladder, fast, scale)
+    f.__name__: f for f in (norms, audit, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, ladder, fast,
+                            scale)
 }
 
 if __name__ == "__main__":

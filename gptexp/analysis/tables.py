@@ -17,7 +17,8 @@ FORMATS = {  # how a reader sees a column
     **dict.fromkeys(("loss", "wrong", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"), "{:.4f}"),
     **dict.fromkeys(("difference", "low", "high"), "{:+.4f}"), "effect": "{:+.2f}",
     **dict.fromkeys(("seconds", "to_target_seconds"), "{:.1f}"),
-    **dict.fromkeys(("parameters", "tokens_per_second", "to_target_tokens", "to_target_step"), "{:,.0f}"),
+    **dict.fromkeys(("parameters", "tokens_per_second", "sampled_per_second", "kv_cache_bytes", "to_target_tokens",
+                     "to_target_step"), "{:,.0f}"),
 }  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
         rows.append({
             "variant": variant.label, "loss": mean_loss(variant, metric),
             **{key: _mean_result(variant, key) for key in ("seconds", "tokens_per_second")},
+            **{key: _mean_result(variant, key) for key in ("sampled_per_second", "kv_cache_bytes")},
             "target": target, "reached": len(first), "of": len(curves),
             **{f"to_target_{axis}": first[axis].mean() for axis in AXES},
         })  # fmt: skip
@@ -104,7 +106,8 @@ def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
 
 def _mean_result(variant: Variant, key: str) -> float:
     """The mean of a number in result.json over a variant's runs; nan where a run lacks it."""
-    return float(pd.Series([r.result.get(key, math.nan) for r in variant.runs.values()]).mean(skipna=False))
+    values = pd.Series([r.result.get(key) for r in variant.runs.values()], dtype=float)
+    return float(values.mean(skipna=False))
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

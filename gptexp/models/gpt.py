@@ -96,7 +96,7 @@ class GPT(LanguageModel):
 
     @property
     def cache_bytes(self) -> int:
-        """What the keys and values of one row take while text is generated, in float32."""
+        """The keys and values of one text."""
         c: GPTConfig = self.config
         return 4 * c.n_layer * c.block_size * sum(c.qkv_sizes[1:])
 

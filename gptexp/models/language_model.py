@@ -41,6 +41,11 @@ class LanguageModel(nn.Module):
         linear = [m for m in self.modules() if isinstance(m, nn.Linear)]
         return 6.0 * sum(m.weight.numel() for m in linear)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What a text takes to be continued, in float32: nothing where its last tokens are read anew each time."""
+        return 0
+
     def decoder(self, n_rows: int) -> Decoder:
         """Computes the next-token logits of `n_rows` growing rows, each time from all of their last tokens."""
         return lambda rows: next_token_logits(self, [row[-self.config.block_size :] for row in rows])

@@ -12,6 +12,7 @@ from gptexp.config.schema import Config
 from gptexp.loggers.media import log_figure, log_summary
 from gptexp.runs.files import EXACT_MATCH, read_diagnostics, read_metrics, read_samples
 from gptexp.runs.run import Run, Status
+from gptexp.training.callbacks.samples import Samples
 from gptexp.training.callbacks.throughput import Throughput
 
 log = logging.getLogger("gptexp")
@@ -25,6 +26,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     """
     step, parameters = trainer.global_step, run.info["parameters"]
     (counts,) = (callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+    written = next((c for c in trainer.callbacks if isinstance(c, Samples) and c.tokens), None)
     rows = read_metrics(run.metrics_path)
     evaluations = [r for r in rows if math.isfinite(r.get("val/loss", math.nan))]
     final = evaluations[-1] if evaluations else {}
@@ -41,6 +43,8 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
         "seconds": counts.seconds,
         "eval_seconds": counts.eval_seconds,
         "tokens_per_second": counts.tokens / max(counts.seconds, 1e-9),
+        "sampled_per_second": written.tokens / max(written.seconds, 1e-9) if written else None,
+        "kv_cache_bytes": trainer.lightning_module.model.cache_bytes,
     }
     run.write_result(result)
     seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}

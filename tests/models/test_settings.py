@@ -16,6 +16,10 @@ Small = Callable[..., GPTConfig]
     ("changes", "problem"),
     [
         ({"n_head": 3}, "n_head=3: must divide model.n_embd=16; nearest: 1, 2, 4"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head=3: must divide model.n_head=4; nearest: 1, 2, 4"),
+        ({"head_dim": 5, "position": "rope"}, "position=rope: needs an even head size, but model.head_dim = 5"),
+        ({"head_dim": 4, "projection": False}, "head_dim=4: times model.n_head must be model.n_embd with"),
+        ({"rope_theta": 500.0}, "rope_theta=500: has no effect with model.position=learned"),
         ({"n_head": 16, "position": "rope"}, "position=rope: needs an even head size"),
         ({"n_embd": 15, "n_head": 3, "position": "sinusoidal"}, "position=sinusoidal: needs an even"),
         ({"norm": "batchnorm", "norms": {"batchnorm": {"stats": ["time"]}}}, "norms.batchnorm.stats=[time]: must be"),

@@ -54,6 +54,8 @@ def test_what_a_run_leaves_behind(tiny: Tiny) -> None:
     assert (result["best_val_loss"], result["best_step"]) == (best["val/loss"], best["step"])
     assert result["final"]["val/loss"] == rows[-1]["val/loss"]
     assert result["tokens_per_second"] > 0
+    assert result["sampled_per_second"] > 0
+    assert result["kv_cache_bytes"] == 2 * 4 * 16 * 16  # keys and values, float32, block_size, n_embd
     assert not result["stopped_early"]
     assert sorted(p.name for p in run.checkpoint("best").parent.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert run.samples_path.read_text().count("--- step ") == 4

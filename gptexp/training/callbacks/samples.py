@@ -1,6 +1,8 @@
 """Samples a text at each evaluation."""
 
+import time
 from contextlib import suppress
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
@@ -31,13 +33,25 @@ class Samples(Callback):
         self.stop = self.tokenizer.encode(end).tolist() if end else []
         self.options = {"stop": self.stop, "seed": config.seed, "temperature": 0.0 if self.problems else 1.0}
         self.length = config.sample_tokens
+        self.tokens, self.seconds = 0, 0.0  # written so far by this process, and the time that it took
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting from a checkpoint."""
+        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: GPTModule) -> None:
         """Sample; every rank does, so that none waits for another."""
         if trainer.state.fn != "fit":
             return
+        begin = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             rows = pl_module.model.generate(self.prompts, self.length, **self.options)
+        self.seconds += time.perf_counter() - begin
+        self.tokens += sum(map(len, rows))
         if trainer.is_global_zero:
             whole = [row[:-1] if self.stop and row[-1:] == self.stop else row for row in rows]
             texts = [self.tokenizer.decode(row) for row in whole]
