@@ -2,8 +2,8 @@
 
 NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, ladder, fast, scale or
 audit. DIR is what the page's sweep left, such as outputs/sweeps/known-heads; scale takes the two files that its
-benchmarks wrote, and audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the folder
-figures/ beside this file.
+benchmarks wrote, and audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the
+folder figures/ beside this file.
 """
 
 import json

@@ -101,7 +101,7 @@ class Arithmetic(ProblemsConfig):
     def encode(self, corpus: Corpus, data: DataConfig) -> Encoded:
         """No ids: a vocabulary alone."""
         longest = self.written(Operation(10**self.digits - 1, self.operators[0], 10**self.digits - 1))
-        symbols = {*"0123456789=\n", *self.operators, *("-" if "-" in self.operators else ""), *"".join(longest)}
+        symbols = {*"0123456789=\n", *self.operators, *"".join(longest)}
         digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return Encoded(np.empty(0, np.uint8), CharTokenizer("".join(sorted(symbols))), digest)
 
@@ -114,12 +114,15 @@ class Arithmetic(ProblemsConfig):
         tokenizer, largest = encoded.tokenizer, 10**self.digits - 1
         longest = [self.written(Operation(a, sign, largest)) for sign in self.operators for a in (0, largest)]
         width = check_width(longest, tokenizer, "\n", block_size)
-        wanted, there = self.val_examples + (self.train_examples or 1), len(self.operators) * (largest + 1) ** 2
+        # Of problems without end, at most half are held out, so that others are soon found.
+        wanted = self.val_examples + (self.train_examples or self.val_examples)
+        there = len(self.operators) * (largest + 1) ** 2
         if wanted > there:
             key = "val_examples" if self.train_examples is None else "train_examples"
             given = getattr(self, key)
+            most = there // 2 if self.train_examples is None else max(0, there - self.val_examples)
             raise UserError(f"task.{key}={given}: there are {there:,} problems of task.digits={self.digits}, for "
-                            f"training and validation; allowed: at most {max(0, given + there - wanted)}")  # fmt: skip
+                            f"training and validation; allowed: at most {most}")  # fmt: skip
         uniform = replace(self, balance_digits=False, balance_carries=False)
         held_out = uniform._different(self.val_examples, SPLIT_STREAM, set())
         val = Problems([self.written(o) for o in held_out], tokenizer, width=width)
@@ -162,11 +165,14 @@ class Arithmetic(ProblemsConfig):
         for attempt in range(1, TRIES):
             again = [i for i, operation in enumerate(drawn) if operation in known]
             if not again:
-                break
+                return drawn
             others = self._operations(seed, step, count, stream + (attempt << 8))
             for i in again:
                 drawn[i] = others[i]
-        return drawn
+        rest = [operation for operation in drawn if operation not in known]  # where a balance asks for what is held out
+        if not rest:
+            raise UserError(f"task.val_examples={self.val_examples}: leaves nothing to train on; allowed: fewer")
+        return [operation if operation not in known else rest[i % len(rest)] for i, operation in enumerate(drawn)]
 
     def _operations(self, seed: int, step: int, count: int, stream: int) -> list[Operation]:
         """Operations at random: a pure function."""

@@ -148,8 +148,8 @@ def test_what_is_held_out_is_the_same_however_it_is_written() -> None:
     ({"digits": 1, "train_examples": 80, "val_examples": 40}, 8,
      "task.train_examples=80: there are 100 problems of task.digits=1, for training and validation; allowed: at most "
      "60"),
-    ({"digits": 1, "val_examples": 100}, 8, "task.val_examples=100: there are 100 problems of task.digits=1, for "
-                                            "training and validation; allowed: at most 99"),
+    ({"digits": 1, "val_examples": 51}, 8, "task.val_examples=51: there are 100 problems of task.digits=1, for "
+                                           "training and validation; allowed: at most 50"),
 ])  # fmt: skip
 def test_impossible_problems(settings: dict[str, Any], block: int, line: str) -> None:
     with pytest.raises(UserError) as caught:
