@@ -164,6 +164,8 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
                 if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
+    if config.init_from:
+        settings["init_from"] = str(info["init_from"]["label"])
     evaluations, seconds = defaultdict(list), 0.0
     for row in read_metrics(run.metrics_path, [*AXES, *_LOSSES]):
         seconds = row.get("seconds", seconds)  # an evaluation has those of the training before it

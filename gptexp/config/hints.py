@@ -28,7 +28,6 @@ OTHER_NAMES = {
     "dtype": "hardware.precision", "amp": "hardware.precision",
     "wandb": "logger=wandb, logger=none or logger.wandb.mode=offline", "project": "logger.wandb.project",
     "entity": "logger.wandb.entity", "out_dir": "output_dir, or hydra.run.dir for one run", "run_name": "name",
-    "init_from": "resume",
 }  # fmt: skip
 """The setting that a key means, by the name that other programs give it; {} stands for its value."""
 

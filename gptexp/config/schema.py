@@ -92,6 +92,10 @@ class Config:
     """Stop after this many evaluations without a lower val/loss; null never stops."""
     sample_tokens: Annotated[int, Ge(0)] = 200
     """Length of the text sampled at each evaluation; 0 samples none."""
+    init_from: str | None = None
+    """A run whose weights to start from: its directory, for the best checkpoint, or its `last.ckpt`."""
+    trainable: list[str] | None = None
+    """Train only the parameters whose names fit one of these patterns, such as `head*`; null trains all."""
     output_dir: Annotated[str, NEUTRAL] = "outputs"
     """The folder of `runs/` and `sweeps/`."""
     name: Annotated[str | None, NEUTRAL] = None

@@ -61,6 +61,11 @@ class Tokenizer(ABC):
         """Number of characters in the text of ids."""
         return len(self.decode(ids))
 
+    @property
+    def symbols_by_id(self) -> list[str]:
+        """What each id stands for; equal for equal symbols of two tokenizers of a kind."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
+
     def packed(self, text: str) -> bytes:
         """The ids of a piece of the corpus, each in the bytes of `dtype`."""
         return self.encode(text).astype(self.dtype).tobytes()
@@ -194,6 +199,11 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    @property
+    def symbols_by_id(self) -> list[str]:
+        """The bytes; those of ASCII are characters, others are parts of some."""
+        return [chr(i) if i < 128 else f"\\x{i:02x}" for i in range(256)]
 
     def characters(self, ids: Ids) -> int:
         """As its base; bytes 10xxxxxx continue a character."""

@@ -43,6 +43,7 @@ from gptexp.training.module import GPTModule
 from gptexp.training.objects import build
 from gptexp.training.recording import recorded
 from gptexp.training.results import leave_results
+from gptexp.training.transfer import freeze, initialize_from
 
 log = logging.getLogger("gptexp")
 
@@ -72,6 +73,10 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
     data = load_data(run, config)
     module = GPTModule(config.sized(data.vocab_size), config.optimizer, config.schedule, seed=config.seed,
                        chars_per_token=data.chars_per_token, exact_match=data.task.exact_match)  # fmt: skip
+    told = ""
+    if config.init_from and resuming is None:
+        told = initialize_from(module.model, data.encoded.tokenizer, run.info["init_from"])
+    freeze(module.model, config.trainable)
     before = run.info.get("device", {}).get("threads")
     torch.set_num_threads(thread_count(module.model, config, processes.per_node, before))
     if config.hardware.compile:
@@ -80,6 +85,8 @@ def _fit(run: Run, config: Config, processes: Processes, watch: Watch | None, qu
     share = train_mode(module.model.config)  # on all ranks: some norms sum over them
     if processes.first:
         _introduce(run, config, data, module, processes, share)
+        if told:
+            log.info("%s", told)
         for path in run.growing if resuming is None else ():
             path.unlink(missing_ok=True)
 

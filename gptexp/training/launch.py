@@ -72,6 +72,7 @@ def claim(
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
                     warmup, config.max_steps)  # fmt: skip
     _check(config)
+    source = _check_weights(config, reading)
     corpus, encoded = reading.corpus, reading.encoded
     info = {
         "name": name,
@@ -85,8 +86,30 @@ def claim(
                  "document_end": reading.task.document_end(reading.data)},
         "tokenizer": encoded.tokenizer.to_dict(),
         "command": command,
+        **({"init_from": source} if source else {}),
     }  # fmt: skip
     return Run.claim(path, config, info, named)
+
+
+def _check_weights(config: Config, reading: "Reading") -> dict[str, Any] | None:
+    """Refuse weights to start from that do not fit, and patterns of what to train that fit nothing.
+
+    Returns:
+        the lineage of the weights; None where they are new.
+    """
+    if config.init_from is None and config.trainable is None:
+        return None
+    from gptexp.models.settings import build_model
+    from gptexp.training.transfer import freeze, initialize_from, lineage
+
+    tokenizer = reading.encoded.tokenizer
+    model = build_model(config.sized(tokenizer.vocab_size))
+    freeze(model, config.trainable)
+    if config.init_from is None:
+        return None
+    source = lineage(config.init_from)
+    initialize_from(model, tokenizer, source)
+    return source
 
 
 def _check(config: Config) -> None:
