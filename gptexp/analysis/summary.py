@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptexp.analysis.factors import ABSENT
 from gptexp.analysis.measures import MEASURES
 from gptexp.analysis.statistics import FEWEST_SEEDS, Verdict
 from gptexp.analysis.study import Comparison, Study, mean_loss
@@ -39,8 +40,7 @@ def headline(study: Study) -> list[str]:
     claims = _claims(effects or against, study)
     first, *others = [f"{words}." for words in claims]
     together = [c for c in study.comparisons if c.kind == "interaction" and c.judgement.verdict in ("better", "worse")]
-    more = [f"Together, {c.this.replace(' x ', ' and ')} cost {abs(c.judgement.mean):.2g} {study.measure.unit} "
-            f"{'more' if c.judgement.mean > 0 else 'less'} than the sum of both." for c in together[:MOST_CLAIMS]]
+    more = [_together(c, study.measure.unit) for c in together[:MOST_CLAIMS]]
     if effects:
         decided = Counter(c.judgement.verdict for c in against)
         told = ", ".join(f"{decided[verdict]} {word}" for verdict, word in VERDICTS.items() if decided[verdict])
@@ -48,6 +48,13 @@ def headline(study: Study) -> list[str]:
         more.append(f"The lowest {study.measure.noun} is that of {first_of_all}, {lowest:.4f}; against "
                     f"{study.baseline}, of {plural(len(against), 'variant')}: {told}.")  # fmt: skip
     return [first, *others, *more]
+
+
+def _together(interaction: Comparison, unit: str) -> str:
+    """What two levels do together, in a sentence."""
+    levels = map(_named, interaction.factor.split(" x "), interaction.this.split(" x "))
+    amount = f"{abs(interaction.judgement.mean):.2g} {unit} {'more' if interaction.judgement.mean > 0 else 'less'}"
+    return f"Together, {' and '.join(levels)} cost {amount} than the sum of both."
 
 
 def _claims(comparisons: Sequence[Comparison], study: Study) -> list[str]:
@@ -79,9 +86,14 @@ def _claims(comparisons: Sequence[Comparison], study: Study) -> list[str]:
 
 
 def _name(comparison: Comparison) -> str:
-    """What is compared, as a sentence names it: a number needs its factor's name."""
-    this, factor = comparison.this, comparison.factor
-    return f"{factor}={this}" if factor and this.replace(".", "").replace("-", "").isdigit() else this
+    """What is compared, as a sentence names it."""
+    return _named(comparison.factor, comparison.this)
+
+
+def _named(factor: str, level: str) -> str:
+    """A level, with its factor's name where it says nothing by itself: a number, yes or no, nothing."""
+    bare = level in ("true", "false", "null", ABSENT) or level.replace(".", "").replace("-", "").isdigit()
+    return f"{factor}={level}" if factor and bare else level
 
 
 def _listed(names: Sequence[str]) -> str:

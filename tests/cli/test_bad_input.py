@@ -67,7 +67,7 @@ WRONG: dict[str, list[str]] = {
         "placement=mid: unknown; allowed: deepnorm, ",
         "hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, ",
         "data=notes.txt: unknown; did you mean data=file data.path=notes.txt? allowed: file, ",
-        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: addition, fast_cpu, ",
+        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: adder, addition, ",
         "model=lecture: unknown; did you mean experiment=lecture? allowed: bigram, gpt, mlp"],
     "norm=batch placement=pre_norm experiment=known/rmsnorm": [
         "norm=batch: unknown; did you mean batchnorm? allowed: ",
@@ -76,7 +76,7 @@ WRONG: dict[str, list[str]] = {
     "norm=RMSNorm heads=8 experiment=null": [
         "norm=RMSNorm: unknown; did you mean rmsnorm? allowed: ",
         "heads=8: unknown; did you mean h8? allowed: h1, ",
-        "experiment=null: unknown; allowed: addition, "],
+        "experiment=null: unknown; allowed: adder, addition, "],
     "~norm ~seed logger=null schedule=null": [
         "~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, ",
         "~seed: cannot be left out; write seed=VALUE",
@@ -276,7 +276,7 @@ class TestFlags:
         assert [line.partition(": must")[0] for line in capfd.readouterr().err.splitlines()] == [
             "error: seed=-1", "error: model.n_head=5"]  # fmt: skip
         assert command(*chosen, "heads=h55") == 2
-        assert "heads=h55: unknown; did you mean h5? allowed: h1, h12, h16, h2, h4, h5, " in capfd.readouterr().err
+        assert "heads=h55: unknown; did you mean h5? allowed: h1, h12, h12_kv1, " in capfd.readouterr().err
 
 
 def test_the_package_itself_lists_its_commands() -> None:
