@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -162,12 +163,15 @@ def forest(study: Study) -> Figure:
     panels = {name: panels[name] for name in sorted(panels, key=lambda name: (name == "variants", " x " in name))}
     for name, rows in panels.items():
         panels[name] = sorted(rows, key=lambda c: (c.judgement.verdict == "undecided", c.judgement.mean))[:MOST_ROWS]
-    heights = [0.45 + 0.3 * len(rows) for rows in panels.values()]
+    titles = ["\n".join(wrap(f"{name}, against {rows[0].that}" if len({c.that for c in rows}) == 1 else name, 34))
+              for name, rows in panels.items()]  # fmt: skip
+    heights = [0.45 + 0.2 * title.count("\n") + 0.3 * len(rows)
+               for title, rows in zip(titles, panels.values(), strict=True)]  # fmt: skip
     figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), layout="constrained")
     everything = [c for rows in panels.values() for c in rows]
     largest = max(abs(x) for c in everything for x in c.differences.values())
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+    for axes, title, rows in zip(grid, titles, panels.values(), strict=True):
         axes.axvspan(-study.delta, study.delta, color=VERDICT_COLORS["equal"], alpha=0.12, linewidth=0)
         axes.axvline(0, color=INK, linewidth=0.8)
         for y, c in enumerate(rows):
@@ -178,7 +182,7 @@ def forest(study: Study) -> Figure:
             axes.plot(j.mean, y, "o" if c.kind == "variant" else "s", color=color, markersize=5.5)
         axes.set_yticks(range(len(rows)), [c.this for c in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_title(f"{name}, against {rows[0].that}" if len({c.that for c in rows}) == 1 else name)
+        axes.set_title(title)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -193,7 +197,7 @@ def forest(study: Study) -> Figure:
                       if math.isfinite(x)) for edge in (min, max))  # fmt: skip
     room = 1.15 if axes.get_xscale() == "symlog" else 1.05  # markers are drawn whole
     axes.set_xlim(min(low * room, -1.2 * study.delta), max(high * room, 1.2 * study.delta))
-    figure.supxlabel(f"difference in {study.measure.axis}: ← better · worse →", fontsize="medium")
+    figure.supxlabel(f"difference in {study.measure.axis}\n← better · worse →", fontsize="medium")
     return figure
 
 
