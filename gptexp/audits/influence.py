@@ -80,6 +80,8 @@ def measure(model: LanguageModel, ids: Tensor, training: bool) -> Influence:
 
 def train_mode(config: Any) -> Share:
     """What the training loss of this configuration depends on, measured on a model of its first two layers."""
+    if config.counted:
+        return Share("model", 0.0, 0.0)
     small = replace(config, n_layer=min(2, config.n_layer)) if hasattr(config, "n_layer") else config
     model = prepared(build_model(small), training=True)
     shape = (4, min(8, config.block_size))

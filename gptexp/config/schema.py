@@ -250,6 +250,9 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
         problems += hardware.problems(batch_size, accumulation)
     if config.optimizer:
         problems += config.optimizer.problems(model, hardware)
+    if model and hardware and model.counted and (hardware.devices, hardware.num_nodes) not in ((1, 1), ("auto", 1)):
+        problems.append(f"hardware.devices={hardware.devices}: model.name={model.name} counts in one process; "
+                        "allowed: 1")  # fmt: skip
     if interval and hardware:
         opaque = {f"hardware.compile={str(hardware.compile).lower()}": hardware.compile,
                   "hardware.strategy=fsdp": hardware.strategy == "fsdp"}  # fmt: skip

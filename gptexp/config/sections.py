@@ -15,6 +15,8 @@ Seed = Annotated[int, Ge(0), Lt(2**63)]
 class ModelConfig:
     """Base of the settings of every model."""
 
+    counted: ClassVar[bool] = False  # learns by counting, in one pass, and has no gradients
+
     name: str = ""
     """The kind of model."""
     vocab_size: Annotated[int, Ge(1)] = 65

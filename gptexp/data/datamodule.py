@@ -121,6 +121,13 @@ class CharDataModule(LightningDataModule):
             )
         return TrainBatches(self)
 
+    def all_training_rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """x and y of all rows of the training split, each target once."""
+        for begin in range(0, self.train.n_rows, self.eval_batch_size):
+            numbers = np.arange(begin, min(begin + self.eval_batch_size, self.train.n_rows))
+            batch = self.tensors(self.train.rows(numbers))
+            yield batch.x, batch.y
+
     def val_dataloader(self, whole: bool | None = None) -> "EvalBatches":
         """The batches of this process, the same number on every process.
 

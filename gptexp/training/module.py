@@ -14,6 +14,7 @@ from gptexp.config.schema import read_section
 from gptexp.config.sections import ModelConfig, OptimizerConfig, ScheduleConfig
 from gptexp.data.batches import Batch, draw
 from gptexp.models.batch_norms import Penalized
+from gptexp.models.counts import Counts
 from gptexp.models.language_model import LanguageModel
 from gptexp.models.settings import build_model
 from gptexp.tasks.metrics import ExactMatch, LanguageModelMetrics, summed_loss
@@ -94,11 +95,15 @@ class GPTModule(LightningModule):
         stream = DROPOUT_STREAM + (self.global_rank << 32) + batch_idx % self.trainer.accumulate_grad_batches
         _seed_dropout(int(draw(self.seed, self.global_step, 1, 2**62, stream)[0]), self.device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The micro-batch's loss: nats per token, weighted so that the mean over micro-batches and ranks is exact.
 
-        What is returned to be minimized includes the penalties of regularized norms; the logged loss does not.
+        What is returned to be minimized includes the penalties of regularized norms; the logged loss does not. A model
+        that counts does so here, over the whole training split, and minimizes nothing.
         """
+        if isinstance(self.model, Counts):
+            self.model.learn(self.trainer.datamodule.all_training_rows())
+            return None
         loss = summed_loss(self(batch.x, batch.mask), batch.y) / batch.tokens
         micro_batches = self.trainer.accumulate_grad_batches
         place, share = batch_idx % micro_batches, loss.detach() / micro_batches
@@ -112,6 +117,8 @@ class GPTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Measure the gradient's norm, then clip as the Trainer's arguments say."""
+        if not self.weights:  # of a model that counts
+            return
         sharded: Any = self.trainer.strategy.model
         if hasattr(sharded, "clip_grad_norm_"):  # a process knows only its share of a sharded model's norm
             self.grad_norm = sharded.clip_grad_norm_(gradient_clip_val or math.inf)
@@ -154,8 +161,10 @@ class GPTModule(LightningModule):
         """A number in float64, where the device has it: Lightning makes float32 of plain ones."""
         return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any] | None:
         """The configured optimizer, and a scheduler that moves its learning rates at every step."""
+        if not self.weights:
+            return None
         fused = self.trainer.precision != "16-mixed"  # a fused step would skip the unscaling that clipping needs
         hidden = {f"model.{name}": parts for name, parts in self.model.hidden_matrices.items()}
         parameters = Parameters(list(self.named_parameters()), self.matrices, hidden)

@@ -68,7 +68,7 @@ WRONG: dict[str, list[str]] = {
         "hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, ",
         "data=notes.txt: unknown; did you mean data=file data.path=notes.txt? allowed: file, ",
         "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: adder, addition, ",
-        "model=lecture: unknown; did you mean experiment=lecture? allowed: bigram, gpt, mlp"],
+        "model=lecture: unknown; did you mean experiment=lecture? allowed: bigram, counts, "],
     "norm=batch placement=pre_norm experiment=known/rmsnorm": [
         "norm=batch: unknown; did you mean batchnorm? allowed: ",
         "placement=pre_norm: unknown; did you mean pre? allowed: ",
