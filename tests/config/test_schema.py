@@ -71,7 +71,8 @@ def test_each_default_stands_in_the_schema_alone(number: int) -> None:
 
 def test_every_choice_composes_into_a_valid_configuration() -> None:
     extra = {"file": ["data.path=x"], "h6": ["model.n_embd=96"], "h12": ["model.n_embd=96"],
-             "none": ["task=arithmetic"], "problems": ["data=file", "data.path=x"]}  # fmt: skip
+             "none": ["task=arithmetic"], "problems": ["data=file", "data.path=x"],
+             "transfer/pretrain": ["data.path=x"]}  # fmt: skip
     for group, choices in groups().items():
         assert choices, group
         for name in choices if group not in ("sweep", *VALUES) else ():
@@ -164,7 +165,7 @@ def test_the_fingerprint_is_of_what_computes() -> None:
     ({"optimizer": {"name": ["sgd"]}}, ['optimizer.name=["sgd"]: unknown; did you mean sgd? allowed: adamw']),
     ({"schedule": {"name": "cosin"}},
      ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, constant, linear, wsd"]),
-    ({"model": 3}, ["model=3: must be a group choice: gpt, bigram, mlp"]),
+    ({"model": 3}, ["model=3: must be a group choice: gpt, bigram, counts, mlp"]),
     ({"hardware": 3, "trainer": {"devices": 2}}, ["hardware=3: must be a group of settings"]),
     ({"trainer": {"val_check_interval": 4}, "gradient_accumulation_steps": 0},
      ["trainer.val_check_interval=4: must be a number of batches, a multiple of gradient_accumulation_steps=0",
