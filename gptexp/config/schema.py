@@ -253,6 +253,9 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
     if model and hardware and model.counted and (hardware.devices, hardware.num_nodes) not in ((1, 1), ("auto", 1)):
         problems.append(f"hardware.devices={hardware.devices}: model.name={model.name} counts in one process; "
                         "allowed: 1")  # fmt: skip
+    given = {"init_from": config.init_from, "trainable": config.trainable}
+    problems += [f"{key}={show(value)}: has no effect with model.name={model.name}, which counts"
+                 for key, value in given.items() if model and model.counted and value is not None]  # fmt: skip
     if interval and hardware:
         opaque = {f"hardware.compile={str(hardware.compile).lower()}": hardware.compile,
                   "hardware.strategy=fsdp": hardware.strategy == "fsdp"}  # fmt: skip

@@ -38,8 +38,8 @@ def lineage(init_from: str) -> dict[str, Any]:
 def initialize_from(model: LanguageModel, tokenizer: Tokenizer, source: dict[str, Any]) -> str:
     """Give a model the weights of the run of a `lineage`, in place.
 
-    Symbols that both vocabularies have keep their rows, others keep their initial values. Learned positions are cut
-    or go on with initial values.
+    Symbols that both vocabularies have keep their rows, others keep their initial values, and so do n-grams where the
+    vocabularies differ. Learned positions are cut or go on with initial values.
 
     Returns:
         what was taken, in words.
@@ -58,6 +58,8 @@ def initialize_from(model: LanguageModel, tokenizer: Tokenizer, source: dict[str
         raise UserError(f"{key}: is a model={family}, this is a model={wanted}; allowed: the same")
     before = tokenizer_from_dict(run.info["tokenizer"])
     same = before.to_dict() == tokenizer.to_dict()
+    if not same and family == "bigram":
+        raise UserError(f"{key}: its table is of other symbols than those of this run; allowed: the same vocabulary")
     known, rows = _matched(before, tokenizer)
     if not len(known):
         raise UserError(f"{key}: the vocabularies have no symbol in common")
@@ -72,7 +74,9 @@ def initialize_from(model: LanguageModel, tokenizer: Tokenizer, source: dict[str
     said = [] if same else [_said(before, tokenizer, len(known))]
     for name, tensor in ours.items():
         other = theirs[name]
-        if name in SYMBOLS and tensor.shape[1:] == other.shape[1:]:
+        if name.startswith("ngram.") and not same:
+            said.append("new embeddings of n-grams")
+        elif name in SYMBOLS and tensor.shape[1:] == other.shape[1:]:
             tensor[known] = other[rows].to(tensor.dtype)
         elif name in POSITIONS and tensor.shape[1:] == other.shape[1:]:
             shared = min(len(tensor), len(other))

@@ -66,6 +66,16 @@ def test_symbols_are_matched_by_what_they_are(finished: Run) -> None:
     assert told.endswith(f": {n - 2} of {n} symbols known, 2 new ('#', '€'), 2 dropped")
 
 
+def test_what_depends_on_the_symbols_alone(tiny: Tiny) -> None:
+    source = tiny("source", "model.ngram=2", "max_steps=4")
+    before = tokenizer_from_dict(source.info["tokenizer"])
+    assert isinstance(before, CharTokenizer)
+    after = CharTokenizer(before.symbols[1:])
+    model = build_model(source.config.sized(after.vocab_size))
+    assert initialize_from(model, after, lineage(str(source.path))).endswith("; new embeddings of n-grams")
+    assert not model.ngram.weight.any()  # as at the start
+
+
 @pytest.mark.parametrize(("block_size", "said"), [(8, ": 8 of 8 positions"), (40, ": 16 of 40 positions")])
 def test_learned_positions_are_cut_or_go_on(block_size: int, said: str, finished: Run, tiny: Tiny) -> None:
     run = tiny("other", f"init_from={finished.path}", f"model.block_size={block_size}", "max_steps=2")
