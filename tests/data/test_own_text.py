@@ -119,12 +119,13 @@ def test_problems_of_their_own_for_validation(tmp_path: Path) -> None:
     ("a.jsonl", b"[1]", {}, 'data.path={path}: line 1 has no text "text"; allowed: the name of another key, as '
                             "data.field=KEY"),
     ("a.txt.gz", b"abc", {}, "data.path={path}: cannot be read (Not a gzipped file (b'ab'))"),
-    ("a.txt.gz", gzip.compress(b"abc" * 100, mtime=0)[:-9], {}, "data.path={path}: ends too early; allowed: a whole gzip file"),
+    ("a.txt.gz", gzip.compress(b"abc" * 100, mtime=0)[:-9], {}, "data.path={path}: ends too early; allowed: a whole "
+                                                                "gzip file"),
     ("a.txt", b"ab\xff", {}, "data.path={path}: not UTF-8, byte 0xff at offset 2; allowed: a UTF-8 text file"),
     ("a.txt", b"abc", {"val_path": "{path}"}, "data.val_path={path}: {path} is in data.path={path}, too; allowed: a "
                                               "text of its own"),
-    ("a.txt", b"abc", {"val_path": "no*"}, "data.val_path=no*: no file has such a name; allowed: a UTF-8 text file "
-                                           "that is not empty, or a folder or pattern of them"),
+    ("a.txt", b"abc", {"val_path": "{path}.no*"}, "data.val_path={path}.no*: no file has such a name; allowed: a UTF-8 "
+                                                  "text file that is not empty, or a folder or pattern of them"),
 ], ids=str)  # fmt: skip
 def test_mistakes(name: str, content: bytes, settings: dict[str, str], problem: str, tmp_path: Path) -> None:
     path = tmp_path / name
