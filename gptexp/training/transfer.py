@@ -106,7 +106,7 @@ def _said(before: Tokenizer, after: Tokenizer, shared: int) -> str:
 
 
 def freeze(model: nn.Module, patterns: list[str] | None) -> int:
-    """Train only the parameters whose name fits one of the patterns; None trains all.
+    """Train only the parameters whose name fits one of the patterns, a tied one by either name; None trains all.
 
     Returns:
         the number of values that are trained.
@@ -114,12 +114,13 @@ def freeze(model: nn.Module, patterns: list[str] | None) -> int:
     Raises:
         UserError: when a pattern fits none.
     """
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in named):
             examples = ", ".join(list(named)[:4])
             raise UserError(f"trainable=[{pattern}]: fits no parameter; allowed: patterns of names such as {examples}")
-    for name, parameter in named.items():
-        parameter.requires_grad_(patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns))
-    return sum(math.prod(p.shape) for p in named.values() if p.requires_grad)
+    chosen = {p for name, p in named.items() if patterns is None or any(fnmatchcase(name, key) for key in patterns)}
+    for parameter in named.values():
+        parameter.requires_grad_(parameter in chosen)
+    return sum(math.prod(p.shape) for p in chosen)
 

@@ -55,7 +55,7 @@ def shortened(printed: str) -> str:
         short += ["sweep.max_seeds=3"]
     elif "sweep=" in printed or "seed=range" in printed:
         short += ["seed=1,2"]
-    short += ["norm=layernorm,rmsnorm"] if "sweep=norms" in printed else []
+    short += ["model.norm=layernorm,rmsnorm"] if "sweep=norms" in printed else []
     short += ["max_steps=8"] if "resume=outputs" in printed else []
     short += ["hydra.sweeper.n_trials=3"] if "optuna" in printed else []
     line = " ".join(short)

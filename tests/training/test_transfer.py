@@ -155,6 +155,8 @@ def test_a_pattern_that_fits_nothing(finished: Run, tiny: Tiny) -> None:
         tiny("frozen", "trainable=[heads*]")
     model = build_model(finished.config.sized(5))
     assert freeze(model, ["wpe*"]) == 16 * 16
+    assert freeze(model, ["head*"]) == 5 * 16  # which is tied to the embedding
+    assert model.wte.weight.requires_grad
     assert freeze(model, None) == model.n_params
 
 
