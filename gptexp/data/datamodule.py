@@ -17,7 +17,7 @@ from gptexp.data.encoding import Encoded, read_corpus
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA
 
-COUNTED = 2**26  # of a large corpus, so many tokens tell which are rare
+COUNTED, COUNTED_AT_ONCE = 2**22, 2**20  # of a large corpus, so many tokens tell which are rare
 
 
 class CharDataModule(LightningDataModule):
@@ -101,8 +101,9 @@ class CharDataModule(LightningDataModule):
     def summary(self) -> str:
         """The symbols, the rarest of them, and the sizes of the splits; reads the corpus if necessary."""
         self.setup()
-        tokenizer, known = self.encoded.tokenizer, self.encoded.ids[:COUNTED]
-        counts = np.bincount(known, minlength=tokenizer.vocab_size)
+        tokenizer, counts = self.encoded.tokenizer, np.zeros(self.vocab_size, np.int64)
+        for begin in range(0, min(len(self.encoded.ids), COUNTED), COUNTED_AT_ONCE):
+            counts += np.bincount(self.encoded.ids[begin : begin + COUNTED_AT_ONCE], minlength=self.vocab_size)
         rarest = ", ".join(f"{tokenizer.decode([i])!r} ({counts[i]:,})" for i in np.argsort(counts, kind="stable")[:3])
         return (f"{tokenizer.vocab_size:,} symbols, the rarest {rarest}; {self.train.n_tokens:,} tokens to train on, "
                 f"{self.val.n_tokens:,} for validation")  # fmt: skip
