@@ -134,7 +134,7 @@ class Arithmetic(ProblemsConfig):
         def make(seed: int, step: int, count: int) -> list[Problem]:
             return [self.written(o) for o in self._drawn(seed, step, count, BATCH_STREAM, known)]
 
-        return EndlessProblems(make, val, tokenizer, width), val
+        return EndlessProblems(make, tokenizer, width, val.n_rows), val
 
     def written(self, operation: Operation) -> Problem:
         """The text of a problem and of its answer."""

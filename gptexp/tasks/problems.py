@@ -83,19 +83,19 @@ class Problems(Split):
 
 
 class EndlessProblems(Problems):
-    """Problems made at random for each batch, none of which is held out; its numbered rows are some of them.
+    """Problems made at random for each batch; its numbered rows are some of them.
 
     Args:
-        make: problems of (seed, step, number of problems), a pure function.
-        held_out: the problems that may not occur.
+        make: problems of (seed, step, number of problems), a pure function that never gives one that is held out.
         tokenizer: knows their symbols.
         width: L.
+        n_rows: how many of them have numbers.
     """
 
     def __init__(
-        self, make: Callable[[int, int, int], Sequence[Problem]], held_out: Problems, tokenizer: Tokenizer, width: int
+        self, make: Callable[[int, int, int], Sequence[Problem]], tokenizer: Tokenizer, width: int, n_rows: int
     ) -> None:
-        super().__init__(make(0, 0, held_out.n_rows), tokenizer, width=width)
+        super().__init__(make(0, 0, n_rows), tokenizer, width=width)
         self._make, self._tokenizer = make, tokenizer
 
     def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
