@@ -122,7 +122,7 @@ class Config:
     def essence(self) -> Tree:
         """Every setting that can change a result."""
         neutral = marked(Config, NEUTRAL)
-        tree = self.tree() | {"model": self.model.tree()}
+        tree = self.tree() | {"model": self.model.tree(), "data": self.data.tree()}
         for key in neutral:
             section, _, name = key.rpartition(".")
             (tree.get(section, {}) if section else tree).pop(name, None)
@@ -147,7 +147,7 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     """
     problems: list[str] = []
     tree = _by_short_names(tree, problems)
-    values = read_fields(Config, "", tree, problems, skip=("vocab_size",))  # the tokenizer says vocab_size
+    values = read_fields(Config, "", tree, problems, skip=("model.vocab_size",))  # the tokenizer says vocab_size
     task, data = values.get("task"), values.get("data", DataConfig())
     if task and not task.corpus and data and data.name == DataConfig.name:
         values["data"] = replace(data, name="none")  # the default corpus, which this task does not read

@@ -55,10 +55,13 @@ class Run:
         self.growing = [self.metrics_path, self.samples_path, self.diagnostics_path]
 
     @classmethod
-    def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
+    def claim(
+        cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False, tokenizer: str | None = None
+    ) -> "Run":
         """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
-        A directory that the user `named` gets no other name. `info` goes into run.json.
+        A directory that the user `named` gets no other name. `info` goes into run.json, and `tokenizer`, if there is
+        one, into tokenizer.json, for other software.
 
         Raises:
             UserError: when the folder cannot be written, or was named and is taken.
@@ -77,6 +80,8 @@ class Run:
             run = cls(path)
             run.checkpoint("last").parent.mkdir()
             run._write_config(config)
+            if tokenizer is not None:
+                write_atomically(path / "tokenizer.json", tokenizer.encode())
             run.update(status="running", started=now(), **info)
         except OSError as error:
             raise UserError(f"output_dir={config.output_dir}: cannot write {wanted} ({error.strerror})") from error

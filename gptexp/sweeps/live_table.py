@@ -35,6 +35,7 @@ class Scoreboard:
     ) -> None:
         self.note = note
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
+        self.measure = sweep.measure
         self.standings = {name: sweep.standing(name) for name in names}
         self._done_before = sum(job.state in FINAL for job in self.standings.values())
         self._began = time.time()
@@ -86,12 +87,15 @@ class Scoreboard:
                     running[name] = {"step": 0.0, **last_row(run.metrics_path), "steps": run.config.max_steps}
 
         counts = Counter(job.state for job in self.standings.values())
-        ranked = sorted((job for job in self.standings.values() if math.isfinite(job.loss)), key=lambda job: job.loss)
+        values = {job.name: float(getattr(job, self.measure)) for job in self.standings.values()}
+        ranked = sorted((job for job in self.standings.values() if math.isfinite(values[job.name])),
+                        key=lambda job: values[job.name])  # fmt: skip
         over = sum(counts[state] for state in (*FINAL, "failed"))
         left = self._left(over, sum(at["step"] / at["steps"] for at in running.values()))
         for job in ended if not self.console.is_terminal else ():
-            value = f"val/loss {job.loss:.4f}" if math.isfinite(job.loss) else str(job.error or "")
-            best = [f"best {first.loss:.4f} {first.name}" for first in ranked[:1]]
+            known = math.isfinite(values[job.name])
+            value = f"val/{self.measure} {values[job.name]:.4f}" if known else str(job.error or "")
+            best = [f"best {values[first.name]:.4f} {first.name}" for first in ranked[:1]]
             line = " · ".join(filter(None, [f"[{over}/{self.total}] {job.state} {job.name}", value, *best, left]))
             self.console.print(line, highlight=False, soft_wrap=True)
 
@@ -103,7 +107,7 @@ class Scoreboard:
             table.add_row(name, ProgressBar(at["steps"], at["step"], width=20), f"step {at['step']:.0f}/{at['steps']}",
                           f"loss {at['train/loss']:.4f}" if "train/loss" in at else "")  # fmt: skip
         for place, job in enumerate(ranked[:BEST], 1):
-            table.add_row(job.name, f"{place}.", job.state, f"val/loss {job.loss:.4f}")
+            table.add_row(job.name, f"{place}.", job.state, f"val/{self.measure} {values[job.name]:.4f}")
         return Group(*([Text(self.note)] if self.note else []), Text(" · ".join(filter(None, words))), table)
 
     def _left(self, over: int, under_way: float) -> str:

@@ -83,6 +83,9 @@ def read_search(settings: Mapping[str, Any], swept: Sequence[Override], config: 
     if not swept:
         problems.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
                         "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
+    problems += [f"{o.input_line}: losses per token of different vocabularies cannot be compared; leave one to search "
+                 "with, or train a grid of them and compare" for o in swept
+                 if o.key_or_group in ("tokenizer", "data.tokenizer", "data.vocab_size")]  # fmt: skip
     values = read_fields(SearchConfig, "hydra.sweeper.", settings, problems)
     if problems:
         raise UserError(problems)

@@ -88,7 +88,7 @@ def claim(
         "command": command,
         **({"init_from": source} if source else {}),
     }  # fmt: skip
-    return Run.claim(path, config, info, named)
+    return Run.claim(path, config, info, named, encoded.tokenizer.standard_file)
 
 
 def _check_weights(config: Config, reading: "Reading") -> dict[str, Any] | None:

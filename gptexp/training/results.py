@@ -36,6 +36,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
         "stopped_early": status == "done" and trainer.should_stop and step < trainer.max_steps,
         "step": step,
         "best_val_loss": best.get("val/loss"),
+        "best_val_bpc": best.get("val/bpc"),
         "best_step": int(best["step"]) if best else None,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
         "parameters": parameters,

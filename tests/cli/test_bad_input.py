@@ -60,7 +60,7 @@ WRONG: dict[str, list[str]] = {
         "precision=bf16: unknown key; did you mean hardware.precision?",
         "callbacks.mine.patience=3: unknown key; to add it, write +callbacks.mine.patience=3",
         "entity=me: unknown key; did you mean logger.wandb.entity?",
-        "model.vocab_size=9: unknown key; did you mean tokenizer?"],
+        "model.vocab_size=9: unknown key; did you mean data.vocab_size?"],
     "norm=rmsnrom heads=3 placement=mid hardware=cuda data=notes.txt experiment=nanogpt model=lecture": [
         "norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, causal_batchnorm, derf, ",
         "heads=3: unknown; did you mean model.n_head=3? allowed: h1, ",
