@@ -82,8 +82,8 @@ def mixtures(records: Sequence[Record]) -> list[str]:
                      "text is cut into tokens")  # fmt: skip
     evaluations = {len(r.curve) for r in records if r.complete}
     if len(evaluations) > 1:
-        notes.append(f"runs have {min(evaluations)} to {max(evaluations)} evaluations: the best of more is lower by chance alone; "
-                     "metric=final does not favor them")  # fmt: skip
+        notes.append(f"runs have {min(evaluations)} to {max(evaluations)} evaluations: the best of more is lower by "
+                     "chance alone; metric=final does not favor them")  # fmt: skip
     return notes
 
 
