@@ -15,7 +15,7 @@ import pandas as pd
 
 from gptexp.analysis.looks import Looks, looks_from
 from gptexp.analysis.measures import Metric
-from gptexp.config.schema import flatten
+from gptexp.config.schema import Config, flatten
 from gptexp.config.settings import show
 from gptexp.errors import UserError
 from gptexp.runs.files import EXACT_MATCH, read_metrics
@@ -201,10 +201,15 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
         path=path, name=str(info["name"]), label=config.name, status=str(info["status"]), seed=config.seed,
         settings=settings, split=f"data.val_fraction={config.data.val_fraction}, task={show(asdict(config.task))}",
         questions=show(info.get("data", {}).get("questions") or ""),
-        length="" if config.name or "max_steps" in sweep.swept else f"max_steps={config.max_steps}",
+        length="" if config.name or {"max_steps", "max_seconds"} & sweep.swept else _length(config),
         order=(folder, str(path.parent), sweep.jobs.get(path.name, len(sweep.jobs)), str(info["started"]), str(path)),
         info=info, curve=curve, windows=windows, result=result, chars_per_token=chars_per_token,
     )  # fmt: skip
+
+
+def _length(config: Config) -> str:
+    seconds = "" if config.max_seconds is None else f", max_seconds={config.max_seconds:g}"
+    return f"max_steps={show(config.max_steps)}{seconds}"
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -5,6 +5,7 @@ A plain tree of settings goes in; a `Config` comes out, or one `UserError` with 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, field, fields, replace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from gptexp.config.choices import CHOSEN
 from gptexp.config.sections import (
@@ -68,8 +69,11 @@ class Config:
     """Lightning loggers, in the same way; metrics.csv is always written."""
     seed: Seed = 1337
     """Fixes the initial weights, the order of batches and dropout."""
-    max_steps: Count = 2000
-    """Optimizer steps."""
+    max_steps: Count | None = 2000
+    """Optimizer steps; null sets no limit, with `max_seconds`."""
+    max_seconds: Annotated[float, Gt(0)] | None = None
+    """Seconds of training, evaluations left out, after which it ends, if `max_steps` does not end it before; the
+    learning rate's schedule follows the seconds."""
     batch_size: Count = 12
     """Sequences of one optimizer step, over all devices and micro-batches."""
     gradient_accumulation_steps: Count = 1
@@ -107,6 +111,10 @@ class Config:
     def variant(self) -> str:
         """The readable name of this variant and seed, such as `rmsnorm-pre-h4-s1337`."""
         return f"{self.model.label}-s{self.seed}"
+
+    def share_done(self, step: float, seconds: float) -> float:
+        """How much of training is done, in 0..1."""
+        return min(1.0, max(step / (self.max_steps or math.inf), seconds / (self.max_seconds or math.inf)))
 
     def sized(self, vocab_size: int) -> ModelConfig:
         """The model's configuration for a tokenizer of `vocab_size` symbols."""
@@ -253,9 +261,11 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
     if model and hardware and model.counted and (hardware.devices, hardware.num_nodes) not in ((1, 1), ("auto", 1)):
         problems.append(f"hardware.devices={hardware.devices}: model.name={model.name} counts in one process; "
                         "allowed: 1")  # fmt: skip
-    given = {"init_from": config.init_from, "trainable": config.trainable}
+    given = {"init_from": config.init_from, "trainable": config.trainable, "max_seconds": config.max_seconds}
     problems += [f"{key}={show(value)}: has no effect with model.name={model.name}, which counts"
                  for key, value in given.items() if model and model.counted and value is not None]  # fmt: skip
+    if config.max_steps is None and config.max_seconds is None:
+        problems.append("max_steps=null: needs max_seconds; allowed: an integer of at least 1")
     if interval and hardware:
         opaque = {f"hardware.compile={str(hardware.compile).lower()}": hardware.compile,
                   "hardware.strategy=fsdp": hardware.strategy == "fsdp"}  # fmt: skip

@@ -33,7 +33,7 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     best = min(evaluations, key=lambda r: r["val/loss"], default={})
     result = {
         "status": status,
-        "stopped_early": status == "done" and trainer.should_stop and step < trainer.max_steps,
+        "stopped_early": status == "done" and trainer.should_stop and run.config.share_done(step, counts.seconds) < 1,
         "step": step,
         "best_val_loss": best.get("val/loss"),
         "best_val_bpc": best.get("val/bpc"),
@@ -48,6 +48,9 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
         "kv_cache_bytes": trainer.lightning_module.model.cache_bytes,
     }
     run.write_result(result)
+    if run.config.max_seconds and status == "done" and step == trainer.max_steps:
+        log.warning("max_steps=%d ended training after %.0f of max_seconds=%g seconds; max_steps=null lets it use them "
+                    "all", step, counts.seconds, run.config.max_seconds)  # fmt: skip
     seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}
     pictures = _draw(run, rows)
     for logger in trainer.loggers:
