@@ -76,6 +76,8 @@ class Config:
     learning rate's schedule follows the seconds."""
     batch_size: Count = 12
     """Sequences of one optimizer step, over all devices and micro-batches."""
+    batch_warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps in which the sequences of a step grow in a straight line to `batch_size` (Brown et al. 2020, "GPT-3")."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches into which a step's batch is cut, to save memory."""
     grad_clip: Annotated[float, Ge(0)] = 1.0
@@ -258,6 +260,12 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
         problems += hardware.problems(batch_size, accumulation)
     if config.optimizer:
         problems += config.optimizer.problems(model, hardware)
+    ratio = config.schedule.weight_decay_ratio if config.schedule else 1
+    if config.optimizer and ratio != 1 and not getattr(config.optimizer, "weight_decay", 0):
+        problems.append(f"schedule.weight_decay_ratio={ratio}: has no effect without optimizer.weight_decay")
+    if config.batch_warmup_steps and hardware and hardware.compile:
+        problems.append(f"batch_warmup_steps={config.batch_warmup_steps}: changes the shape of a batch, for which "
+                        f"hardware.compile={str(hardware.compile).lower()} has one program; allowed: 0")  # fmt: skip
     if model and hardware and model.counted and (hardware.devices, hardware.num_nodes) not in ((1, 1), ("auto", 1)):
         problems.append(f"hardware.devices={hardware.devices}: model.name={model.name} counts in one process; "
                         "allowed: 1")  # fmt: skip

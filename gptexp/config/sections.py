@@ -1,5 +1,6 @@
 """The sections of the configuration, and the bases of those that a registered component has."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
@@ -195,6 +196,13 @@ class ScheduleConfig:
     """The kind of schedule."""
     warmup_steps: Annotated[int, Ge(0)] = 100
     """Steps in which the learning rate climbs in a straight line to its peak."""
+    weight_decay_ratio: Annotated[float, Ge(0)] = 1.0
+    """The weight decay at the end, as a multiple of the optimizer's; half a cosine leads there (Caron et al. 2021)."""
+
+    def weight_decay(self, step: int, max_steps: int) -> float:
+        """The weight decay of a step, from 0 on, as a multiple of the optimizer's."""
+        done = min(1.0, step / max_steps)
+        return self.weight_decay_ratio + (1 - self.weight_decay_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
     def factor(self, step: int, max_steps: int) -> float:
         """The learning rate of a step, from 0 on, as a fraction of the peak.

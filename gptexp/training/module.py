@@ -114,6 +114,14 @@ class GPTModule(LightningModule):
         self.step_loss = share if place == 0 else self.step_loss + share
         return loss + sum(norm.penalty for norm in self.penalized) if self.penalized else loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Set the weight decay of the step, if it changes."""
+        if self.schedule_config.weight_decay_ratio == 1:
+            return
+        share = self.schedule_config.weight_decay(self.global_step, self.planned_steps)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = group.setdefault("initial_weight_decay", group["weight_decay"]) * share
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,

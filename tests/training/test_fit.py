@@ -169,7 +169,7 @@ def test_eval_windows(tiny: Tiny) -> None:
     "model.position=rope", "model.position=sinusoidal", "model.position=none", "model.activation=swiglu",
     "model.activation=relu_squared", "model.tie_weights=false model.bias=true", "grad_clip=0",
     "hardware.precision=bf16-mixed", "hardware.precision=64-true", "hardware.precision=bf16-true",
-    "logger=tensorboard", "model.dropout=0.2",
+    "logger=tensorboard", "model.dropout=0.2", "schedule.weight_decay_ratio=0", "batch_warmup_steps=20",
 ])  # fmt: skip
 def test_every_choice_learns(override: str, tiny: Tiny) -> None:
     run = tiny("run", *override.split())
