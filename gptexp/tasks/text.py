@@ -2,14 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from gptexp.config.sections import DataConfig, Seed, TaskConfig
 from gptexp.config.settings import settings
-from gptexp.data.batches import SPLIT_STREAM, Documents, Indices, Split, Windows, part_for_training, random_numbers
+from gptexp.data.batches import (
+    SPLIT_STREAM,
+    Contexts,
+    Documents,
+    Indices,
+    Split,
+    Windows,
+    part_for_training,
+    random_numbers,
+)
 from gptexp.data.encoding import Encoded
 from gptexp.data.files import lines
 from gptexp.errors import UserError
@@ -55,6 +65,8 @@ class Lines(TaskConfig):
     """The symbol that opens and closes a document, in place of the newline; null takes the corpus's own."""
     split_seed: Seed = 1337
     """The seed of the shuffle of the documents before the split."""
+    context: Annotated[int, Ge(1)] | None = None
+    """Rows of one prediction each, from so many symbols before it, instead of whole documents."""
 
     def document_end(self, data: DataConfig) -> str:
         """The setting, or the corpus's own; the newline for tokenizers whose symbols are not characters."""
@@ -96,13 +108,16 @@ class Lines(TaskConfig):
             key = f"data.val_fraction={data.val_fraction}" if own is None else f"data.val_path={data.val_path}"
             raise UserError(f"{key}: leaves {n_train} of the {n} documents for "
                             f"training and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
-        width = int(lengths.max()) + 1
+        width = self.context or int(lengths.max()) + 1
+        if self.context and width > block_size:
+            raise UserError(f"task.context={width}: longer than model.block_size={block_size}; allowed: at most that")
         if width > block_size:
             raise UserError(f"model.block_size={block_size}: shorter than the longest document with its terminator, "
                             f"{width} tokens; allowed: at least {width}")  # fmt: skip
         order = self._order(n) if own is None else np.arange(n)
+        split = Contexts if self.context else Documents
         train, val = (
-            Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
+            split(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
             for part in (order[:n_train], order[n_train:])
         )
         return train, val
