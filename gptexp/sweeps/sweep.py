@@ -275,10 +275,11 @@ def job_name(config: Config, swept: str) -> str:
     """
     variant = {"seed", *marked(Config, VARIANT)}
     groups = {group for group, (section, _) in VALUES.items() if f"{section}.{group}" in variant} | {"heads"}
-    shown = {"experiment", "experiment/ladder"} if config.name else variant | groups
+    shown = variant | groups
     pairs = [pair.partition("=") for pair in swept.split("|") if pair]  # a value can hold a comma
     extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
-             for key, _, value in pairs if key not in shown]  # fmt: skip
+             for key, _, value in pairs
+             if not (key.partition("/")[0] == "experiment" if config.name else key in shown)]  # fmt: skip
     return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 
