@@ -164,7 +164,7 @@ class Sweep:
             return Standing(name, "waiting")
         try:
             result = run.result
-            found = [(result or {}).get(f"best_val_{measure}") for measure in ("loss", "bpc")]
+            found = [None if result is None else result.get(f"best_val_{measure}") for measure in ("loss", "bpc")]
             loss, bpc = (math.nan if value is None else float(value) for value in found)
             return Standing(name, state, loss, bpc, error, attempts)
         except (OSError, ValueError, TypeError, AttributeError):  # it is written in one step, so this is damage
