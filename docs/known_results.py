@@ -199,10 +199,39 @@ def tokenizers(steps: Path, seconds: Path) -> Page:
     return lines, lambda: forests(*parts)
 
 
-def transfer(*folders: Path) -> Page:
-    """Models that start from another text's, and models that do not."""
-    lines, rows, study = ranked(*folders)
-    return lines, lambda: forests(("", rows, study))
+def transfer(tuned: Path, scratch: Path) -> Page:
+    """Models that start from another text's, against models that do not, after as many steps on the text or in all."""
+    groups = {("from the pretrained", steps): runs for steps, runs in by_steps(tuned).items()}
+    groups |= {("from scratch", steps): runs for steps, runs in by_steps(scratch).items()}
+    lines = ["| start | steps on the text | val/loss |", "|---|---|---|"]
+    lines += [f"| {start} | {steps:,} | {spread(map(final, runs))} |" for (start, steps), runs in groups.items()]
+    pairs = {f"{steps:,} steps from the pretrained, {other:,} from scratch":
+             (groups["from the pretrained", steps], groups["from scratch", other])
+             for start, steps in groups if start == "from the pretrained"
+             for kind, other in groups if kind == "from scratch" and other >= steps}  # fmt: skip
+    found = dict(zip(pairs, compared(list(pairs.values())), strict=True))
+    lines += ["", f"| compared | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| {name} | {verdict(pair)} |" for name, pair in found.items()]
+
+    def draw() -> Figure:
+        new, (axes,) = figure(2.8)
+        for (start, steps), runs in groups.items():
+            curves = [{r["step"]: r["val/loss"] for r in read_metrics(run.metrics_path) if "val/loss" in r}
+                      for run in runs]  # fmt: skip
+            means = {step: mean(curve[step] for curve in curves) for step in curves[0]}
+            pretrained = start == "from the pretrained"
+            axes.plot(list(means), list(means.values()), color=f"C{int(pretrained)}", label=f"{start}, {steps:,} steps",
+                      linestyle="-" if pretrained else "--", marker=".")  # fmt: skip
+        axes.set(xlabel="steps on the text", ylabel="val/loss (nats per token)", xscale="symlog")
+        axes.legend()
+        return new
+
+    return lines, draw
+
+
+def by_steps(folder: Path) -> Group:
+    """The runs of a sweep by their number of steps."""
+    return runs_of(folder, lambda r: r.config.max_steps)
 
 
 def rmsnorm(folder: Path) -> Page:
@@ -230,7 +259,7 @@ def heads(folder: Path) -> Page:
     lines = [f"| heads | head size | val/loss | {VERDICT_COLUMNS} |", "|---|---|---|---|---|---|"]
     for n, runs in groups.items():
         said = verdict(found[n]) if n in found else "– | – | baseline"
-        lines.append(f"| {n} | {runs[0].config.model.head_dim} | {spread(map(final, runs))} | {said} |")
+        lines.append(f"| {n} | {runs[0].config.model.head_size} | {spread(map(final, runs))} | {said} |")
 
     def draw() -> Figure:
         new, (axes,) = figure(2.0)
@@ -242,7 +271,7 @@ def heads(folder: Path) -> Page:
 
 def attention_scale(folder: Path) -> Page:
     """The entropy of attention before the first step, and the loss, with and without the scale."""
-    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_dim))
+    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_size))
     sizes = sorted({size for _, size in groups})
     length = next(iter(groups.values()))[0].config.model.block_size
     uniform = mean(math.log(t) for t in range(1, length + 1))

@@ -18,7 +18,9 @@ from gptexp.registry import TOKENIZERS
 ENDS = "\n\x03"
 """Characters that end a document or an answer; each is always a symbol of its own."""
 
-LONGEST = 2**20  # characters of a line that are encoded at a time
+LONGEST_WORD = 256  # bytes; the time that a word takes grows with the square of its length
+LONGEST = 2**20  # characters of a line, which is encoded as if it ended after them
+TOGETHER = 2**18  # characters encoded at a time, line by line, on all processors
 
 FEWEST_TIMES = 2  # that two symbols must stand side by side to be made one
 
@@ -91,14 +93,21 @@ class BPETokenizer(Tokenizer):
 
     @staticmethod
     def pieces(texts: Iterable[str]) -> Iterator[str]:
-        """The lines of a text, since no symbol goes on after the end of its line; very long ones in parts."""
-        for line in lines(texts):
-            yield from (line[at : at + LONGEST] for at in range(0, len(line), LONGEST))
+        """Some lines at a time, since no symbol goes on after the end of its line."""
+        held, size = list[str](), 0
+        for line in _lines(texts):
+            held.append(line)
+            size += len(line)
+            if size >= TOGETHER:
+                yield "".join(held)
+                held, size = [], 0
+        if held:
+            yield "".join(held)
 
     def encode(self, text: str, what: str = "prompt") -> Ids:
         """As its base; UserError for half a surrogate pair, which is no text."""
         ByteTokenizer().encode(text, what)
-        encoded = self._library.encode_batch_fast(list(self.pieces([text])))
+        encoded = self._library.encode_batch_fast(list(_lines([text])))
         return np.fromiter((i for line in encoded for i in line.ids), np.int64)
 
     def decode(self, ids: ArrayLike) -> str:
@@ -119,13 +128,22 @@ class BPETokenizer(Tokenizer):
         return np.array([ByteTokenizer().characters(np.frombuffer(meaning, np.uint8)) for meaning in self._meanings])
 
 
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text; very long ones in parts."""
+    for line in lines(texts):
+        yield from (line[at : at + LONGEST] for at in range(0, len(line), LONGEST))
+
+
 def _pipeline(model: Any) -> Any:
     """The library's tokenizer: text is cut into words, at the characters that end anything, and then into symbols."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
     library = Tokenizer(model)
-    ends = pre_tokenizers.Split(Regex(f"[{ENDS}]"), "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence([ends, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(f"[{ENDS}]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.FixedLength(LONGEST_WORD),
+    ])  # fmt: skip
     library.decoder = decoders.ByteLevel()
     return library
 

@@ -183,14 +183,19 @@ def test_every_tokenizer_holds_out_the_same_text(tokenizer: str, tmp_path: Path)
     assert made.chars_per_token * made.val.n_tokens == pytest.approx(len(text) - cut)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_ids_do_not_depend_on_the_pieces_read(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    config = DataConfig(name="file", path=str(tmp_path / "text.txt"), tokenizer="bpe", vocab_size=300)
+@pytest.mark.parametrize(("text", "chunk"), [
+    (TEXT, 1), (TEXT, 7), (TEXT, 1000), ("words, " * 200_000, 50_000), (f"{'a' * 2**20}b\n" + TEXT * 200, 50_000),
+], ids=["single", "few", "many", "no line ends", "a long line"])  # fmt: skip
+def test_ids_do_not_depend_on_the_pieces_read(
+    text: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(name="file", path=str(tmp_path / "text.txt"), tokenizer="bpe", vocab_size=258)
     found = []
     for number, size in enumerate((chunk, 2**20)):
         monkeypatch.setenv("GPTEXP_CACHE", str(tmp_path / f"cache{number}"))
         encoded = encode_corpus(find_corpus(config), config, chunk_bytes=size)
+        assert encoded.tokenizer.decode(encoded.ids) == text
         found.append((encoded.ids.tolist(), encoded.fingerprint, encoded.val_start))
     assert found[0] == found[1]
 
