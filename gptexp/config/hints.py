@@ -8,7 +8,7 @@ from typing import Any, get_origin, get_type_hints
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from gptexp.config.choices import groups
+from gptexp.config.choices import SECTIONS, VALUES, groups
 from gptexp.config.schema import Config, flatten, known_keys
 from gptexp.config.settings import instead, nearest
 
@@ -36,6 +36,9 @@ OTHER_CHOICES = {"cuda": "gpu", "ln": "layernorm", "bn": "batchnorm", "prenorm":
                  "postnorm": "post", "postln": "post"}  # fmt: skip
 """A choice by another name, in small letters without dashes."""
 
+REGISTERED = {*VALUES, *SECTIONS, "data"}
+"""The groups whose choices another package may add to."""
+
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 """The launchers that an extra of this package installs."""
 
@@ -51,7 +54,8 @@ def hint_of_choice(group: str, name: str, options: list[str]) -> str:
     elif group == "heads" and name.isdigit() and f"h{name}" not in options:
         meant = [f"model.n_head={name}"]
     if not meant:
-        return instead(OTHER_CHOICES.get(word, word), options)
+        known = instead(OTHER_CHOICES.get(word, word), options)
+        return known if group not in REGISTERED or "did you" in known else f"{known}; GPTEXP_IMPORT=MODULE finds yours"
     return f"; did you mean {meant[0]}? allowed: {', '.join(options)}"
 
 

@@ -185,6 +185,17 @@ def test_every_choice_learns(override: str, tiny: Tiny) -> None:
         assert {e.step: e.value for e in events.Scalars("val/loss")} == pytest.approx(written, rel=1e-6)
 
 
+@pytest.mark.parametrize(("text", "prompt"), [("The end. " * 300, '"The "'), ("abc\n" * 600, '"..."')])
+def test_the_command_that_is_told_works(
+    text: str, prompt: str, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It names a prompt only if the vocabulary has it."""
+    (tmp_path / "own.txt").write_text(text)
+    caplog.set_level("INFO", "gptexp")
+    run = tiny("run", f"data.path={tmp_path / 'own.txt'}", "max_steps=2")
+    assert f"python -m gptexp.sample run={run.path} prompt={prompt}" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(tiny: Tiny) -> None:
     plain, compiled = (read_metrics(tiny(f"run-{c}", f"hardware.compile={c}").metrics_path) for c in ("false", "true"))
