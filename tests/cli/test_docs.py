@@ -25,6 +25,7 @@ def test_the_page_of_settings_is_what_the_program_says(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()  # in a process of its own, as a test may have registered more components in this one
     subprocess.run([sys.executable, "-m", "gptexp.config.reference"], cwd=tmp_path, check=True)
     assert PAGES["settings"] == (tmp_path / "docs" / "settings.md").read_text(), "run python -m gptexp.config.reference"
+    assert not re.findall(r".*\bal\. \|", PAGES["settings"])  # a sentence ends after the year
 
 
 def test_every_page_is_in_the_navigation_and_every_picture_in_both_themes_in_a_page() -> None:
