@@ -168,6 +168,8 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     if cross_check:
         defaults = {f.name: f.default for f in fields(Config)} if values.keys() >= _SECTIONS else vars(Config())
         problems += _cross_check(SimpleNamespace(**defaults | values))
+        if tree.get("max_steps", 1) is None and tree.get("max_seconds") is None:  # a wrong value is None by now, too
+            problems.append("max_steps=null: needs max_seconds; allowed: an integer of at least 1")
     if problems:
         raise UserError(problems)
     return Config(**values)
@@ -272,8 +274,6 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
     given = {"init_from": config.init_from, "trainable": config.trainable, "max_seconds": config.max_seconds}
     problems += [f"{key}={show(value)}: has no effect with model.name={model.name}, which counts"
                  for key, value in given.items() if model and model.counted and value is not None]  # fmt: skip
-    if config.max_steps is None and config.max_seconds is None:
-        problems.append("max_steps=null: needs max_seconds; allowed: an integer of at least 1")
     if interval and hardware:
         opaque = {f"hardware.compile={str(hardware.compile).lower()}": hardware.compile,
                   "hardware.strategy=fsdp": hardware.strategy == "fsdp"}  # fmt: skip
