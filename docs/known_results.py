@@ -186,7 +186,7 @@ def heads(folder: Path) -> Page:
     lines = [f"| heads | head size | val/loss | {VERDICT_COLUMNS} |", "|---|---|---|---|---|---|"]
     for n, runs in groups.items():
         said = verdict(found[n]) if n in found else "– | – | baseline"
-        lines.append(f"| {n} | {runs[0].config.model.head_dim} | {spread(map(final, runs))} | {said} |")
+        lines.append(f"| {n} | {runs[0].config.model.head_size} | {spread(map(final, runs))} | {said} |")
 
     def draw() -> Figure:
         new, (axes,) = figure(2.0)
@@ -198,7 +198,7 @@ def heads(folder: Path) -> Page:
 
 def attention_scale(folder: Path) -> Page:
     """The entropy of attention before the first step, and the loss, with and without the scale."""
-    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_dim))
+    groups = runs_of(folder, lambda r: (r.config.model.attention_scale, r.config.model.head_size))
     sizes = sorted({size for _, size in groups})
     length = next(iter(groups.values()))[0].config.model.block_size
     uniform = mean(math.log(t) for t in range(1, length + 1))
