@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY, more
 DOCS = REPOSITORY / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 DRAWN = {"norms", "rmsnorm", "heads", "attention_scale", "warmup", "batchnorm", "arithmetic", "ladder",
-         "fast", "transfer", "tokenizers", "features", "makemore"}  # by sweeps
+         "fast", "tokenizers", "features"}  # by sweeps
 SHORT = ["max_steps=12", "eval_interval=6", "eval_windows=2", "seed=1,2", "logger=none", "hardware=cpu",
          "schedule.warmup_steps=1", "sample_tokens=0"]  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_the_commands_of_a_page(
         short = [s for s in SHORT if page != "warmup" or not s.startswith(("schedule", "max_steps"))]
         short += ["max_steps=2"] if page == "warmup" else []
         arguments = [word for word in words[3:] if not word.startswith(("seed=", "hydra/launcher="))]
-        own = {"arithmetic": [], "makemore": [], "tokenizers": ["data=pydocs"]}  # a small text has too few pairs
+        own = {"arithmetic": [], "tokenizers": ["data=pydocs"]}  # a small text has too few pairs
         text = own.get(page, ["data=file", f"data.path={corpus}"])
         assert command(*arguments, *short, *text) == 0
     (tmp_path / "docs").mkdir()  # so that the repository's own figures stay as they are
