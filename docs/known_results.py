@@ -162,9 +162,9 @@ def norms(folder: Path) -> Page:
     return lines, draw
 
 
-def ranked(*folders: Path, baseline: str | None = None) -> tuple[list[str], dict[str, Found], Study]:
-    """The variants of some sweeps, the best first: lines of a table, and each one's differences from the baseline."""
-    study = build_study(collect(folders), baseline=baseline)
+def ranked(*folders: Path) -> tuple[list[str], dict[str, Found], Study]:
+    """The variants of some sweeps, the best first: lines of a table, and each one's differences from the first one."""
+    study = build_study(collect(folders))
     against = {c.this: (list(c.differences.values()), c.judgement) for c in study.comparisons if c.kind == "variant"}
     lines = [f"| variant | {study.measure.title.removeprefix('final ')} | {VERDICT_COLUMNS} |", "|---|---|---|---|---|"]
     for v in study.ranked():
@@ -193,7 +193,7 @@ def tokenizers(steps: Path, seconds: Path) -> Page:
     """Characters, bytes and byte pairs, after equal steps and after equal seconds."""
     parts, lines = [], list[str]()
     for title, folder in (("Equal steps", steps), ("Equal seconds", seconds)):
-        table, rows, study = ranked(folder, baseline="char")
+        table, rows, study = ranked(folder)
         lines += [f"{title}:", "", *table, ""]
         parts.append((title, rows, study))
     return lines, lambda: forests(*parts)
