@@ -1,9 +1,9 @@
 """Draws the figure and prints the tables of a page in this folder: `python docs/known_results.py NAME DIR ...`.
 
-NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, ladder, fast, scale or
-audit. DIR is what the page's sweep left, such as outputs/sweeps/known-heads; scale takes the two files that its
-benchmarks wrote, and audit the name of a norm. Each figure is drawn twice, for light and for dark pages, into the
-folder figures/ beside this file.
+NAME is the page: norms, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, transfer, tokenizers,
+features, makemore, ladder, fast, scale or audit. DIR is what the page's sweep left, such as
+outputs/sweeps/known-heads; scale takes the two files that its benchmarks wrote, and audit the name of a norm. Each
+figure is drawn twice, for light and for dark pages, into the folder figures/ beside this file.
 """
 
 import json
@@ -25,7 +25,7 @@ from scipy.stats import t as student
 from gptexp.analysis.collect import collect
 from gptexp.analysis.figures import COLORS, VERDICT_COLORS
 from gptexp.analysis.statistics import Judgement, differences, judge
-from gptexp.analysis.study import build_study
+from gptexp.analysis.study import Study, build_study
 from gptexp.analysis.summary import VERDICTS
 from gptexp.audits.influence import measure
 from gptexp.config.schema import Config
@@ -121,7 +121,8 @@ def verdict(found: Found) -> str:
 VERDICT_COLUMNS = "difference | 95 % interval | verdict"
 
 
-def forest(axes: Axes, rows: Mapping[str, Found], baseline: str) -> None:
+def forest(axes: Axes, rows: Mapping[str, Found], baseline: str, loss: str = "val/loss", of: str = "nats per token"
+           ) -> None:  # fmt: skip
     """Differences from a baseline: a tick for each seed, the mean with its interval, the band that does not matter."""
     axes.axvspan(-DELTA, DELTA, color=VERDICT_COLORS["equal"], alpha=0.15, linewidth=0)
     axes.axvline(0, color=mpl.rcParams["axes.edgecolor"], linewidth=0.8)
@@ -138,7 +139,7 @@ def forest(axes: Axes, rows: Mapping[str, Found], baseline: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"val/loss minus that of {baseline} (nats per token)\n← better · worse →")
+    axes.set_xlabel(f"{loss} minus that of {baseline} ({of})\n← better · worse →")
 
 
 def norms(folder: Path) -> Page:
@@ -159,6 +160,78 @@ def norms(folder: Path) -> Page:
         return new
 
     return lines, draw
+
+
+def ranked(*folders: Path) -> tuple[list[str], dict[str, Found], Study]:
+    """The variants of some sweeps, the best first: lines of a table, and each one's differences from the first one."""
+    study = build_study(collect(folders))
+    against = {c.this: (list(c.differences.values()), c.judgement) for c in study.comparisons if c.kind == "variant"}
+    lines = [f"| variant | {study.measure.title.removeprefix('final ')} | {VERDICT_COLUMNS} |", "|---|---|---|---|---|"]
+    for v in study.ranked():
+        said = verdict(against[v.label]) if v.label in against else "– | – | baseline"
+        lines.append(f"| {v.label} | {spread(r.final for r in v.runs.values())} | {said} |")
+    return lines, {v.label: against[v.label] for v in study.ranked() if v.label in against}, study
+
+
+def forests(*parts: tuple[str, dict[str, Found], Study]) -> Figure:
+    """A panel of differences for each study, under its title."""
+    new, panels = figure(*(1.1 + 0.3 * len(rows) for _, rows, _ in parts))
+    for axes, (title, rows, study) in zip(panels, parts, strict=True):
+        loss = study.measure.title.removeprefix("final ")
+        forest(axes, rows, study.baseline, loss, study.measure.of)
+        axes.set_title(title)
+    return new
+
+
+def features(folder: Path) -> Page:
+    """One feature more than the baseline has."""
+    lines, rows, study = ranked(folder)
+    return lines, lambda: forests(("", rows, study))
+
+
+def tokenizers(steps: Path, seconds: Path) -> Page:
+    """Characters, bytes and byte pairs, after equal steps and after equal seconds."""
+    parts, lines = [], list[str]()
+    for title, folder in (("Equal steps", steps), ("Equal seconds", seconds)):
+        table, rows, study = ranked(folder)
+        lines += [f"{title}:", "", *table, ""]
+        parts.append((title, rows, study))
+    return lines, lambda: forests(*parts)
+
+
+def transfer(tuned: Path, scratch: Path) -> Page:
+    """Models that start from another text's, against models that do not, after as many steps on the text or in all."""
+    groups = {("from the pretrained", steps): runs for steps, runs in by_steps(tuned).items()}
+    groups |= {("from scratch", steps): runs for steps, runs in by_steps(scratch).items()}
+    lines = ["| start | steps on the text | val/loss |", "|---|---|---|"]
+    lines += [f"| {start} | {steps:,} | {spread(map(final, runs))} |" for (start, steps), runs in groups.items()]
+    pairs = {f"{steps:,} steps from the pretrained, {other:,} from scratch":
+             (groups["from the pretrained", steps], groups["from scratch", other])
+             for start, steps in groups if start == "from the pretrained"
+             for kind, other in groups if kind == "from scratch" and other >= steps}  # fmt: skip
+    found = dict(zip(pairs, compared(list(pairs.values())), strict=True))
+    lines += ["", f"| compared | {VERDICT_COLUMNS} |", "|---|---|---|---|"]
+    lines += [f"| {name} | {verdict(pair)} |" for name, pair in found.items()]
+
+    def draw() -> Figure:
+        new, (axes,) = figure(2.8)
+        for (start, steps), runs in groups.items():
+            curves = [{r["step"]: r["val/loss"] for r in read_metrics(run.metrics_path) if "val/loss" in r}
+                      for run in runs]  # fmt: skip
+            means = {step: mean(curve[step] for curve in curves) for step in curves[0]}
+            pretrained = start == "from the pretrained"
+            axes.plot(list(means), list(means.values()), color=f"C{int(pretrained)}", label=f"{start}, {steps:,} steps",
+                      linestyle="-" if pretrained else "--", marker=".")  # fmt: skip
+        axes.set(xlabel="steps on the text", ylabel="val/loss (nats per token)", xscale="symlog")
+        axes.legend()
+        return new
+
+    return lines, draw
+
+
+def by_steps(folder: Path) -> Group:
+    """The runs of a sweep by their number of steps."""
+    return runs_of(folder, lambda r: r.config.max_steps)
 
 
 def rmsnorm(folder: Path) -> Page:
@@ -350,20 +423,33 @@ def arithmetic(folder: Path) -> Page:
 PUBLISHED = {
     "ladder-1-bigram": 2.5, "ladder-2-head": 2.4, "ladder-3-heads": 2.28, "ladder-4-feed-forward": 2.24,
     "ladder-5-blocks": 2.08, "ladder-6-layernorm": 2.06, "ladder-7-scaled": 1.48,
+    "makemore-1-original": 2.1682, "makemore-2-softmax": 2.13, "makemore-3-tanh": 2.1027, "makemore-4-kaiming": 2.1070,
+    "makemore-5-batchnorm": 2.1048,
 }  # fmt: skip
 
 
 def ladder(folder: Path) -> Page:
-    """The validation loss of each rung beside the published one."""
+    """The validation loss of each rung of the lecture's ladder beside the published one."""
+    return beside_published(folder, "rung")
+
+
+def makemore(folder: Path) -> Page:
+    """The validation loss of each step of the lecture on initial values beside the published one."""
+    return beside_published(folder, "step")
+
+
+def beside_published(folder: Path, what: str) -> Page:
+    """The validation loss of each named run beside the published one."""
     groups = runs_of(folder, lambda r: r.config.name)
-    lines = ["| rung | parameters | published | ours | difference | seconds of training |", "|---|---|---|---|---|---|"]
+    lines = [f"| {what} | parameters | published | ours | difference | seconds of training |"]
+    lines.append("|---|---|---|---|---|---|")
     for name, runs in groups.items():
         losses, results = [final(r) for r in runs], [r.result or {} for r in runs]
-        lines.append(f"| {name.removeprefix('ladder-')} | {results[0]['parameters']:,} | {PUBLISHED[name]} |"
+        lines.append(f"| {name.partition('-')[2]} | {results[0]['parameters']:,} | {PUBLISHED[name]} |"
                      f" {spread(losses)} | {mean(losses) - PUBLISHED[name]:+.3f} |"
                      f" {mean(r['seconds'] for r in results):.0f} |")  # fmt: skip
 
-    names = [name.removeprefix("ladder-") for name in groups]
+    names = [name.partition("-")[2] for name in groups]
     ours = [[final(r) for r in runs] for runs in groups.values()]
     return lines, lambda: rungs(names, [PUBLISHED[name] for name in groups], ours)
 
@@ -373,7 +459,7 @@ def rungs(names: Sequence[str], published: Sequence[float], ours: Sequence[Seque
     new, (axes,) = figure(2.4)
     rows = range(len(names))
     axes.plot(published, rows, "o", color="C1", markersize=11, fillstyle="none", label="published, an estimate")
-    spreads = [stdev(losses) for losses in ours]
+    spreads = [stdev(losses) if len(losses) > 1 else 0.0 for losses in ours]
     axes.errorbar(list(map(mean, ours)), rows, xerr=spreads, fmt=".", color="C0", capsize=3, label="ours, mean ± sd")
     axes.set_yticks(rows, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -502,8 +588,8 @@ def audit(norm: Path) -> Page:
 
 
 PAGES: dict[str, Callable[..., Page]] = {
-    f.__name__: f for f in (norms, audit, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, ladder, fast,
-                            scale)
+    f.__name__: f for f in (norms, audit, rmsnorm, heads, attention_scale, warmup, batchnorm, arithmetic, transfer,
+                            tokenizers, features, makemore, ladder, fast, scale)
 }
 
 if __name__ == "__main__":

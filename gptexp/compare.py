@@ -10,7 +10,8 @@ settings (key=value):
   baseline=LABEL   the variant that the others are compared with, or a word that it alone has; the first by default
   metric=final     final or best validation loss, with verdicts on the other one beside it; or exact_match, the
                    share of answers to problems that are right
-  delta=0.01       the largest difference, in nats per token or as a share, that counts as none
+  delta=0.01       the largest difference that counts as none, in nats per token; in bits per character where
+                   vocabularies differ, as a share for exact_match
   alpha=0.05       the probability of claiming any difference where there is none
   target=LOSS      measure the steps, tokens and seconds to this loss; the baseline's mean by default
   output=DIR       where the files go; report/ in the first directory by default

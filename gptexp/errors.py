@@ -1,6 +1,7 @@
 """The ways in which a command can end early."""
 
 import signal
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -69,4 +70,10 @@ def ending(error: BaseException) -> tuple[int, list[str]]:
         case RunFailed():
             return 1, [str(error)]
         case _:
-            return 1, [" ".join(f"{type(error).__name__}: {error}".split())]
+            return 1, [" ".join(f"{type(error).__name__}: {str(error) or _place(error)}".split())]
+
+
+def _place(error: BaseException) -> str:
+    """Where an error without a text was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"in {frames[-1].filename}, line {frames[-1].lineno}; GPTEXP_DEBUG=1 shows the way there" if frames else ""

@@ -168,7 +168,7 @@ ACTIVATIONS = Kind("activation", "gptexp.models")
 MODELS = Kind("model", "gptexp.models", default="gpt")
 TASKS = Kind("task", "gptexp.tasks.text", "gptexp.tasks.problems", "gptexp.tasks.arithmetic", default="text")
 CORPORA = Kind("corpus", "gptexp.data.corpora", plural="corpora")
-TOKENIZERS = Kind("tokenizer", "gptexp.data.tokenizers")
+TOKENIZERS = Kind("tokenizer", "gptexp.data.tokenizers", "gptexp.data.bpe")
 OPTIMIZERS = Kind("optimizer", "gptexp.training.optimizers", "gptexp.training.muon", default="adamw")
 SCHEDULES = Kind("schedule", "gptexp.training.schedules", default="cosine")
 

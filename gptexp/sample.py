@@ -118,6 +118,9 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> None:
     if [] in rows:
         raise UserError("prompt=: is empty; give at least one character")
     stop = tokenizer.encode(config.stop, what="stop").tolist() if config.stop else ending
+    if config.stop and len(stop) > 1 and tokenizer.sized:  # text is written in other symbols than alone
+        raise UserError(f"stop={config.stop}: is {len(stop)} symbols of this vocabulary; allowed: a text that is one, "
+                        "such as a newline")  # fmt: skip
     model = load_model(run, config.checkpoint, tokenizer.vocab_size)
     texts = [text for text in texts for _ in range(config.num_samples)]
     rows = [row for row in rows for _ in range(config.num_samples)]

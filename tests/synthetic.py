@@ -14,7 +14,7 @@ from gptexp.runs.run import Run
 
 def write_run(
     path: Path, settings: Mapping[str, Any], losses: Sequence[float], *, rows: int = 0, status: str = "done",
-    data: str = "d" * 64, precision: str = "32-true", **info: Any,
+    data: str = "d" * 64, precision: str = "32-true", chars_per_token: float = 1.0, **info: Any,
 ) -> Run:  # fmt: skip
     """Write the directory of a run that never was.
 
@@ -26,6 +26,7 @@ def write_run(
         status: how it ended.
         data: fingerprint of its corpus.
         precision: that it computed in.
+        chars_per_token: of the text, for bits per character.
         info: further entries of run.json.
     """
     config = read_config(settings)
@@ -40,11 +41,13 @@ def write_run(
     evaluations = dict(zip(np.linspace(0, rows - 1, len(losses)).astype(int).tolist(), losses, strict=True))
     records.append_rows(run.metrics_path, records.METRICS, (
         {"step": step, "tokens": step * 768, "train/loss": 2.5, "learning_rate": 1e-3, "seconds": step / 100}
-        | ({"val/loss": evaluations[step]} if step in evaluations else {}) for step in range(rows)
+        | ({"val/loss": evaluations[step], "val/bpc": evaluations[step] / math.log(2) / chars_per_token}
+           if step in evaluations else {}) for step in range(rows)
     ))  # fmt: skip
     if status in ("done", "diverged", "interrupted"):
         best = min(filter(math.isfinite, losses), default=None)
-        run.write_result({"status": status, "best_val_loss": best, "parameters": 1000, "seconds": rows / 100,
-                          "tokens_per_second": 76800.0})  # fmt: skip
+        bits = None if best is None else best / math.log(2) / chars_per_token
+        run.write_result({"status": status, "best_val_loss": best, "best_val_bpc": bits, "parameters": 1000,
+                          "seconds": rows / 100, "tokens_per_second": 76800.0})  # fmt: skip
     run.finish(status)  # type: ignore[arg-type]
     return run

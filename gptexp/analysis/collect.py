@@ -6,7 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,13 @@ import pandas as pd
 
 from gptexp.analysis.looks import Looks, looks_from
 from gptexp.analysis.measures import Metric
-from gptexp.config.schema import flatten
+from gptexp.config.schema import Config, flatten
 from gptexp.config.settings import show
 from gptexp.errors import UserError
 from gptexp.runs.files import EXACT_MATCH, read_metrics
 from gptexp.runs.run import Run
 
+BITS = 1 / math.log(2)  # in a nat
 AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}  # as a figure names them
 _LOSSES = ("val/loss", "val/loss_windows")
 
@@ -35,7 +36,8 @@ class Record:
     status: str  # running, done, failed, diverged, interrupted or pruned
     seed: int  # of initial weights and batches
     # Every other setting that can change a result, by dotted key, as text. The number of threads is left out: a
-    # launcher may choose it, and it changes only the last digits. So is the data: see `split` and `info`.
+    # launcher may choose it, and it changes only the last digits. So is the data but for its tokenizer: see `split`
+    # and `info`.
     settings: dict[str, str]
     split: str  # the validation fraction and the task, which cut the corpus in two
     questions: str  # what decides which problems are held out; "" where that is all of the above
@@ -46,6 +48,7 @@ class Record:
     curve: pd.DataFrame = field(repr=False)
     windows: pd.DataFrame = field(repr=False)  # evaluations of some of its windows; often empty
     result: dict[str, Any] = field(repr=False)  # result.json, empty while there is none
+    chars_per_token: float = 1.0  # of the validation split
 
     @cached_property
     def best(self) -> float:
@@ -62,6 +65,22 @@ class Record:
         if metric == "exact_match":
             return 1 - float(self.result.get("final", {}).get(EXACT_MATCH, math.nan))
         return self.final if metric == "final" else self.best
+
+    @property
+    def corpus(self) -> str:
+        """What the text is, however it is cut into symbols."""
+        return str(self.info.get("data", {}).get("sha256") or self.info["fingerprints"]["data"])
+
+    @property
+    def vocabulary(self) -> str:
+        """What the symbols are."""
+        return json.dumps(self.info.get("tokenizer"))
+
+    def in_bits(self) -> "Record":
+        """The same with losses in bits per character instead of nats per token."""
+        curve, windows = (table.assign(loss=table["loss"] * BITS / self.chars_per_token)
+                          for table in (self.curve, self.windows))  # fmt: skip
+        return replace(self, curve=curve, windows=windows)
 
     @property
     def complete(self) -> bool:
@@ -163,11 +182,14 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
     if not isinstance(result, dict) or not all(isinstance(result.get(k, 0), (int, float)) for k in numbers):
         raise TypeError("result.json is not as it was written")
     settings = {k: show(v) for k, v in flatten(config.essence()).items()
-                if k not in ("seed", "hardware.threads") and not k.startswith("data.")}  # fmt: skip
+                if (k not in ("seed", "hardware.threads") and not k.startswith("data."))
+                or k in ("data.tokenizer", "data.vocab_size")}  # fmt: skip
     if config.init_from:
         settings["init_from"] = str(info["init_from"]["label"])
-    evaluations, seconds = defaultdict(list), 0.0
-    for row in read_metrics(run.metrics_path, [*AXES, *_LOSSES]):
+    evaluations, seconds, chars_per_token = defaultdict(list), 0.0, 1.0
+    for row in read_metrics(run.metrics_path, [*AXES, *_LOSSES, "val/bpc"]):
+        if bits := row.get("val/bpc"):
+            chars_per_token = row["val/loss"] * BITS / bits
         seconds = row.get("seconds", seconds)  # an evaluation has those of the training before it
         for loss in _LOSSES:
             if math.isfinite(row.get(loss, math.nan)):
@@ -179,10 +201,15 @@ def _read(path: Path, folder: int, sweep: _Sweep) -> Record:
         path=path, name=str(info["name"]), label=config.name, status=str(info["status"]), seed=config.seed,
         settings=settings, split=f"data.val_fraction={config.data.val_fraction}, task={show(asdict(config.task))}",
         questions=show(info.get("data", {}).get("questions") or ""),
-        length="" if config.name or "max_steps" in sweep.swept else f"max_steps={config.max_steps}",
+        length="" if config.name or {"max_steps", "max_seconds"} & sweep.swept else _length(config),
         order=(folder, str(path.parent), sweep.jobs.get(path.name, len(sweep.jobs)), str(info["started"]), str(path)),
-        info=info, curve=curve, windows=windows, result=result,
+        info=info, curve=curve, windows=windows, result=result, chars_per_token=chars_per_token,
     )  # fmt: skip
+
+
+def _length(config: Config) -> str:
+    seconds = "" if config.max_seconds is None else f", max_seconds={config.max_seconds:g}"
+    return f"max_steps={show(config.max_steps)}{seconds}"
 
 
 def _reason(path: Path, error: Exception) -> str:

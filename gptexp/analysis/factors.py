@@ -35,16 +35,16 @@ class Factor:
 def comparable(records: Sequence[Record], metric: Metric = "final") -> tuple[list[Record], dict[str, list[Record]]]:
     """The largest set of runs that can be compared, and the others by what is different about them.
 
-    Losses need the same targets, answers only the same questions.
+    Losses need the same text to predict, answers only the same questions.
     """
     questions = [metric == "exact_match" and r.questions for r in records]
-    kinds = [(q or r.info["fingerprints"]["data"], q or r.split, precision(r), r.length)
+    kinds = [(q or r.corpus, q or r.split, precision(r), r.length)
              for q, r in zip(questions, records, strict=True)]  # fmt: skip
     finished = Counter(kind for kind, r in zip(kinds, records, strict=True) if r.complete)
     main = max(dict.fromkeys(kinds), key=lambda k: (finished[k], kinds.count(k)), default=())
     groups: dict[str, list[Record]] = {"": []}
     for kind, record in zip(kinds, records, strict=True):
-        corpus = f"{record.info.get('data', {}).get('corpus')} ({record.info['fingerprints']['data'][:8]})"
+        corpus = f"{record.info.get('data', {}).get('corpus')} ({record.corpus[:8]})"
         words = (f"corpus: {corpus}", f"validation split: {record.split}", f"precision: {precision(record)}",
                  f"length of training: {record.length}")  # fmt: skip
         differing = [f"another {w}" for w, own, wanted in zip(words, kind, main, strict=True)
@@ -57,6 +57,34 @@ def precision(record: Record) -> str | None:
     """The precision that a run computes in; None until it begins."""
     device = record.info.get("device")
     return device.get("precision") if isinstance(device, dict) else None
+
+
+def vocabularies(records: Sequence[Record]) -> int:
+    """How many different ones the runs have."""
+    return len({r.vocabulary for r in records})
+
+
+def mixtures(records: Sequence[Record]) -> list[str]:
+    """What else differs between runs and may change their losses."""
+    devices = [r.info["device"] for r in records if precision(r)]
+    mixtures = {
+        "{} versions of the code made the runs ({}); that alone can change the last digits":
+            Counter(f"of {r.info['fingerprints']['code'][:8]}" for r in records),
+        "the runs were made on {} devices ({}): times cannot be compared":
+            Counter(f"on {d.get('name')}" for d in devices),
+        "the runs had {} different numbers of threads ({}): times cannot be compared":
+            Counter(f"with {d.get('threads')}" for d in devices),
+    }  # fmt: skip
+    notes = [note.format(len(found), ", ".join(f"{n} {value}" for value, n in found.items()))
+             for note, found in mixtures.items() if len(found) > 1]  # fmt: skip
+    if vocabularies(records) > 1:
+        notes.append("vocabularies differ, so losses are in bits per character (val/bpc), which does not depend on how "
+                     "text is cut into tokens")  # fmt: skip
+    evaluations = {len(r.curve) for r in records if r.complete}
+    if len(evaluations) > 1:
+        notes.append(f"runs have {min(evaluations)} to {max(evaluations)} evaluations: the best of more is lower by "
+                     "chance alone; metric=final does not favor them")  # fmt: skip
+    return notes
 
 
 def is_numeric(factor: Factor) -> bool:

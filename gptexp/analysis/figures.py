@@ -127,7 +127,8 @@ def curves(study: Study, axis: str) -> Figure:
     titles += [f"from {AXES[axis]} {min(starts):,.4g} on" if axis == "step" else
                f"without the first {min(starts):,.4g} {AXES[axis]}"] if cut else []  # fmt: skip
     titles += [f"{study.baseline} and the best {len(shown) - 1} of {others} others"] if others >= len(shown) else []
-    ylabel = f"val/loss{' of some windows' if windows else ''}\n(nats per token)"
+    what, of = ("val/bpc", "bits per character") if study.bits else ("val/loss", "nats per token")
+    ylabel = f"{what}{' of some windows' if windows else ''}\n({of})"
     axes.set(xlabel=AXES[axis], ylabel=ylabel, title="\n".join(titles))
     _legend(figure)
     return figure

@@ -31,3 +31,11 @@ MEASURES: dict[Metric, Measure] = {
                            "shares of wrong answers", "of the answers", "share of all", "final"),
 }  # fmt: skip
 """By the setting `metric`."""
+
+BITS: dict[Metric, Measure] = MEASURES | {
+    "final": Measure("final val/bpc", "bpc", "loss", "final validation losses in bits per character", "bits",
+                     "bits per character", "best"),
+    "best": Measure("best val/bpc", "bpc", "loss", "best validation losses in bits per character", "bits",
+                    "bits per character", "final"),
+}  # fmt: skip
+"""The same for runs with different vocabularies, whose tokens are not equally long."""

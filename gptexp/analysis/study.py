@@ -9,9 +9,9 @@ import numpy as np
 
 from gptexp.analysis.collect import Collection, Record, Unreadable, without_seed
 from gptexp.analysis.contrasts import Kind, contrasts_of
-from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, precision
+from gptexp.analysis.factors import Factor, comparable, find_factors, label, level_of, mixtures, vocabularies
 from gptexp.analysis.looks import Looks, Standing, describe, stand
-from gptexp.analysis.measures import MEASURES, Measure, Metric
+from gptexp.analysis.measures import BITS, MEASURES, Measure, Metric
 from gptexp.analysis.statistics import (
     FEWEST_SEEDS,
     ONCE,
@@ -76,11 +76,17 @@ class Study:
     assumptions: tuple[str, ...] = ()  # what the data say of the statistical model, one sentence each
     looks: Looks | None = None  # the plan of a sweep that stops when it knows
     standing: Standing | None = None  # what its looks have decided
+    bits: bool = False  # losses are in bits per character, as vocabularies differ
+
+    @property
+    def measures(self) -> Mapping[Metric, Measure]:
+        """The words for each measure."""
+        return BITS if self.bits else MEASURES
 
     @property
     def measure(self) -> Measure:
         """The words for what is compared."""
-        return MEASURES[self.metric]
+        return self.measures[self.metric]
 
     @property
     def base(self) -> Variant | None:
@@ -122,6 +128,9 @@ def build_study(
     together, apart = comparable(found.records, metric)
     if metric == "exact_match" and all(math.isnan(r.measured(metric)) for r in together if r.complete):
         raise UserError("metric=exact_match: no run tells it; it needs runs of a task of problems that are done")
+    bits = vocabularies(together) > 1
+    if bits:
+        together = [r.in_bits() for r in together]
     factors = find_factors(together)
     variants, notes = _variants(together, factors, found.missing)
     base = next((v for v in variants if v.runs), None) if baseline is None else _named(variants, baseline)
@@ -129,7 +138,7 @@ def build_study(
     base = next((v for v in variants if base and v.label == base.label), None)
     study = Study(
         metric, delta, alpha, factors, variants, base.label if base else "", (), tuple(together), apart,
-        found.unreadable, (*notes, *_mixtures(together)), looks=found.looks,
+        found.unreadable, (*notes, *mixtures(together)), looks=found.looks, bits=bits,
     )  # fmt: skip
     return _judged(study, base) if base else study
 
@@ -267,23 +276,3 @@ def _variants(
         notes.append(f"{absent[None]} jobs have no directory, and no run shows their variant: {', '.join(jobs[:5])}"
                      + (" ..." if len(jobs) > 5 else ""))  # fmt: skip
     return tuple(variants), notes
-
-
-def _mixtures(records: Sequence[Record]) -> list[str]:
-    """What else differs between runs and may change their losses."""
-    devices = [r.info["device"] for r in records if precision(r)]
-    mixtures = {
-        "{} versions of the code made the runs ({}); that alone can change the last digits":
-            Counter(f"of {r.info['fingerprints']['code'][:8]}" for r in records),
-        "the runs were made on {} devices ({}): times cannot be compared":
-            Counter(f"on {d.get('name')}" for d in devices),
-        "the runs had {} different numbers of threads ({}): times cannot be compared":
-            Counter(f"with {d.get('threads')}" for d in devices),
-    }  # fmt: skip
-    notes = [note.format(len(found), ", ".join(f"{n} {value}" for value, n in found.items()))
-             for note, found in mixtures.items() if len(found) > 1]  # fmt: skip
-    looks = {len(r.curve) for r in records if r.complete}
-    if len(looks) > 1:
-        notes.append(f"runs have {min(looks)} to {max(looks)} evaluations: the best of more is lower by chance alone; "
-                     "metric=final does not favor them")  # fmt: skip
-    return notes

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptexp.analysis.factors import ABSENT
-from gptexp.analysis.measures import MEASURES
 from gptexp.analysis.statistics import FEWEST_SEEDS, Verdict
 from gptexp.analysis.study import Comparison, Study, mean_loss
 
@@ -106,7 +105,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def disagreements(study: Study) -> list[str]:
     """Comparisons whose verdict is another one by the measure that is not the headline's."""
-    this, other = study.measure.title, MEASURES[study.measure.beside].title
+    this, other = study.measure.title, study.measures[study.measure.beside].title
     return [f"{c.this} against {c.that}: {VERDICTS[c.judgement.verdict]} by {this}, "
             f"{VERDICTS[c.other.verdict]} by {other}" for c in study.comparisons
             if c.judgement.verdict != c.other.verdict and c.judgement.n]  # fmt: skip

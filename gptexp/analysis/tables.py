@@ -14,7 +14,8 @@ ENDS = ("diverged", "failed", "interrupted", "running", "pruned", "missing")
 """How runs end that are not done."""
 
 FORMATS = {  # how a reader sees a column
-    **dict.fromkeys(("loss", "wrong", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"), "{:.4f}"),
+    **dict.fromkeys(("loss", "bpc", "wrong", "sd", "final", "best", "error", "p", "p_equal", "p_signs", "target"),
+                    "{:.4f}"),
     **dict.fromkeys(("difference", "low", "high"), "{:+.4f}"), "effect": "{:+.2f}",
     **dict.fromkeys(("seconds", "to_target_seconds"), "{:.1f}"),
     **dict.fromkeys(("parameters", "tokens_per_second", "sampled_per_second", "kv_cache_bytes", "to_target_tokens",
@@ -85,7 +86,7 @@ def runs_table(study: Study) -> pd.DataFrame:
 def speed_table(study: Study, target: float | None = None) -> pd.DataFrame:
     """A row per variant: loss, speed, and the steps, tokens and seconds to the target loss, each a mean over its runs.
 
-    The target is in nats per token; None is the baseline's mean.
+    The target is in the unit of the losses; None is the baseline's mean.
     """
     metric: Metric = "final" if study.metric == "exact_match" else study.metric
     if target is None:

@@ -1,5 +1,6 @@
 """The groups that a command chooses from. Nothing here imports Hydra."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -60,4 +61,4 @@ def _comment(file: Path) -> str:
     """The first sentence of the comment at the top of a file."""
     lines = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
     text = " ".join(line for line in lines if not line.startswith("@"))
-    return text.partition(". ")[0].rstrip(".") + "."
+    return re.split(r"(?<!\bal)\. ", text)[0].rstrip(".") + "."

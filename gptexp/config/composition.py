@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptexp.config.choices import HEADS, SECTIONS, VALUES
 from gptexp.config.schema import Config, first_line, flatten
+from gptexp.config.sections import ModelConfig
 from gptexp.config.settings import Tree
 from gptexp.config.trainer import SHORT
 from gptexp.errors import UserError
@@ -56,7 +57,10 @@ def register_choices(chosen: Config | None = None) -> None:
 
 
 def _defaults(section: Any) -> Tree:
-    return {name: value for name, value in asdict(section).items() if name != "vocab_size"}
+    tree = asdict(section)
+    if isinstance(section, ModelConfig):
+        del tree["vocab_size"]  # the tokenizer says it
+    return tree
 
 
 def plain(config: DictConfig) -> Tree:

@@ -8,7 +8,7 @@ from typing import Any, get_origin, get_type_hints
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from gptexp.config.choices import groups
+from gptexp.config.choices import SECTIONS, VALUES, groups
 from gptexp.config.schema import Config, flatten, known_keys
 from gptexp.config.settings import instead, nearest
 
@@ -22,7 +22,8 @@ OTHER_NAMES = {
     "epochs": "max_steps, the length of training in optimizer steps",
     "patience": "early_stop_patience", "clip": "grad_clip", "grad_accum": "gradient_accumulation_steps",
     "bs": "batch_size", "batch": "batch_size", "ctx": "model.block_size", "context_length": "model.block_size",
-    "seq_len": "model.block_size", "d_model": "model.n_embd", "hidden_size": "model.n_embd", "vocab_size": "tokenizer",
+    "seq_len": "model.block_size", "d_model": "model.n_embd", "hidden_size": "model.n_embd",
+    "vocab_size": "data.vocab_size",
     "ema": "callbacks=ema", "dataset": "data={}", "documents": "task=documents", "random_seed": "seed",
     "device": "hardware={}", "gpu": "hardware=gpu", "gpus": "hardware.devices",
     "dtype": "hardware.precision", "amp": "hardware.precision",
@@ -34,6 +35,9 @@ OTHER_NAMES = {
 OTHER_CHOICES = {"cuda": "gpu", "ln": "layernorm", "bn": "batchnorm", "prenorm": "pre", "preln": "pre",
                  "postnorm": "post", "postln": "post"}  # fmt: skip
 """A choice by another name, in small letters without dashes."""
+
+REGISTERED = {*VALUES, *SECTIONS, "data"}
+"""The groups whose choices another package may add to."""
 
 EXTRAS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray"}
 """The launchers that an extra of this package installs."""
@@ -50,7 +54,8 @@ def hint_of_choice(group: str, name: str, options: list[str]) -> str:
     elif group == "heads" and name.isdigit() and f"h{name}" not in options:
         meant = [f"model.n_head={name}"]
     if not meant:
-        return instead(OTHER_CHOICES.get(word, word), options)
+        known = instead(OTHER_CHOICES.get(word, word), options)
+        return known if group not in REGISTERED or "did you" in known else f"{known}; GPTEXP_IMPORT=MODULE finds yours"
     return f"; did you mean {meant[0]}? allowed: {', '.join(options)}"
 
 

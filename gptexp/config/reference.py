@@ -49,7 +49,7 @@ def sections() -> dict[str, list[Setting]]:
 def _settings(cls: Any, prefix: str) -> Iterator[Setting]:
     made, meanings, hints = cls(), documentation(cls), hints_of(cls)
     for f in fields(cls):
-        if f.name == "vocab_size" or dataclasses_of(hints[f.name]):
+        if f"{prefix}{f.name}" == "model.vocab_size" or dataclasses_of(hints[f.name]):
             continue
         default = getattr(made, f.name)
         table = isinstance(default, dict)

@@ -5,6 +5,7 @@ A plain tree of settings goes in; a `Config` comes out, or one `UserError` with 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, field, fields, replace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from gptexp.config.choices import CHOSEN
 from gptexp.config.sections import (
@@ -68,10 +69,15 @@ class Config:
     """Lightning loggers, in the same way; metrics.csv is always written."""
     seed: Seed = 1337
     """Fixes the initial weights, the order of batches and dropout."""
-    max_steps: Count = 2000
-    """Optimizer steps."""
+    max_steps: Count | None = 2000
+    """Optimizer steps; null sets no limit, with `max_seconds`."""
+    max_seconds: Annotated[float, Gt(0)] | None = None
+    """Seconds of training, evaluations left out, after which it ends, if `max_steps` does not end it before; the
+    learning rate's schedule follows the seconds."""
     batch_size: Count = 12
     """Sequences of one optimizer step, over all devices and micro-batches."""
+    batch_warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps in which the sequences of a step grow in a straight line to `batch_size` (Brown et al. 2020, "GPT-3")."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches into which a step's batch is cut, to save memory."""
     grad_clip: Annotated[float, Ge(0)] = 1.0
@@ -108,6 +114,10 @@ class Config:
         """The readable name of this variant and seed, such as `rmsnorm-pre-h4-s1337`."""
         return f"{self.model.label}-s{self.seed}"
 
+    def share_done(self, step: float, seconds: float) -> float:
+        """How much of training is done, in 0..1."""
+        return min(1.0, max(step / (self.max_steps or math.inf), seconds / (self.max_seconds or math.inf)))
+
     def sized(self, vocab_size: int) -> ModelConfig:
         """The model's configuration for a tokenizer of `vocab_size` symbols."""
         return replace(self.model, vocab_size=vocab_size)
@@ -122,7 +132,7 @@ class Config:
     def essence(self) -> Tree:
         """Every setting that can change a result."""
         neutral = marked(Config, NEUTRAL)
-        tree = self.tree() | {"model": self.model.tree()}
+        tree = self.tree() | {"model": self.model.tree(), "data": self.data.tree()}
         for key in neutral:
             section, _, name = key.rpartition(".")
             (tree.get(section, {}) if section else tree).pop(name, None)
@@ -147,7 +157,7 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     """
     problems: list[str] = []
     tree = _by_short_names(tree, problems)
-    values = read_fields(Config, "", tree, problems, skip=("vocab_size",))  # the tokenizer says vocab_size
+    values = read_fields(Config, "", tree, problems, skip=("model.vocab_size",))  # the tokenizer says vocab_size
     task, data = values.get("task"), values.get("data", DataConfig())
     if task and not task.corpus and data and data.name == DataConfig.name:
         values["data"] = replace(data, name="none")  # the default corpus, which this task does not read
@@ -158,6 +168,8 @@ def read_config(tree: Mapping[str, Any], cross_check: bool = True) -> Config:
     if cross_check:
         defaults = {f.name: f.default for f in fields(Config)} if values.keys() >= _SECTIONS else vars(Config())
         problems += _cross_check(SimpleNamespace(**defaults | values))
+        if tree.get("max_steps", 1) is None and tree.get("max_seconds") is None:  # a wrong value is None by now, too
+            problems.append("max_steps=null: needs max_seconds; allowed: an integer of at least 1")
     if problems:
         raise UserError(problems)
     return Config(**values)
@@ -250,10 +262,16 @@ def _cross_check(config: SimpleNamespace) -> list[str]:
         problems += hardware.problems(batch_size, accumulation)
     if config.optimizer:
         problems += config.optimizer.problems(model, hardware)
+    ratio = config.schedule.weight_decay_ratio if config.schedule else 1
+    if config.optimizer and ratio != 1 and not getattr(config.optimizer, "weight_decay", 0):
+        problems.append(f"schedule.weight_decay_ratio={ratio}: has no effect without optimizer.weight_decay")
+    if config.batch_warmup_steps and hardware and hardware.compile:
+        problems.append(f"batch_warmup_steps={config.batch_warmup_steps}: changes the shape of a batch, for which "
+                        f"hardware.compile={str(hardware.compile).lower()} has one program; allowed: 0")  # fmt: skip
     if model and hardware and model.counted and (hardware.devices, hardware.num_nodes) not in ((1, 1), ("auto", 1)):
         problems.append(f"hardware.devices={hardware.devices}: model.name={model.name} counts in one process; "
                         "allowed: 1")  # fmt: skip
-    given = {"init_from": config.init_from, "trainable": config.trainable}
+    given = {"init_from": config.init_from, "trainable": config.trainable, "max_seconds": config.max_seconds}
     problems += [f"{key}={show(value)}: has no effect with model.name={model.name}, which counts"
                  for key, value in given.items() if model and model.counted and value is not None]  # fmt: skip
     if interval and hardware:

@@ -1,5 +1,7 @@
 """The sections of the configuration, and the bases of those that a registered component has."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -84,6 +86,19 @@ class TaskConfig:
                     "allowed: data=none"]  # fmt: skip
         return []
 
+    def held_out(self, texts: Callable[[], Iterator[str]], data: "DataConfig") -> Iterator[tuple[str, bool]]:
+        """The text in pieces, each with whether it is held out for validation: a tokenizer must not learn from that.
+
+        Where `splits` cuts the ids in two, it cuts at the first of those that are held out, `Encoded.val_start`; by
+        itself, this holds out none. It is not asked for tokenizers with a symbol for each character, nor where the
+        validation split is a text of its own.
+
+        Args:
+            texts: each call reads the corpus from its beginning, in pieces.
+            data: its settings.
+        """
+        return ((text, False) for text in texts())
+
     def questions(self) -> dict[str, Any] | None:
         """What decides which problems are held out, whatever else is set; None where the corpus and all settings do."""
         return None
@@ -116,6 +131,8 @@ class DataConfig:
     """The key of the text in each line of .jsonl files."""
     tokenizer: Annotated[str, Predicate(TOKENIZERS.__contains__)] = "char"
     """What text is cut into."""
+    vocab_size: Annotated[int, Ge(257)] = 512
+    """Symbols that `tokenizer=bpe` learns, the 256 bytes among them."""
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the characters (or documents) kept for validation: the last ones."""
     offline_fallback: Literal["pydocs"] | None = "pydocs"
@@ -132,9 +149,19 @@ class DataConfig:
         own = {"path": (self.path, None), "val_path": (self.val_path, None), "field": (self.field, DataConfig.field)}
         problems = [f"data.{key}={value}: has no effect with data.name={self.name}; allowed: data.name=file"
                     for key, (value, default) in own.items() if self.name != "file" and value != default]  # fmt: skip
+        if not TOKENIZERS[self.tokenizer].made.sized and self.vocab_size != DataConfig.vocab_size:
+            problems.append(f"data.vocab_size={self.vocab_size}: has no effect with data.tokenizer={self.tokenizer}; "
+                            "allowed: data.tokenizer=bpe")  # fmt: skip
         if self.val_path is not None and self.val_fraction != DataConfig.val_fraction:
             problems.append(f"data.val_fraction={self.val_fraction}: has no effect with data.val_path={self.val_path}")
         return problems
+
+    def tree(self) -> dict[str, Any]:
+        """Every setting that has an effect."""
+        tree = asdict(self)
+        if not TOKENIZERS[self.tokenizer].made.sized:
+            del tree["vocab_size"]
+        return tree
 
 
 @settings
@@ -169,6 +196,13 @@ class ScheduleConfig:
     """The kind of schedule."""
     warmup_steps: Annotated[int, Ge(0)] = 100
     """Steps in which the learning rate climbs in a straight line to its peak."""
+    weight_decay_ratio: Annotated[float, Ge(0)] = 1.0
+    """The weight decay at the end, as a multiple of the optimizer's; half a cosine leads there (Caron et al. 2021)."""
+
+    def weight_decay(self, step: int, max_steps: int) -> float:
+        """The weight decay of a step, from 0 on, as a multiple of the optimizer's."""
+        done = min(1.0, step / max_steps)
+        return self.weight_decay_ratio + (1 - self.weight_decay_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
     def factor(self, step: int, max_steps: int) -> float:
         """The learning rate of a step, from 0 on, as a fraction of the peak.

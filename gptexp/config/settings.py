@@ -71,7 +71,7 @@ def read(hint: Any, key: str, value: Any, problems: list[str], skip: Collection[
         key: of the value; "" for a tree that is no part of another.
         value: read from a file or a command line.
         problems: gets a line for each mistake.
-        skip: settings that the value may not name.
+        skip: settings that the value may not name, by dotted key.
     """
     for reader in filter(isfunction, get_args(hint)):
         return reader(key, value, problems)
@@ -105,7 +105,7 @@ def read_fields(
     Returns:
         keyword arguments for cls; None in place of each that is wrong.
     """
-    hints = {k: h for k, h in hints_of(cls).items() if k not in skip}
+    hints = {k: h for k, h in hints_of(cls).items() if f"{prefix}{k}" not in skip}
     of = f" of {prefix}name={tree['name']}" if prefix and "name" in tree else ""
     allowed = f"; allowed: {', '.join(hints) or 'nothing'}"
     problems += [f"{prefix}{key}={show(value)}: unknown key{of}{nearest(str(key), hints) or allowed}"

@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     Attributes:
         x: (rows, L) int64; 0 where padded.
         y: (rows, L) int64, what follows x; -1 where padded.
-        mask: (rows, L) bool, False where padded; None where nothing is padded.
+        mask: (rows, L) bool, False where padded, or where a statistic over a batch should not count; None where nothing
+            is.
         tokens: in evaluation, the number of targets in these rows. In training, the number in the whole batch of the
             step; the data module divides it by processes * micro-batches. The sum of a batch's losses is divided by it,
             so that the mean that Lightning takes over processes and micro-batches is the mean over all targets.
@@ -166,6 +167,48 @@ class Documents(Split):
         window = super()._window(starts, lengths)
         window[:, 0] = window[np.arange(len(lengths)), lengths] = self._terminator  # a file may lack its first and last
         return window
+
+
+class Contexts(Documents):
+    """One target per row, the last position, after as many ids of its document as fit; before them, the terminator.
+
+    The other positions are in the mask as padding is, so that statistics over a batch count each row once.
+
+    Args:
+        ids: of the whole corpus.
+        starts: (documents,) where each document of the part begins in `ids`.
+        lengths: (documents,) number of ids of each, without the terminator.
+        width: L, the number of ids from which one is predicted.
+        terminator: the id that opens and closes a document.
+    """
+
+    def __init__(
+        self, ids: NDArray[Any], starts: Indices, lengths: Indices, *, width: int, terminator: int
+    ) -> None:
+        super().__init__(ids, starts, lengths, width=width, terminator=terminator)
+        self._ends = np.cumsum(self._lengths)  # of each document, in the numbers of rows
+        self.n_rows = self.n_tokens
+
+    def train_batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """Targets drawn at random, with repetition."""
+        numbers = draw(seed, step, batch_size, self.n_rows)
+        return self.rows(numbers[rows])._replace(tokens=float(batch_size))
+
+    def rows(self, indices: ArrayLike) -> Batch:
+        """As its base."""
+        numbers = np.asarray(indices, np.int64)
+        which = np.maximum(numbers, 0)
+        document = np.searchsorted(self._ends, which, "right")
+        start, end = self._starts[document], self._starts[document] + self._lengths[document]
+        target = end - (self._ends[document] - which) + 1
+        at = target[:, None] + np.arange(-self.width, 1)
+        window = np.take(self._ids, at, mode="clip").astype(np.int64)
+        window[(at <= start[:, None]) | (at >= end[:, None])] = self._terminator
+        mask = np.zeros((len(numbers), self.width), bool)
+        mask[:, -1] = numbers >= 0
+        x, y = window[:, :-1].copy(), np.where(mask, window[:, 1:], IGNORED)
+        x[numbers < 0] = 0
+        return Batch(x, y, mask, float(mask.sum()))
 
 
 def chars_per_token(split: Split, tokenizer: Tokenizer) -> float:

@@ -32,6 +32,9 @@ class CharDataModule(LightningDataModule):
             of process r are the (m * processes + r)-th equal share of them.
         accumulate: micro-batches that `batch_size` is cut into; as many as the trainer's `accumulate_grad_batches`
             make one optimizer step.
+        batch_warmup_steps: steps in which the rows of a step grow in a straight line to `batch_size`, as far as the
+            processes and micro-batches can share them equally, from `min_sequences` for each of these on.
+        min_sequences: the fewest rows of a micro-batch.
         eval_batch_size: rows of one evaluation batch on one process.
         eval_windows: rows of the validation split to use during training, evenly spaced and always the same ones; None
             for all of them.
@@ -54,8 +57,8 @@ class CharDataModule(LightningDataModule):
 
     def __init__(
         self, data: DataConfig | Mapping[str, Any] | None = None, task: TaskConfig | Mapping[str, Any] | None = None,
-        *, block_size: int = 64, batch_size: int = 12, accumulate: int = 1, eval_batch_size: int = 64,
-        eval_windows: int | None = None, seed: int = 1337,
+        *, block_size: int = 64, batch_size: int = 12, accumulate: int = 1, batch_warmup_steps: int = 0,
+        min_sequences: int = 1, eval_batch_size: int = 64, eval_windows: int | None = None, seed: int = 1337,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: DataConfig = read_section("data", data)
@@ -65,6 +68,7 @@ class CharDataModule(LightningDataModule):
             raise UserError(problems)
         self.block_size, self.seed = block_size, seed
         self.batch_size, self.accumulate = batch_size, accumulate
+        self.batch_warmup_steps, self.min_sequences = batch_warmup_steps, min_sequences
         self.eval_batch_size, self.eval_windows = eval_batch_size, eval_windows
 
     def prepare_data(self) -> None:
@@ -122,6 +126,11 @@ class CharDataModule(LightningDataModule):
             )
         return TrainBatches(self)
 
+    def share(self, step: int, shares: int) -> int:
+        """The rows of each of so many equal shares of a step's batch, for steps from 0 on."""
+        grown = min(1.0, (step + 1) / (self.batch_warmup_steps + 1))
+        return max(self.min_sequences, int(round(self.batch_size * grown, 4)) // shares)
+
     def all_training_rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """x and y of all rows of the training split, each target once."""
         for begin in range(0, self.train.n_rows, self.eval_batch_size):
@@ -166,12 +175,12 @@ class TrainBatches:
         """Micro-batches without end, `accumulate_grad_batches` of the trainer for each step."""
         data, trainer = self.data, self.data.trainer
         rank, world = data.rank_and_world
-        size = data.batch_size // (world * data.accumulate)
         # To overfit some batches, a trainer needs the same ones in each epoch.
         step = 0 if trainer is None or trainer.overfit_batches else trainer.global_step
         while True:
             micro_batches = data.accumulate if trainer is None else trainer.accumulate_grad_batches
             shares = world * micro_batches
+            size = data.share(step, world * data.accumulate)
             for micro in range(micro_batches):
                 begin = (micro * world + rank) * size
                 batch = data.train.train_batch(data.seed, step, size * shares, slice(begin, begin + size))

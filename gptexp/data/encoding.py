@@ -7,8 +7,11 @@ tokenizer). Its name is a hash of everything that determines the ids, so it neve
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from gptexp.config.sections import DataConfig, TaskConfig
 from gptexp.data.cache import cache_folder, locked, replacing
 from gptexp.data.corpora import Corpus, find_corpus
 from gptexp.data.files import Part, read_text
-from gptexp.data.tokenizers import Tokenizer, tokenizer_from_dict
+from gptexp.data.tokenizers import Tokenizer, learn_tokenizer, tokenizer_from_dict
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA, TASKS, TOKENIZERS, foreign_source
 
@@ -34,7 +37,7 @@ class Encoded:
     ids: NDArray[Any]  # (n,) of the tokenizer's `dtype`; a read-only map of a file
     tokenizer: Tokenizer  # what the ids mean
     fingerprint: str  # SHA-256 of corpus, tokenizer and terminator; equal for equal data alone
-    val_start: int | None = None  # where the validation split begins, if it is a text of its own
+    val_start: int | None = None  # where the validation split begins, if it is the end of the ids and known so far
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,29 @@ def read_corpus(data: DataConfig, task: TaskConfig) -> Reading:
     if corpus.name != data.name:
         data = replace(data, name=corpus.name)
         task = TASKS.settings(CORPORA[corpus.name].made.task)
-    encoded = task.encode(corpus, data) or encode_corpus(corpus, data.tokenizer, task.document_end(data))
+    encoded = task.encode(corpus, data) or encode_corpus(corpus, data, task)
     return Reading(corpus, encoded, data, task)
 
 
 def encode_corpus(
-    corpus: Corpus, tokenizer: str = "char", terminator: str | None = None, *, chunk_bytes: int = CHUNK
+    corpus: Corpus, data: DataConfig | None = None, task: TaskConfig | None = None, *, chunk_bytes: int = CHUNK
 ) -> Encoded:
     """The ids of `corpus`, from the cache, or encoded into it. Line ends are not changed.
 
     Args:
         corpus: the text.
-        tokenizer: the registered name.
-        terminator: of its documents, if it has any; see `Tokenizer.learn`.
+        data: says the tokenizer, and how much is held out; None is the default.
+        task: says what ends a document, and what is held out; None is running text.
         chunk_bytes: how much of the file to read at a time; it does not change the result.
 
     Raises:
         UserError: text that is not UTF-8, is empty, or contains the terminator; a cache that cannot be written.
     """
-    key = _sha256_of(format=FORMAT, byteorder=sys.byteorder, corpus=corpus.sha256, tokenizer=tokenizer,
-                     source=foreign_source(TOKENIZERS[tokenizer].made), terminator=terminator)  # fmt: skip
+    data, task = data or DataConfig(), task or TASKS.settings()
+    made, terminator = TOKENIZERS[data.tokenizer].made, task.document_end(data)
+    key = _sha256_of(format=FORMAT, byteorder=sys.byteorder, corpus=corpus.sha256, tokenizer=data.tokenizer,
+                     source=foreign_source(made), terminator=terminator,
+                     learned_from=None if made.one_per_character else _learned_from(data, task))  # fmt: skip
     folder = cache_folder() / "encoded" / key
     found = _read(folder, key, corpus, terminator)  # without the lock: a read-only cache is enough
     if found is None:
@@ -84,27 +90,47 @@ def encode_corpus(
             found = _read(folder, key, corpus, terminator)  # another process may have made it meanwhile
             if found is None:
                 folder.mkdir(exist_ok=True)
-                _build(folder, key, corpus, tokenizer, terminator, chunk_bytes)
+                _build(folder, key, terminator, partial(_pieces, corpus, data, task, chunk_bytes), data)
                 found = _read(folder, key, corpus, terminator)
     if found is None:
         raise UserError(f"GPTEXP_CACHE={cache_folder()}: {folder.name} is not as it was written; allowed: another disk")
     return found
 
 
-def _build(folder: Path, key: str, corpus: Corpus, kind: str, terminator: str | None, chunk_bytes: int) -> None:
+def _build(
+    folder: Path, key: str, terminator: str | None, pieces: Callable[[], Iterator[tuple[str, bool]]], data: DataConfig
+) -> None:
     """Write the entry, the ids first, so that a description never exists without its ids."""
-    parts = corpus.parts
-    tokenizer: Tokenizer = TOKENIZERS[kind].made.learn(lambda: _texts(corpus, parts, chunk_bytes), terminator)
-    cut = len(parts) - corpus.val_files
+    every = TOKENIZERS[data.tokenizer].made.one_per_character
+    tokenizer = learn_tokenizer(data, lambda: (text for text, held in pieces() if every or not held), terminator)
+    width, parts = tokenizer.dtype.itemsize, list[tuple[bool, int]]()  # whether each is held out, where it begins
     with replacing(folder / "ids.bin") as file:
-        ends = []
-        for some in (parts[:cut], parts[cut:]):
-            for text in _texts(corpus, some, chunk_bytes):
+        for held, some in groupby(pieces(), itemgetter(1)):
+            parts.append((held, file.tell() // width))
+            for text in tokenizer.pieces(text for text, _ in some):
                 file.write(tokenizer.packed(text))
-            ends.append(file.tell() // tokenizer.dtype.itemsize)
-    entry = {"key": key, "n": ends[1], "tokenizer": tokenizer.to_dict()}
+        n = file.tell() // width
+    entry = {"key": key, "n": n, "tokenizer": tokenizer.to_dict()}
+    if [held for held, _ in parts] == [False, True]:
+        entry["val_start"] = parts[1][1]
     with replacing(folder / "entry.json") as file:
-        file.write(json.dumps(entry | ({"val_start": ends[0]} if corpus.val_files else {})).encode())
+        file.write(json.dumps(entry).encode())
+
+
+def _learned_from(data: DataConfig, task: TaskConfig) -> list[object]:
+    """What decides which text a tokenizer learns from, and what it learns, beside the corpus."""
+    size = data.vocab_size if TOKENIZERS[data.tokenizer].made.sized else None
+    return [size, data.val_fraction, asdict(task), foreign_source(type(task))]
+
+
+def _pieces(corpus: Corpus, data: DataConfig, task: TaskConfig, chunk_bytes: int) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, each with whether it is held out, as far as that must be known."""
+    if corpus.val_files or TOKENIZERS[data.tokenizer].made.one_per_character:
+        cut = len(corpus.parts) - corpus.val_files
+        for held, some in ((False, corpus.parts[:cut]), (True, corpus.parts[cut:])):
+            yield from ((text, held) for text in _texts(corpus, some, chunk_bytes))
+    else:
+        yield from task.held_out(lambda: _texts(corpus, corpus.parts, chunk_bytes), data)
 
 
 def _read(folder: Path, key: str, corpus: Corpus, terminator: str | None) -> Encoded | None:

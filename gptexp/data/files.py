@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from codecs import getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
@@ -83,6 +83,19 @@ def read_text(part: Part, field: str, chunk_bytes: int) -> Iterator[str]:
             at = offset - len(error.object) + error.start
             raise UserError(f"data.path={part.path}: not UTF-8, byte 0x{error.object[error.start]:02x} at offset {at}; "
                             "allowed: a UTF-8 text file") from error  # fmt: skip
+
+
+def lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text that comes in pieces, each with its newline; the last one may have none."""
+    begun: list[str] = []
+    for text in texts:
+        first, *others = text.split("\n")
+        begun.append(first)
+        for other in others:
+            yield "".join([*begun, "\n"])
+            begun = [other]
+    if last := "".join(begun):
+        yield last
 
 
 def json_lines(part: Part) -> Iterator[tuple[int, Any]]:

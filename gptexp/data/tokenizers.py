@@ -1,13 +1,14 @@
 """Text to ids and back. A tokenizer is learned from a corpus; run.json holds what its `to_dict` returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gptexp.config.sections import DataConfig
 from gptexp.errors import UserError
 from gptexp.registry import TOKENIZERS
 
@@ -20,12 +21,15 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of symbols V.
         terminator: the symbol that replaces the newline; documents have it at both ends.
-        one_per_character: whether every character is one symbol, so any of them can be the terminator.
+        one_per_character: whether every character is one symbol, so any of them can be the terminator. What is held
+            out is then known by counting symbols, and a vocabulary learned from all of the text tells nothing more.
+        sized: whether `data.vocab_size` says how many symbols there are; `learn` takes that, too.
     """
 
     vocab_size: int
     terminator = "\n"
     one_per_character = False
+    sized = False
 
     @classmethod
     @abstractmethod
@@ -33,7 +37,8 @@ class Tokenizer(ABC):
         """The tokenizer of a corpus.
 
         Args:
-            texts: each call reads the corpus from its beginning, in pieces.
+            texts: each call reads the corpus from its beginning, in pieces; its training split alone, unless
+                `one_per_character`.
             terminator: the symbol that replaces the newline; None keeps the newline.
 
         Raises:
@@ -60,6 +65,16 @@ class Tokenizer(ABC):
     def characters(self, ids: Ids) -> int:
         """Number of characters in the text of ids."""
         return len(self.decode(ids))
+
+    @staticmethod
+    def pieces(texts: Iterable[str]) -> Iterator[str]:
+        """A text that comes in pieces, in pieces that can be encoded each by itself."""
+        yield from texts
+
+    @property
+    def standard_file(self) -> str | None:
+        """The content of tokenizer.json, which the library tokenizers reads; None where it knows no such tokenizer."""
+        return None
 
     @property
     def symbols_by_id(self) -> list[str]:
@@ -212,6 +227,14 @@ class ByteTokenizer(Tokenizer):
     def packed(self, text: str) -> bytes:
         """As its base."""
         return text.encode()
+
+
+def learn_tokenizer(data: DataConfig, texts: Callable[[], Iterator[str]], terminator: str | None) -> Tokenizer:
+    """The tokenizer that the settings ask for; arguments and errors are those of its `learn`."""
+    made = TOKENIZERS[data.tokenizer].made
+    size = {"vocab_size": data.vocab_size} if made.sized else {}
+    tokenizer: Tokenizer = made.learn(texts, terminator, **size)
+    return tokenizer
 
 
 def tokenizer_from_dict(data: object) -> Tokenizer:

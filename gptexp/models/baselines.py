@@ -59,6 +59,15 @@ class MLPConfig(NormedConfig):
     """Add each hidden layer's input to its output, from the second layer on."""
     norm: Annotated[NormName, VARIANT] = "none"
     """The norm between a hidden layer's linear map and its tanh."""
+    bias: bool = True
+    """Hidden layers have biases."""
+    hidden_std: Annotated[float, Ge(0)] | None = None
+    """The standard deviation of hidden layers' initial weights; null is 5/3 over the root of their inputs, which keeps
+    the size of a tanh's output."""
+    head_std: Annotated[float, Ge(0)] = 0.01
+    """That of the head's."""
+    bias_std: Annotated[float, Ge(0)] = 0.0
+    """That of all biases of linear layers."""
 
     @property
     def used_norms(self) -> dict[str, NormSite]:
@@ -90,20 +99,23 @@ class MLP(LanguageModel):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         widths = [config.context * config.n_embd] + [config.n_hidden] * config.n_layer
-        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.hidden = nn.ModuleList(nn.Linear(*pair, bias=config.bias) for pair in pairwise(widths))
         settings, site = config.norm_settings(config.norm), config.used_norms[config.norm]
         self.norms = nn.ModuleList(build_norm(config.norm, settings, site) for _ in self.hidden)
         self.head = nn.Linear(config.n_hidden, config.vocab_size)
         initialize(self, seed, self._deviation)
 
     def _deviation(self, name: str) -> float:
-        """5/3 over the root of the inputs keeps the size of a tanh's output; a head of 0.01 keeps the logits near 0."""
+        """Of a parameter's initial values, by its name: Kaiming He et al. 2015 for the hidden layers."""
+        config: MLPConfig = self.config
         if name == "wte.weight":
             return 1.0
+        if name.endswith("bias"):
+            return config.bias_std
         if name == "head.weight":
-            return 0.01
+            return config.head_std
         fan_in = self.get_parameter(name).shape[1]
-        return float(5 / 3 * fan_in**-0.5)
+        return float(5 / 3 * fan_in**-0.5) if config.hidden_std is None else config.hidden_std
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N, L) to (N, L, V); mask is (N, L), False at padding."""

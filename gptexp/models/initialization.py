@@ -33,7 +33,7 @@ def initialize(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]
     Args:
         model: whose parameters are set, in place.
         seed: any integer.
-        std: the standard deviation of a weight, by the parameter's name; None for torch's own distributions.
+        std: the standard deviation of a weight or bias, by the parameter's name; None for torch's own distributions.
     """
     for name, p in model.named_parameters():  # a tied parameter once, under its first name
         module = model.get_submodule(name.rpartition(".")[0])
@@ -45,15 +45,17 @@ def initialize(model: nn.Module, seed: int, std: Callable[[str], float | Tensor]
             nn.init.uniform_(p, -bound, bound, generator=generator)
         elif std is None:
             nn.init.normal_(p, generator=generator)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
-        else:
+        elif isinstance(deviation := std(name), Tensor) or deviation:
             with torch.no_grad():
-                p.copy_(torch.empty(p.shape).normal_(generator=generator) * std(name))
+                p.copy_(torch.empty(p.shape).normal_(generator=generator) * deviation)
+        else:
+            nn.init.zeros_(p)
 
 
 def gpt_std(config: Any, name: str, shape: torch.Size) -> float | Tensor:
     """The standard deviation of a weight of a GPT of these settings, `GPTConfig`: a number, or one for each row."""
+    if name.endswith("bias"):
+        return 0.0
     root, in_block = float(config.n_embd**-0.5), name.startswith("blocks.")
     beta = config.place.beta(config.n_layer) if in_block else None
     if in_block and (beta is not None or config.init == "xavier"):

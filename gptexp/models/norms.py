@@ -2,7 +2,8 @@
 
 Every norm is built as `Norm(settings, site)` and called as `norm(x, mask)`, where mask is None or a boolean (N, L)
 that is False at padding. It returns a tensor of x's shape and type. Only norms whose statistics cross positions or
-sequences, which are in `batch_norms.py`, use the mask. The initial values of a norm's parameters are constants.
+sequences, in `batch_norms.py` and `power_norm.py`, use the mask. The initial values of a norm's parameters are
+constants.
 """
 
 import math

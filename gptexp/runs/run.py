@@ -55,10 +55,13 @@ class Run:
         self.growing = [self.metrics_path, self.samples_path, self.diagnostics_path]
 
     @classmethod
-    def claim(cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False) -> "Run":
+    def claim(
+        cls, wanted: Path, config: Config, info: Mapping[str, Any], named: bool = False, tokenizer: str | None = None
+    ) -> "Run":
         """Make a new directory for a run of config: `wanted`, or `wanted-2` and so on if that one is taken.
 
-        A directory that the user `named` gets no other name. `info` goes into run.json.
+        A directory that the user `named` gets no other name. `info` goes into run.json, and `tokenizer`, if there is
+        one, into tokenizer.json, for other software.
 
         Raises:
             UserError: when the folder cannot be written, or was named and is taken.
@@ -77,6 +80,8 @@ class Run:
             run = cls(path)
             run.checkpoint("last").parent.mkdir()
             run._write_config(config)
+            if tokenizer is not None:
+                write_atomically(path / "tokenizer.json", tokenizer.encode())
             run.update(status="running", started=now(), **info)
         except OSError as error:
             raise UserError(f"output_dir={config.output_dir}: cannot write {wanted} ({error.strerror})") from error
@@ -160,9 +165,11 @@ class Run:
             UserError: when the run is done, other settings differ, or the schedule depends on the number of steps.
         """
         config = self.config
-        own, steps = flatten(config.tree()), requested.get("max_steps", config.max_steps)
+        own, before = flatten(config.tree()), config.max_steps or 0
+        steps = requested.get("max_steps") or before
+        longer = config.max_seconds is None and steps > before
         free = [key for key in marked(Config, NEUTRAL) if key != "logger"]  # a run's loggers go on with it
-        if steps > config.max_steps:
+        if longer:
             free += ["max_steps", "schedule."]
         asked = {k: v for k, v in requested.items() if own.get(k) != v}
         if wrong := [k for k in asked if not k.startswith(tuple(free))]:
@@ -170,16 +177,17 @@ class Run:
                 f"resume={self.path}: {k}={show(asked[k])} differs from the run's {k}={show(own.get(k))}; "
                 "leave it out, or start a new run" for k in wrong
             )
-        if steps <= config.max_steps and self.info.get("status") == "done":
-            raise UserError(f"resume={self.path}: this run is done; max_steps above {config.max_steps} trains it on")
-        tree, schedule, last = config.tree(), config.schedule, config.max_steps - 1
+        if not longer and self.info.get("status") == "done":
+            more = "" if config.max_seconds is not None else f"; max_steps above {before} trains it on"
+            raise UserError(f"resume={self.path}: this run is done{more}")
+        tree, schedule = config.tree(), config.schedule
         named = {k.removeprefix("schedule."): v for k, v in requested.items() if k.startswith("schedule.")}
         if named.get("name", schedule.name) != schedule.name:
             tree["schedule"] = named
-        elif not named and schedule.factor(last, config.max_steps) != schedule.factor(last, steps):
+        elif longer and not named and len({schedule.factor(before - 1, n) for n in (before, steps)}) > 1:
             raise UserError(
                 f"resume={self.path}: max_steps={steps}: schedule.name={schedule.name} has brought the learning rate "
-                f"down over {config.max_steps} steps; name the schedule to go on with, such as schedule=constant"
+                f"down over {before} steps; name the schedule to go on with, such as schedule=constant"
             )
         changed = OmegaConf.create(tree)
         for key, value in asked.items():

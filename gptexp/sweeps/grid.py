@@ -218,7 +218,7 @@ def report(sweep: Sweep, jobs: Sequence[Job]) -> list[float]:
     """
     standings = [Standing(job.name, "failed", error=str(job.error)) if job.error else sweep.standing(job.name)
                  for job in jobs]  # fmt: skip
-    log.info("%s", summary(standings))
+    log.info("%s", summary(standings, sweep.measure))
     draw(sweep)
     failed = [s for s in standings if s.state not in FINAL]
     if len(failed) == 1 == len(jobs):

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gptexp.config.schema import Config
 from gptexp.errors import UserError
 from gptexp.runs.files import last_row
 from gptexp.runs.run import FINAL, Run
@@ -35,6 +36,7 @@ class Scoreboard:
     ) -> None:
         self.note = note
         self.sweep, self.console, self.total = sweep, console, len(names) if total is None else total
+        self.measure = sweep.measure
         self.standings = {name: sweep.standing(name) for name in names}
         self._done_before = sum(job.state in FINAL for job in self.standings.values())
         self._began = time.time()
@@ -70,7 +72,7 @@ class Scoreboard:
         Returns:
             a table of counts, of the jobs that run, and of the best so far.
         """
-        running: dict[str, dict[str, float]] = {}  # the last row of metrics.csv of each, and its "steps" in all
+        running: dict[str, tuple[dict[str, float], Config]] = {}  # the last row of metrics.csv of each
         ended = []
         for name, before in list(self.standings.items()):
             if before.state in FINAL:
@@ -83,15 +85,19 @@ class Scoreboard:
                 run = Run(self.sweep.folder / name)
                 times = [p.stat().st_mtime for p in (run.metrics_path, run.path / "run.json") if p.exists()]
                 if now.state == "running" and max(times) >= self._began - STALE:  # else a killed process left it
-                    running[name] = {"step": 0.0, **last_row(run.metrics_path), "steps": run.config.max_steps}
+                    running[name] = {"step": 0.0, "seconds": 0.0, **last_row(run.metrics_path)}, run.config
 
         counts = Counter(job.state for job in self.standings.values())
-        ranked = sorted((job for job in self.standings.values() if math.isfinite(job.loss)), key=lambda job: job.loss)
+        values = {job.name: float(getattr(job, self.measure)) for job in self.standings.values()}
+        ranked = sorted((job for job in self.standings.values() if math.isfinite(values[job.name])),
+                        key=lambda job: values[job.name])  # fmt: skip
         over = sum(counts[state] for state in (*FINAL, "failed"))
-        left = self._left(over, sum(at["step"] / at["steps"] for at in running.values()))
+        shares = {name: config.share_done(at["step"], at["seconds"]) for name, (at, config) in running.items()}
+        left = self._left(over, sum(shares.values()))
         for job in ended if not self.console.is_terminal else ():
-            value = f"val/loss {job.loss:.4f}" if math.isfinite(job.loss) else str(job.error or "")
-            best = [f"best {first.loss:.4f} {first.name}" for first in ranked[:1]]
+            known = math.isfinite(values[job.name])
+            value = f"val/{self.measure} {values[job.name]:.4f}" if known else str(job.error or "")
+            best = [f"best {values[first.name]:.4f} {first.name}" for first in ranked[:1]]
             line = " · ".join(filter(None, [f"[{over}/{self.total}] {job.state} {job.name}", value, *best, left]))
             self.console.print(line, highlight=False, soft_wrap=True)
 
@@ -99,11 +105,12 @@ class Scoreboard:
                  f"{counts['failed']} failed",
                  *(f"{counts[state]} {state}" for state in ("diverged", "pruned") if counts[state]), left]  # fmt: skip
         table = Table(box=None, padding=(0, 1), show_header=False)
-        for name, at in running.items():
-            table.add_row(name, ProgressBar(at["steps"], at["step"], width=20), f"step {at['step']:.0f}/{at['steps']}",
+        for name, (at, config) in running.items():
+            limit = f"/{config.max_steps}" if config.max_steps else ""
+            table.add_row(name, ProgressBar(1.0, shares[name], width=20), f"step {at['step']:.0f}{limit}",
                           f"loss {at['train/loss']:.4f}" if "train/loss" in at else "")  # fmt: skip
         for place, job in enumerate(ranked[:BEST], 1):
-            table.add_row(job.name, f"{place}.", job.state, f"val/loss {job.loss:.4f}")
+            table.add_row(job.name, f"{place}.", job.state, f"val/{self.measure} {values[job.name]:.4f}")
         return Group(*([Text(self.note)] if self.note else []), Text(" · ".join(filter(None, words))), table)
 
     def _left(self, over: int, under_way: float) -> str:

@@ -83,10 +83,15 @@ def read_search(settings: Mapping[str, Any], swept: Sequence[Override], config: 
     if not swept:
         problems.append("hydra/sweeper=optuna: there is nothing to search; leave a setting open, as in "
                         "'optimizer.learning_rate=tag(log,interval(1e-4,1e-2))'")  # fmt: skip
+    problems += [f"{o.input_line}: losses per token of different vocabularies cannot be compared; leave one to search "
+                 "with, or train a grid of them and compare" for o in swept
+                 if o.key_or_group in ("tokenizer", "data.tokenizer", "data.vocab_size")]  # fmt: skip
     values = read_fields(SearchConfig, "hydra.sweeper.", settings, problems)
     if problems:
         raise UserError(problems)
     made = SearchConfig(**values)
+    if made.pruner == "hyperband" and config.max_steps is None:
+        raise UserError("hydra.sweeper.pruner=hyperband: needs max_steps, by which it plans; allowed: none, median")
     if made.pruner != "none" and config.hardware.strategy != "auto" and not several():
         raise UserError(f"hydra.sweeper.pruner={made.pruner}: a trial of hardware.strategy={config.hardware.strategy} "
                         "cannot be pruned; allowed: none")  # fmt: skip
@@ -140,7 +145,7 @@ def open_search(folder: Path, settings: SearchConfig, config: Config) -> Search:
     from optuna import pruners, samplers
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    startup = settings.startup_trials
+    startup, steps = settings.startup_trials, config.max_steps or 1
     make_sampler: dict[str, Callable[..., samplers.BaseSampler]] = {
         "tpe": partial(samplers.TPESampler, n_startup_trials=startup, multivariate=True, constant_liar=True),
         "random": samplers.RandomSampler,
@@ -150,7 +155,7 @@ def open_search(folder: Path, settings: SearchConfig, config: Config) -> Search:
     make_pruner: dict[str, Callable[[], pruners.BasePruner]] = {
         "none": pruners.NopPruner,
         "median": partial(pruners.MedianPruner, n_startup_trials=startup),
-        "hyperband": partial(pruners.HyperbandPruner, min(config.eval_interval, config.max_steps), config.max_steps),
+        "hyperband": partial(pruners.HyperbandPruner, min(config.eval_interval, steps), steps),
     }
     url = settings.storage or f"sqlite:///{folder.absolute() / 'optuna.db'}"
     try:
@@ -178,7 +183,7 @@ def summary(study: "Study", sweep: Sweep, config: Config) -> str:
         words = " ".join(f"{key}={value}" for key, value in best.params.items())
         lines.append(f"best: val/loss {best.value:.4f} with {words}")
     pruned = [t for t in trials if t.state == TrialState.PRUNED]
-    if pruned:
+    if pruned and config.max_steps:
         done = [(Run(sweep.folder / trial_name(t.number)).result or {}).get("step", config.max_steps) for t in trials]
         saved = 1 - sum(done) / (len(trials) * config.max_steps)
         lines.append(f"pruned: {len(pruned)} of {len(trials)} trials, which saved {saved:.0%} of all steps")

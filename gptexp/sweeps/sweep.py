@@ -42,6 +42,7 @@ class Standing:
     name: str  # of the job, its run and its directory
     state: Status | Literal["waiting"]  # a job that waits has no directory yet
     loss: float = math.nan  # the lowest validation loss, as result.json has it, in nats per token; nan without one
+    bpc: float = math.nan  # the same in bits per character
     error: str | None = None  # what ended it, or None
     attempts: int = 0  # times that it has failed
 
@@ -140,6 +141,11 @@ class Sweep:
         except Timeout as error:
             raise Busy(name) from error
 
+    @property
+    def measure(self) -> Literal["loss", "bpc"]:
+        """What its jobs are ranked by: bits per character where vocabularies differ."""
+        return "bpc" if {"data.tokenizer", "data.vocab_size"} & set(self.info.get("swept", ())) else "loss"
+
     def is_busy(self, name: str) -> bool:
         """Whether a process works on the job."""
         try:
@@ -158,8 +164,9 @@ class Sweep:
             return Standing(name, "waiting")
         try:
             result = run.result
-            loss = None if result is None else result.get("best_val_loss")
-            return Standing(name, state, math.nan if loss is None else float(loss), error, attempts)
+            found = [None if result is None else result.get(f"best_val_{measure}") for measure in ("loss", "bpc")]
+            loss, bpc = (math.nan if value is None else float(value) for value in found)
+            return Standing(name, state, loss, bpc, error, attempts)
         except (OSError, ValueError, TypeError, AttributeError):  # it is written in one step, so this is damage
             return Standing(name, "failed", error=f"{run.path / 'result.json'} is not whole", attempts=attempts)
 
@@ -225,14 +232,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], whose: str) -> l
             for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]  # fmt: skip
 
 
-def summary(standings: Sequence[Standing]) -> str:
+def summary(standings: Sequence[Standing], measure: Literal["loss", "bpc"] = "loss") -> str:
     """A line per job: its lowest validation loss, best first, and at the end those that failed, with the reason."""
-    lines = []
-    for s in sorted(standings, key=lambda s: (s.state == "failed", math.inf if math.isnan(s.loss) else s.loss)):
-        loss = "" if s.state == "failed" or math.isnan(s.loss) else f"{s.loss:.4f}"
+    lines, values = [], {s.name: getattr(s, measure) for s in standings}
+    for s in sorted(standings, key=lambda s: (s.state == "failed", math.isnan(values[s.name]), values[s.name])):
+        loss = "" if s.state == "failed" or math.isnan(values[s.name]) else f"{values[s.name]:.4f}"
         ending = f": {s.error}" if s.state == "failed" else f" ({s.state})" if loss and s.state != "done" else ""
         lines.append(f"  {loss or s.state:>8}  {s.name}{ending}")
-    return "\n".join([f"--- {len(lines)} jobs, best val/loss first", *lines])
+    return "\n".join([f"--- {len(lines)} jobs, best val/{measure} first", *lines])
 
 
 def draw(sweep: Sweep) -> None:
@@ -268,10 +275,11 @@ def job_name(config: Config, swept: str) -> str:
     """
     variant = {"seed", *marked(Config, VARIANT)}
     groups = {group for group, (section, _) in VALUES.items() if f"{section}.{group}" in variant} | {"heads"}
-    shown = {"experiment", "experiment/ladder"} if config.name else variant | groups
+    shown = variant | groups
     pairs = [pair.partition("=") for pair in swept.split("|") if pair]  # a value can hold a comma
     extra = [f"s{value}" if key == "seed" else f"{key.rpartition('.')[2]}_{value}"
-             for key, _, value in pairs if key not in shown]  # fmt: skip
+             for key, _, value in pairs
+             if not (key.partition("/")[0] == "experiment" if config.name else key in shown)]  # fmt: skip
     return re.sub(r"[^\w.+-]+", "_", "-".join([config.name or config.variant, *extra]))  # as Hydra's grammar takes it
 
 

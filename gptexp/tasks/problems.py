@@ -1,7 +1,7 @@
 """Problems, each a prompt with its answer: the loss counts the answers alone."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,7 +15,7 @@ from gptexp.data.batches import IGNORED, SPLIT_STREAM, Batch, Indices, Split, dr
 from gptexp.data.corpora import Corpus
 from gptexp.data.encoding import Encoded
 from gptexp.data.files import Part, json_lines
-from gptexp.data.tokenizers import Ids, Tokenizer
+from gptexp.data.tokenizers import Ids, Tokenizer, learn_tokenizer
 from gptexp.errors import UserError
 from gptexp.registry import TASKS, TOKENIZERS
 
@@ -34,7 +34,7 @@ class EncodedProblems(Encoded):
     """The ids of all prompts and answers, and what they are."""
 
     problems: Sequence[Problem] = ()
-    held_out: int = 0  # how many of them, the last ones, are in a file of their own
+    held_out: Set[str] = frozenset()  # the prompts of those that are for validation
 
 
 class Problems(Split):
@@ -173,20 +173,21 @@ class ProblemFile(ProblemsConfig):
         if both := {problem.prompt for problem in trained} & {problem.prompt for problem in held_out}:
             raise UserError(f"data.val_path={data.val_path}: {len(both)} of its prompts, such as {min(both)!r}, are in "
                             f"data.path={data.path}, too; allowed: problems that are not trained on")  # fmt: skip
-        texts = [text for problem in (*trained, *held_out) for text in problem]
-        tokenizer = TOKENIZERS[data.tokenizer].made.learn(lambda: iter((*texts, END)), None)
+        problems, chosen = [*trained, *held_out], {p.prompt for p in held_out} or self._chosen(trained, data)
+        every = TOKENIZERS[data.tokenizer].made.one_per_character
+        learned = [text for p in problems if every or p.prompt not in chosen for text in p]
+        tokenizer = learn_tokenizer(data, lambda: iter((*learned, END)), None)
         digest = sha256(json.dumps([corpus.sha256, self.prompt, self.answer, tokenizer.to_dict()]).encode())
-        return EncodedProblems(_encoded(texts, tokenizer)[0], tokenizer, digest.hexdigest(),
-                               problems=[*trained, *held_out], held_out=len(held_out))  # fmt: skip
+        ids, _ = _encoded([text for p in problems for text in p], tokenizer)
+        return EncodedProblems(ids, tokenizer, digest.hexdigest(), problems=problems, held_out=chosen)
 
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the shuffled prompts is for validation; each row must fit into `block_size`."""
         assert isinstance(encoded, EncodedProblems)
-        own = encoded.problems[-encoded.held_out :] if encoded.held_out else ()
-        held_out = {problem.prompt for problem in own} or self._chosen(encoded.problems, data)
         width = check_width(encoded.problems, encoded.tokenizer, END, block_size)
+        problems, held_out = encoded.problems, encoded.held_out
         train, val = (
-            Problems([p for p in encoded.problems if (p.prompt in held_out) == held], encoded.tokenizer, END, width)
+            Problems([p for p in problems if (p.prompt in held_out) == held], encoded.tokenizer, END, width)
             for held in (False, True)
         )
         return train, val

@@ -1,14 +1,27 @@
 """Tasks on plain text: running text, and documents of one line each."""
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from gptexp.config.sections import DataConfig, Seed, TaskConfig
 from gptexp.config.settings import settings
-from gptexp.data.batches import SPLIT_STREAM, Documents, Indices, Split, Windows, part_for_training, random_numbers
+from gptexp.data.batches import (
+    SPLIT_STREAM,
+    Contexts,
+    Documents,
+    Indices,
+    Split,
+    Windows,
+    part_for_training,
+    random_numbers,
+)
 from gptexp.data.encoding import Encoded
+from gptexp.data.files import lines
 from gptexp.errors import UserError
 from gptexp.registry import CORPORA, TASKS, TOKENIZERS
 
@@ -21,6 +34,13 @@ class Text(TaskConfig):
     """Predict every next token of running text, in windows that may begin anywhere."""
 
     name: Literal["text"] = "text"
+
+    def held_out(self, texts: Callable[[], Iterator[str]], data: DataConfig) -> Iterator[tuple[str, bool]]:
+        """The last `val_fraction` of the characters."""
+        left = part_for_training(sum(map(len, texts())), data.val_fraction)
+        for text in texts():
+            yield from ((part, held) for part, held in ((text[:left], False), (text[left:], True)) if part)
+            left = max(0, left - len(text))
 
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the text is for validation; windows are `block_size` wide."""
@@ -45,6 +65,8 @@ class Lines(TaskConfig):
     """The symbol that opens and closes a document, in place of the newline; null takes the corpus's own."""
     split_seed: Seed = 1337
     """The seed of the shuffle of the documents before the split."""
+    context: Annotated[int, Ge(1)] | None = None
+    """Rows of one prediction each, from so many symbols before it, instead of whole documents."""
 
     def document_end(self, data: DataConfig) -> str:
         """The setting, or the corpus's own; the newline for tokenizers whose symbols are not characters."""
@@ -65,6 +87,14 @@ class Lines(TaskConfig):
             return [f"{text} has no effect with data.tokenizer={data.tokenizer}, whose documents end with the newline"]
         return super().problems(data)
 
+    def held_out(self, texts: Callable[[], Iterator[str]], data: DataConfig) -> Iterator[tuple[str, bool]]:
+        """The documents that `splits` chooses."""
+        n = sum(line != "\n" for line in lines(texts()))
+        held = np.zeros(n, bool)
+        held[self._order(n)[part_for_training(n, data.val_fraction) :]] = True
+        numbers = count()
+        return ((line, line != "\n" and bool(held[next(numbers)])) for line in lines(texts()))
+
     def splits(self, encoded: Encoded, data: DataConfig, block_size: int) -> tuple[Split, Split]:
         """The last `val_fraction` of the shuffled documents is for validation; each must fit into `block_size`."""
         terminator = int(encoded.tokenizer.encode("\n")[0])
@@ -72,24 +102,29 @@ class Lines(TaskConfig):
         n = len(starts)
         if n < 2:
             raise UserError(f"task=documents: the corpus has {n} lines that are not empty; allowed: at least 2")
-        own = encoded.val_start
+        own = encoded.val_start if data.val_path is not None else None
         n_train = part_for_training(n, data.val_fraction) if own is None else int(np.searchsorted(starts, own))
         if not 0 < n_train < n:
             key = f"data.val_fraction={data.val_fraction}" if own is None else f"data.val_path={data.val_path}"
             raise UserError(f"{key}: leaves {n_train} of the {n} documents for "
                             f"training and {n - n_train} for validation; allowed: at least 1 each")  # fmt: skip
-        width = int(lengths.max()) + 1
+        width = self.context or int(lengths.max()) + 1
+        if self.context and width > block_size:
+            raise UserError(f"task.context={width}: longer than model.block_size={block_size}; allowed: at most that")
         if width > block_size:
             raise UserError(f"model.block_size={block_size}: shorter than the longest document with its terminator, "
                             f"{width} tokens; allowed: at least {width}")  # fmt: skip
-        order = np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
-        if own is not None:
-            order = np.arange(n)
+        order = self._order(n) if own is None else np.arange(n)
+        split = Contexts if self.context else Documents
         train, val = (
-            Documents(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
+            split(encoded.ids, starts[part], lengths[part], width=width, terminator=terminator)
             for part in (order[:n_train], order[n_train:])
         )
         return train, val
+
+    def _order(self, n: int) -> Indices:
+        """The documents, shuffled."""
+        return np.argsort(random_numbers(self.split_seed, 0, n, SPLIT_STREAM), kind="stable")
 
     def samples(self) -> int:
         """Ten, because documents are short."""

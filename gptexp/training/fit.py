@@ -36,6 +36,7 @@ from gptexp.training.callbacks.pruning import Pruning, Watch
 from gptexp.training.callbacks.samples import Samples
 from gptexp.training.callbacks.slowdown import SlowdownWarning
 from gptexp.training.callbacks.throughput import Throughput
+from gptexp.training.callbacks.time_budget import TimeBudget
 from gptexp.training.hardware import describe_device, peak_flops, thread_count, trainer_arguments, world_size
 from gptexp.training.load import load_data, read_checkpoint
 from gptexp.training.loggers import opened_loggers
@@ -153,14 +154,13 @@ def _callbacks(
     silent = any(isinstance(callback, ProgressBar) for callback in own) or config.trainer.enable_progress_bar is False
     loss = "loss that sees later tokens" if run.sees_later_tokens else "loss"
 
+    clock = Throughput(record, module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size))
     callbacks: list[Callback] = [Evaluations()]
+    if config.max_seconds:
+        callbacks.append(TimeBudget(config.max_seconds, clock))
     if config.diagnostics_interval:
         callbacks.append(Diagnostics(run, config.diagnostics_interval))
-    callbacks += [
-        Throughput(record, module.model.flops_per_token(), lambda: peak_flops(config, processes.world_size)),
-        SlowdownWarning(),
-        Divergence(monitor, interval),
-    ]
+    callbacks += [clock, SlowdownWarning(), Divergence(monitor, interval)]
     if config.sample_tokens and config.hardware.strategy != "fsdp":  # under FSDP no process holds the whole model
         callbacks.append(Samples(run, config, data))
     if not silent:

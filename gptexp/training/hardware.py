@@ -149,7 +149,7 @@ def trainer_arguments(config: Config, processes: Processes) -> dict[str, Any]:
         "precision": precision(hardware),
         "deterministic": hardware.deterministic and kind == "cuda",
         "plugins": [processes.environment, DurableCheckpointIO()],
-        "max_steps": 1 if config.model.counted else config.max_steps,
+        "max_steps": 1 if config.model.counted else -1 if config.max_steps is None else config.max_steps,
         "max_epochs": -1,
         "accumulate_grad_batches": config.gradient_accumulation_steps,
         "gradient_clip_val": config.grad_clip or None,

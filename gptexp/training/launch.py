@@ -68,7 +68,7 @@ def claim(
     reading = read or check_files(replace(config, resume=None))  # first: a mistake here leaves nothing behind
     assert reading is not None
     warmup = config.schedule.warmup_steps
-    if warmup >= config.max_steps and not config.model.counted:
+    if config.max_steps is not None and warmup >= config.max_steps and not config.model.counted:
         log.warning("schedule.warmup_steps=%d is not below max_steps=%d: the learning rate stays under its peak",
                     warmup, config.max_steps)  # fmt: skip
     _check(config)
@@ -88,7 +88,7 @@ def claim(
         "command": command,
         **({"init_from": source} if source else {}),
     }  # fmt: skip
-    return Run.claim(path, config, info, named)
+    return Run.claim(path, config, info, named, encoded.tokenizer.standard_file)
 
 
 def _check_weights(config: Config, reading: "Reading") -> dict[str, Any] | None:

@@ -28,6 +28,8 @@ def load_data(run: Run, config: Config) -> CharDataModule:
         block_size=config.model.block_size,
         batch_size=config.batch_size,
         accumulate=config.gradient_accumulation_steps,
+        batch_warmup_steps=config.batch_warmup_steps,
+        min_sequences=config.model.min_sequences,
         eval_batch_size=config.eval_batch_size,
         eval_windows=config.eval_windows,
         seed=config.seed,

@@ -21,6 +21,7 @@ from gptexp.tasks.metrics import ExactMatch, LanguageModelMetrics, summed_loss
 from gptexp.training.callbacks.evaluations import evaluation_due
 from gptexp.training.optimizers import Parameters
 
+UNKNOWN = 10**9  # steps: so many that a schedule stays at its peak
 DROPOUT_STREAM = 16  # and on: the numbers before it belong to the data
 
 
@@ -47,6 +48,8 @@ class GPTModule(LightningModule):
         step_loss: of the last optimizer step, without penalties.
         grad_norm: of the last optimizer step, before clipping.
         rate: the learning rate of that step.
+        planned_steps: optimizer steps of the whole training, as the schedule needs them; an estimate, which a callback
+            may correct, where training ends with the time.
 
     Raises:
         UserError: with one line for every mistake in the settings.
@@ -79,6 +82,7 @@ class GPTModule(LightningModule):
         self.matrices = {n for n, p in self.named_parameters() if p.ndim >= 2}  # a sharded one hides its shape
         self.weights = list(self.parameters())
         self.step_loss, self.grad_norm, self.rate = torch.zeros(()), torch.zeros(()), 0.0
+        self.planned_steps = UNKNOWN
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (N, L, V) of ids (N, L)."""
@@ -109,6 +113,14 @@ class GPTModule(LightningModule):
         place, share = batch_idx % micro_batches, loss.detach() / micro_batches
         self.step_loss = share if place == 0 else self.step_loss + share
         return loss + sum(norm.penalty for norm in self.penalized) if self.penalized else loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Set the weight decay of the step, if it changes."""
+        if self.schedule_config.weight_decay_ratio == 1:
+            return
+        share = self.schedule_config.weight_decay(self.global_step, self.planned_steps)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = group.setdefault("initial_weight_decay", group["weight_decay"]) * share
 
     def configure_gradient_clipping(
         self,
@@ -170,7 +182,8 @@ class GPTModule(LightningModule):
         parameters = Parameters(list(self.named_parameters()), self.matrices, hidden)
         optimizer = self.optimizer_config.build(parameters, self.learning_rate, fused)
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule_config.factor(step, int(steps)))
+        self.planned_steps = int(steps) if math.isfinite(steps) else UNKNOWN
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule_config.factor(step, self.planned_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

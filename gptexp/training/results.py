@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from gptexp.config.schema import Config
+from gptexp.data.tokenizers import tokenizer_from_dict
+from gptexp.errors import UserError
 from gptexp.loggers.media import log_figure, log_summary
 from gptexp.runs.files import EXACT_MATCH, read_diagnostics, read_metrics, read_samples
 from gptexp.runs.run import Run, Status
@@ -33,9 +35,10 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
     best = min(evaluations, key=lambda r: r["val/loss"], default={})
     result = {
         "status": status,
-        "stopped_early": status == "done" and trainer.should_stop and step < trainer.max_steps,
+        "stopped_early": status == "done" and trainer.should_stop and run.config.share_done(step, counts.seconds) < 1,
         "step": step,
         "best_val_loss": best.get("val/loss"),
+        "best_val_bpc": best.get("val/bpc"),
         "best_step": int(best["step"]) if best else None,
         "final": {k: v for k, v in final.items() if k.startswith("val/") and math.isfinite(v)},
         "parameters": parameters,
@@ -47,6 +50,9 @@ def leave_results(run: Run, status: Status, trainer: Trainer) -> float:
         "kv_cache_bytes": trainer.lightning_module.model.cache_bytes,
     }
     run.write_result(result)
+    if run.config.max_seconds and status == "done" and step == trainer.max_steps:
+        log.warning("max_steps=%d ended training after %.0f of max_seconds=%g seconds; max_steps=null lets it use them "
+                    "all", step, counts.seconds, run.config.max_seconds)  # fmt: skip
     seen = {f"train_loss_{k}": v for k, v in run.info.get("train_loss", {}).items()}
     pictures = _draw(run, rows)
     for logger in trainer.loggers:
@@ -86,12 +92,22 @@ def _tell(run: Run, result: dict[str, Any], best: dict[str, float]) -> None:
                 log.info("a sample:\n\n%s\n", "\n".join(f"    {line}" for line in lines))
             data = run.info["data"]
             problem = data["document_end"] and not data.get("document_start", data["document_end"])
-            prompt = ' prompt="..."' if problem else "" if data["document_end"] else ' prompt="The "'
+            prompt = ' prompt="..."' if problem or not _knows(run, "The ") else ' prompt="The "'
+            prompt = "" if data["document_end"] and not problem else prompt
             plugins = f"GPTEXP_IMPORT={named} " if (named := os.environ.get("GPTEXP_IMPORT")) else ""
             log.info("results: %s\nsample more with: %spython -m gptexp.sample run=%s%s", run.path, plugins, run.path,
                      prompt)  # fmt: skip
     if run.heat_maps_path.exists():
         log.info("picture: %s", run.heat_maps_path)
+
+
+def _knows(run: Run, text: str) -> bool:
+    """Whether the run's vocabulary has all symbols of a text."""
+    try:
+        tokenizer_from_dict(run.info["tokenizer"]).encode(text)
+    except UserError:
+        return False
+    return True
 
 
 def _advice(run: Run, config: Config, step: int) -> str:

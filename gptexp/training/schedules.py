@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from gptexp.config.sections import ScheduleConfig
 from gptexp.config.settings import settings
@@ -61,6 +61,24 @@ class Constant(ScheduleConfig):
     name: Literal["constant"] = "constant"
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps in which the learning rate climbs in a straight line to its peak."""
+
+
+@SCHEDULES.register("step")
+@settings
+class Step(ScheduleConfig):
+    """Falls once, at a share of `max_steps`."""
+
+    name: Literal["step"] = "step"
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Steps in which the learning rate climbs in a straight line to its peak."""
+    at: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """The share of `max_steps` after which it falls."""
+    ratio: Fraction = 0.1
+    """What it falls to, as a fraction of the peak."""
+
+    def after_warmup(self, step: int, max_steps: int) -> float:
+        """The peak, and then a fraction of it."""
+        return 1.0 if step < self.at * max_steps else self.ratio
 
 
 @SCHEDULES.register("wsd")

@@ -126,6 +126,28 @@ def test_right_answers_are_compared(write: Write, study: Build) -> None:
     assert study().comparisons[0].judgement.verdict == "equal"  # the losses are
 
 
+def test_different_vocabularies_are_compared_in_bits_per_character(write: Write, study: Build) -> None:
+    """Three characters a token and 3 nats are less than one character and 1.5 nats."""
+    for seed in (1, 2, 3):
+        for name, characters, loss in (("char", 1.0, 1.5), ("byte", 1.0, 1.6), ("bpe", 3.0, 3.0)):
+            settings = {"data": {"tokenizer": name} | ({"vocab_size": 600} if name == "bpe" else {})}
+            run = write(loss + seed / 1000, seed, name=f"{name}-{seed}", settings=settings, data=name[1] * 64,
+                        chars_per_token=characters, tokenizer={"name": name})  # fmt: skip
+            run.update(data={"corpus": "shakespeare", "sha256": "f" * 64})
+    found = study()
+    assert [(f.key, f.levels) for f in found.factors] == [("data.tokenizer", ("char", "byte", "bpe"))]
+    assert variants_table(found)["bpc"].tolist() == pytest.approx([x / math.log(2) for x in (1.0006667, 1.502, 1.602)])
+    assert headline(found)[0] == ("tokenizer=bpe is better than tokenizer=char by 0.72 bits; tokenizer=byte is worse "
+                                  "than tokenizer=char by 0.14 bits.")  # fmt: skip
+    assert found.records[0].best == pytest.approx(1.501 / math.log(2))
+    assert any("bits per character (val/bpc)" in note for note in found.notes)
+
+
+def test_equal_vocabularies_are_compared_in_nats(write: Write, study: Build) -> None:
+    sweep(write, 3, {"layernorm": 0.0, "rmsnorm": -0.2})
+    assert not study().bits
+
+
 def test_answers_to_the_same_questions_are_compared_however_they_are_written(write: Write, study: Build) -> None:
     for seed in (1, 2, 3):
         for reverse in (False, True):

@@ -60,14 +60,14 @@ WRONG: dict[str, list[str]] = {
         "precision=bf16: unknown key; did you mean hardware.precision?",
         "callbacks.mine.patience=3: unknown key; to add it, write +callbacks.mine.patience=3",
         "entity=me: unknown key; did you mean logger.wandb.entity?",
-        "model.vocab_size=9: unknown key; did you mean tokenizer?"],
+        "model.vocab_size=9: unknown key; did you mean data.vocab_size?"],
     "norm=rmsnrom heads=3 placement=mid hardware=cuda data=notes.txt experiment=nanogpt model=lecture": [
         "norm=rmsnrom: unknown; did you mean rmsnorm? allowed: batchnorm, causal_batchnorm, derf, ",
         "heads=3: unknown; did you mean model.n_head=3? allowed: h1, ",
         "placement=mid: unknown; allowed: deepnorm, ",
         "hardware=cuda: unknown; did you mean gpu? allowed: auto, cpu, ddp, ",
         "data=notes.txt: unknown; did you mean data=file data.path=notes.txt? allowed: file, ",
-        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: adder, addition, ",
+        "experiment=nanogpt: unknown; did you mean nanogpt_gpu? allowed: adder, adder_small, ",
         "model=lecture: unknown; did you mean experiment=lecture? allowed: bigram, counts, "],
     "norm=batch placement=pre_norm experiment=known/rmsnorm": [
         "norm=batch: unknown; did you mean batchnorm? allowed: ",
@@ -76,12 +76,12 @@ WRONG: dict[str, list[str]] = {
     "norm=RMSNorm heads=8 experiment=null": [
         "norm=RMSNorm: unknown; did you mean rmsnorm? allowed: ",
         "heads=8: unknown; did you mean h8? allowed: h1, ",
-        "experiment=null: unknown; allowed: adder, addition, "],
+        "experiment=null: unknown; allowed: adder, adder_small, "],
     "~norm ~seed logger=null schedule=null": [
         "~norm: cannot be left out; allowed: batchnorm, causal_batchnorm, ",
         "~seed: cannot be left out; write seed=VALUE",
         "logger=null: cannot be left out; allowed: csv, mlflow, none, ",
-        "schedule=null: cannot be left out; allowed: constant, cosine, linear, wsd"],
+        "schedule=null: cannot be left out; allowed: constant, cosine, linear, step, wsd"],
     ". rmsnorm model.norm=[ norm=rmsnorm,": [
         "rmsnorm: cannot be read as a setting; a setting is written key=value",
         "model.norm=[: cannot be read as a setting; quote special characters",
@@ -240,7 +240,7 @@ class TestFlags:
         assert command("--help") == 0
         out = capfd.readouterr().out
         assert "\n  norm=rmsnorm                      y = x / sqrt(mean(x^2) + eps) * weight" in out
-        assert "\n  max_steps=2000                    Optimizer steps.\n" in out
+        assert "\n  max_steps=2000                    Optimizer steps; null sets no limit, with `max_seconds`.\n" in out
         assert command("--hydra-help") == 0
         assert "--multirun,-m" in capfd.readouterr().out
         assert command("--version") == 0

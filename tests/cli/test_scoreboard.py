@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from gptexp.sweeps.live_table import Scoreboard
-from gptexp.sweeps.sweep import Sweep
+from gptexp.sweeps.sweep import Sweep, summary
 from tests.synthetic import write_run
 
 NAMES = ["a-s1", "b-s1", "c-s1"]
@@ -71,3 +71,15 @@ def test_without_a_terminal_each_job_that_ends_is_a_line(board: Scoreboard, tmp_
         (tmp_path / "d").rename(tmp_path / "b-s1")
     assert "1 of 3 jobs are done already" in out.getvalue()
     assert "[2/3] done b-s1 · val/loss 2.2000 · best 2.2000 b-s1" in out.getvalue()
+
+
+def test_jobs_with_different_vocabularies_are_ranked_by_bits_per_character(tmp_path: Path) -> None:
+    for name, characters in (("a", 1.0), ("b", 3.0)):
+        write_run(tmp_path / name, {"max_steps": 4}, [4.0, 2.0 + characters / 2], chars_per_token=characters)
+    sweep = Sweep(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"settings": {}, "jobs": ["a", "b"], "swept": ["data.tokenizer"]}')
+    text = shown(Scoreboard(sweep, ["a", "b"], Console(file=io.StringIO(), width=120)))
+    assert text.split()[-10:] == ["b", "1.", "done", "val/bpc", "1.6831", "a", "2.", "done", "val/bpc", "3.6067"]
+    assert summary([sweep.standing(name) for name in ("a", "b")], sweep.measure).split("\n") == [
+        "--- 2 jobs, best val/bpc first", "    1.6831  b", "    3.6067  a"
+    ]  # fmt: skip

@@ -88,6 +88,7 @@ def test_a_poor_trial_is_pruned_from_within(
     ([RATES, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be an integer of at least 1"),
     ([RATES, "hydra.sweeper.storage=sqlite:////no/such/folder/a.db"], "cannot be opened"),
     ([RATES, "hydra.sweeper.foo=1"], "hydra.sweeper.foo=1"),
+    (["tokenizer=char,byte"], "tokenizer=char,byte: losses per token of different vocabularies cannot be compared"),
     ([RATES, "hardware=ddp_cpu"], "hydra.sweeper.pruner=median: a trial of hardware.strategy=ddp"),
 ])  # fmt: skip
 def test_mistakes(

@@ -164,7 +164,7 @@ def test_the_fingerprint_is_of_what_computes() -> None:
 @pytest.mark.parametrize(("tree", "lines"), [
     ({"optimizer": {"name": ["sgd"]}}, ['optimizer.name=["sgd"]: unknown; did you mean sgd? allowed: adamw']),
     ({"schedule": {"name": "cosin"}},
-     ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, constant, linear, wsd"]),
+     ["schedule.name=cosin: unknown; did you mean cosine? allowed: cosine, constant, linear, step, wsd"]),
     ({"model": 3}, ["model=3: must be a group choice: gpt, bigram, counts, mlp"]),
     ({"hardware": 3, "trainer": {"devices": 2}}, ["hardware=3: must be a group of settings"]),
     ({"trainer": {"val_check_interval": 4}, "gradient_accumulation_steps": 0},

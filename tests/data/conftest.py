@@ -45,7 +45,8 @@ def real_file() -> Callable[[str], Path]:
 
 
 def cut(
-    encoded: Encoded, block_size: int, documents: bool = False, val_fraction: float = 0.1, split_seed: int = 1337
-) -> tuple[Split, Split]:
-    task = Lines(split_seed=split_seed) if documents else Text()
+    encoded: Encoded, block_size: int, documents: bool = False, val_fraction: float = 0.1, split_seed: int = 1337,
+    context: int | None = None,
+) -> tuple[Split, Split]:  # fmt: skip
+    task = Lines(split_seed=split_seed, context=context) if documents else Text()
     return task.splits(encoded, DataConfig(val_fraction=val_fraction), block_size)

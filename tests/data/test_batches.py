@@ -154,6 +154,38 @@ def test_every_document_is_in_one_split_once(lines, end, split_seed):
     assert splits[1].n_rows == len(kept) - len(kept) // 2
 
 
+@given(st.lists(st.text(LETTERS, max_size=6), min_size=2, max_size=8), st.sampled_from(["", "\n"]), st.integers(1, 4))
+def test_contexts_are_those_of_a_loop(lines, end, context):
+    """Each target once, after the symbols before it, filled up with the terminator."""
+    lines = [*lines, "a", "b"]
+    train, val = cut(documents_of(lines, end), 16, documents=True, val_fraction=0.3, context=context)
+    whole = cut(documents_of(lines, end), 16, documents=True, val_fraction=0.3)
+    expected = [[], []]
+    for number, split in enumerate(whole):
+        rows = split.rows(np.arange(split.n_rows))
+        for row in range(split.n_rows):
+            past = "." * context
+            for symbol in [*read(rows, row), "."]:
+                expected[number].append((past[-context:], symbol))
+                past += symbol
+    names = "." + LETTERS
+    for split, wanted in zip((train, val), expected, strict=True):
+        rows = split.rows(np.arange(split.n_rows))
+        assert (split.n_tokens, split.n_rows, rows.tokens) == (len(wanted), len(wanted), len(wanted))
+        assert (rows.y[:, :-1] == -1).all()
+        assert (rows.mask == (rows.y >= 0)).all()
+        found = [("".join(names[i] for i in x), names[y]) for x, y in zip(rows.x, rows.y[:, -1], strict=True)]
+        assert found == wanted
+        batch = split.train_batch(3, 2, 10)
+        drawn = [("".join(names[i] for i in x), names[y]) for x, y in zip(batch.x, batch.y[:, -1], strict=True)]
+        assert set(drawn) <= set(wanted)
+        assert batch.tokens == 10
+    filler = train.rows([-1])
+    assert not filler.mask.any()
+    assert not filler.x.any()
+    assert (filler.y == -1).all()
+
+
 def test_the_shuffle_is_fixed_by_its_seed():
     lines = [letter * 2 for letter in LETTERS]
 

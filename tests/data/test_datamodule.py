@@ -70,6 +70,26 @@ def test_iteration_begins_at_the_step_of_the_trainer_and_can_be_repeated():
     assert all(torch.equal(a.x, b.x) for a, b in zip(first[6:], resumed, strict=True))
 
 
+@pytest.mark.parametrize(("world", "accumulate", "least", "sizes"), [
+    (1, 1, 1, [3, 6, 9, 12, 12]), (2, 1, 1, [2, 6, 8, 12, 12]), (2, 2, 1, [4, 4, 8, 12, 12]),
+    (1, 1, 5, [5, 6, 9, 12, 12]),
+])  # fmt: skip
+def test_a_batch_that_grows(world, accumulate, least, sizes):
+    """To 12 rows in three steps; its rows are the first ones of the whole batch, and its losses still a mean."""
+    whole = list(islice(of_splits(*documents()).train_dataloader(), 5))
+    growing = {"batch_warmup_steps": 3, "min_sequences": least, "accumulate": accumulate}
+    shares = [list(islice(module(*documents(), rank=rank, world=world, **growing).train_dataloader(), 5 * accumulate))
+              for rank in range(world)]  # fmt: skip
+    for step, size in enumerate(sizes):
+        parts = [shares[r][step * accumulate + m] for m in range(accumulate) for r in range(world)]
+        assert torch.equal(torch.cat([part.y for part in parts]), whole[step].y[:size])
+        losses = [part.y.clamp(min=0).sum().item() / part.tokens for part in parts]
+        y = whole[step].y[:size]
+        assert np.mean(losses) == pytest.approx(y.clamp(min=0).sum().item() / (y >= 0).sum().item())
+    later = next(iter(module(*documents(), step=2, batch_warmup_steps=3).train_dataloader()))
+    assert torch.equal(later.y, whole[2].y[:9])
+
+
 def test_batch_that_cannot_be_shared():
     with pytest.raises(UserError, match=r"^batch_size=12: .*2 processes with 4 .*a multiple of 8$"):
         module(world=2, accumulate=4).train_dataloader()

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,8 +33,11 @@ def written(text: str | bytes, folder: Path) -> Corpus:
     return find_corpus(DataConfig(name="file", path=str(path)))
 
 
-def encode(text: str | bytes, folder: Path, chunk_bytes: int = 2**20, **settings: Any) -> Encoded:
-    return encode_corpus(written(text, folder), chunk_bytes=chunk_bytes, **settings)
+def encode(
+    text: str | bytes, folder: Path, chunk_bytes: int = 2**20, tokenizer: str = "char", terminator: str | None = None
+) -> Encoded:
+    task = Text() if terminator is None else Lines(terminator=terminator)
+    return encode_corpus(written(text, folder), DataConfig(tokenizer=tokenizer), task, chunk_bytes=chunk_bytes)
 
 
 def entry(cache: Path) -> Path:
@@ -165,7 +167,7 @@ def test_file_that_changes_meanwhile(late: str, tokenizer: str, reads: int, tmp_
         mock.patch.object(files, "open", lambda file, *mode, **options: Changing(file), create=True),
         pytest.raises(UserError, match="changed while it was being read"),
     ):
-        encode_corpus(corpus, tokenizer, chunk_bytes=20_000)
+        encode_corpus(corpus, DataConfig(tokenizer=tokenizer), chunk_bytes=20_000)
     assert list(entry(cache).iterdir()) == []
 
 

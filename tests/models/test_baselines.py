@@ -79,6 +79,19 @@ def naive(model: MLP, ids: Tensor, mask: Tensor | None) -> Tensor:
     return h @ model.head.weight.T + model.head.bias
 
 
+def test_parameters_of_the_lecture_makemore() -> None:
+    sizes = {"vocab_size": 27, "block_size": 3, "n_embd": 10, "n_hidden": 200}
+    assert MLP(MLPConfig(**sizes)).n_params == 11_897  # 27·10 + (30·200 + 200) + (200·27 + 27)
+    assert MLP(MLPConfig(**sizes, norm="batchnorm", bias=False)).n_params == 12_097
+
+
+def test_mlp_initial_values_that_are_chosen() -> None:
+    config = MLPConfig(vocab_size=200, context=4, n_embd=32, n_hidden=400, hidden_std=0.5, head_std=2.0, bias_std=0.3)
+    found = {name: float(p.detach().std()) for name, p in MLP(config, 3).named_parameters()}
+    assert found == pytest.approx({"wte.weight": 1.0, "hidden.0.weight": 0.5, "hidden.0.bias": 0.3, "head.weight": 2.0,
+                                   "head.bias": 0.3}, rel=0.12)  # fmt: skip
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize(
     "changes",

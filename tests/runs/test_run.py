@@ -54,7 +54,7 @@ def test_an_unknown_component_may_be_another_packages(tmp_path: Path) -> None:
     norm, steps = caught.value.problems
     assert norm.startswith(f"{path}: model.norm=half: must be one of batchnorm,")
     assert norm.endswith("; GPTEXP_IMPORT=MODULE finds another package's")
-    assert steps == f"{path}: max_steps=0: must be an integer of at least 1"
+    assert steps == f"{path}: max_steps=0: must be an integer of at least 1 or null"
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_eval_windows(tiny: Tiny) -> None:
     "model.position=rope", "model.position=sinusoidal", "model.position=none", "model.activation=swiglu",
     "model.activation=relu_squared", "model.tie_weights=false model.bias=true", "grad_clip=0",
     "hardware.precision=bf16-mixed", "hardware.precision=64-true", "hardware.precision=bf16-true",
-    "logger=tensorboard", "model.dropout=0.2",
+    "logger=tensorboard", "model.dropout=0.2", "schedule.weight_decay_ratio=0", "batch_warmup_steps=20",
 ])  # fmt: skip
 def test_every_choice_learns(override: str, tiny: Tiny) -> None:
     run = tiny("run", *override.split())
@@ -183,6 +183,17 @@ def test_every_choice_learns(override: str, tiny: Tiny) -> None:
         events.Reload()
         written = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
         assert {e.step: e.value for e in events.Scalars("val/loss")} == pytest.approx(written, rel=1e-6)
+
+
+@pytest.mark.parametrize(("text", "prompt"), [("The end. " * 300, '"The "'), ("abc\n" * 600, '"..."')])
+def test_the_command_that_is_told_works(
+    text: str, prompt: str, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It names a prompt only if the vocabulary has it."""
+    (tmp_path / "own.txt").write_text(text)
+    caplog.set_level("INFO", "gptexp")
+    run = tiny("run", f"data.path={tmp_path / 'own.txt'}", "max_steps=2")
+    assert f"python -m gptexp.sample run={run.path} prompt={prompt}" in caplog.text
 
 
 @pytest.mark.slow

@@ -108,6 +108,21 @@ def test_the_learning_rate_follows_the_schedule(optimizer: dict[str, Any]) -> No
     assert seen == [pytest.approx([peak * share for peak in peaks]) for share in shares]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 3.0])
+def test_weights_decay_by_half_a_cosine(ratio: float) -> None:
+    """Without a gradient, plain descent multiplies matrices by 1 - learning rate x weight decay, and nothing else."""
+    optimizer = {"name": "sgd", "momentum": 0.0, "learning_rate": 0.5, "weight_decay": 0.1}
+    module = GPTModule(MODEL, optimizer, {"name": "constant", "weight_decay_ratio": ratio})
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    gradients = Gradients([torch.zeros_like(p) for p in module.parameters()])
+    Trainer(**QUIET, max_steps=4, callbacks=[gradients]).fit(module, batches(4))
+    shares = [ratio + (1 - ratio) * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    left = math.prod(1 - 0.5 * 0.1 * share for share in shares)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (left if p.ndim > 1 else 1.0))
+
+
 def test_mistakes_in_the_settings_are_all_told() -> None:
     with pytest.raises(UserError) as caught:
         GPTModule({"n_head": 3, "n_embd": 4})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptexp.training.schedules import WSD, Constant, Cosine, Linear
+from gptexp.training.schedules import WSD, Constant, Cosine, Linear, Step
 
 
 def test_cosine_is_nanogpts_recipe() -> None:
@@ -27,6 +27,11 @@ def test_wsd_is_stable_and_then_falls() -> None:
     config = WSD(warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.5)
     assert {config.factor(step, 100) for step in range(10, 81)} == {1.0}
     assert [config.factor(step, 100) for step in (90, 100)] == pytest.approx([0.75, 0.5])
+
+
+def test_step_falls_once() -> None:
+    config = Step(warmup_steps=2, at=0.25, ratio=0.3)
+    assert [config.factor(step, 20) for step in (0, 1, 2, 4, 5, 19)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.3, 0.3])
 
 
 def test_constant_stays() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptexp.runs.files import EXACT_MATCH
+from gptexp.training.module import UNKNOWN
 
 log = logging.getLogger("gptexp")
 
@@ -46,7 +47,7 @@ class ProgressReport(ProgressBar):
                 TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self._bar.start()
-            total = trainer.max_steps if trainer.max_steps > 0 else None
+            total = planned_steps(pl_module)
             self._bar.add_task(self.name, total=total, completed=self._first, loss="-", val="-", rate="-")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -56,14 +57,14 @@ class ProgressReport(ProgressBar):
             return
         if self._bar:
             shown = self._shown(trainer) if step % trainer.log_every_n_steps == 0 else {}
-            self._bar.update(self._bar.task_ids[0], completed=step, **shown)
+            self._bar.update(self._bar.task_ids[0], completed=step, total=planned_steps(pl_module), **shown)
         elif time.perf_counter() - self._line_at > 10:
-            self._line(trainer, evaluated=False)
+            self._line(trainer, planned_steps(pl_module), evaluated=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a line."""
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._line(trainer, evaluated=True)
+            self._line(trainer, planned_steps(pl_module), evaluated=True)
             if trainer.global_step == self._first:  # the time that an evaluation takes at the start says nothing
                 self._start = time.perf_counter()
             if self._bar:
@@ -76,16 +77,16 @@ class ProgressReport(ProgressBar):
         return {key: format(float(metrics[name]), form) if name in metrics else "-"
                 for key, (name, form) in forms.items()}  # fmt: skip
 
-    def _line(self, trainer: Trainer, evaluated: bool) -> None:
-        step, steps, now, shown = trainer.global_step, trainer.max_steps, time.perf_counter(), self._shown(trainer)
+    def _line(self, trainer: Trainer, steps: int | None, evaluated: bool) -> None:
+        step, now, shown = trainer.global_step, time.perf_counter(), self._shown(trainer)
         self._line_at = now
-        parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps > 0 else f"step {step}"]
+        parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps else f"step {step}"]
         parts += [f"{self.loss} {shown['loss']}"] if shown["loss"] != "-" else []
         whole = "" if self.monitor == "val/loss" else " (some windows)"
         parts += [f"val loss {shown['val']}{whole}"] if evaluated else []
         parts += [f"{shown['right']} right"] if evaluated and shown["right"] != "-" else []
         parts += [f"{shown['rate']} tok/s"] if shown["rate"] != "-" else []
-        if self._first < step < steps:
+        if steps and self._first < step < steps:
             left = (now - self._start) / (step - self._first) * (steps - step)
             parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
         log.info(" · ".join(parts))
@@ -102,3 +103,9 @@ class ProgressReport(ProgressBar):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def planned_steps(module: LightningModule) -> int | None:
+    """The optimizer steps of the whole training; None where they are not known."""
+    steps = int(getattr(module, "planned_steps", UNKNOWN))
+    return steps if steps < UNKNOWN else None

@@ -35,6 +35,11 @@ class Throughput(Callback):
         self._logged = 0, 0.0  # tokens and seconds
         self._step, self._mark, self._peak = 0, 0.0, 0.0
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training until now, while it runs."""
+        return self.seconds + time.perf_counter() - self._mark
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {name: getattr(self, name) for name in ("tokens", "seconds", "eval_seconds")}
