@@ -240,7 +240,7 @@ class TestFlags:
         assert command("--help") == 0
         out = capfd.readouterr().out
         assert "\n  norm=rmsnorm                      y = x / sqrt(mean(x^2) + eps) * weight" in out
-        assert "\n  max_steps=2000                    Optimizer steps; null sets no limit, with `max_seconds`.\n" in out
+        assert "\n  max_steps=2000                    Optimizer steps; null sets " in out
         assert command("--hydra-help") == 0
         assert "--multirun,-m" in capfd.readouterr().out
         assert command("--version") == 0
